@@ -1,0 +1,20 @@
+"""Adversarial Flow Distillation: distil a black-box video teacher into a causal autoregressive student."""
+
+__version__ = "0.1.0"
+
+from afd_fast.ops import NFTStats, bt_loss, forward_noise, nft_loss
+from afd_fast.ops.module import NFTLoss
+from afd_fast.reference.advantage import PerPromptStatTracker, reward_to_r
+from afd_fast.reference.nft import NFTRecipe, nft_recipe
+
+__all__ = [
+    "NFTLoss",
+    "NFTRecipe",
+    "NFTStats",
+    "PerPromptStatTracker",
+    "bt_loss",
+    "forward_noise",
+    "nft_loss",
+    "nft_recipe",
+    "reward_to_r",
+]

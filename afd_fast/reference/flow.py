@@ -1,0 +1,109 @@
+"""Rectified flow: noising, targets, conversions and schedules (AFD Eq. 3; Self-Forcing's FlowMatchScheduler).
+
+x_t = (1 - t) x0 + t eps, target velocity v* = eps - x0, so x0 = x_t - t v and eps = x_t + (1 - t) v.
+Legend: B samples, F frames.
+"""
+
+import torch
+from torch import Tensor
+
+from afd_fast.reference.noise import normal_noise
+
+
+def expand_t(t: Tensor | float, like: Tensor, frame_dim: int | None = None) -> Tensor:
+    """Broadcast t (a number, [B], [B, F] with `frame_dim`, or already like.ndim axes) against `like`.
+
+    frame_dim: the axis of `like` that t's second axis runs over (2 for [B, C, F, H, W]).
+    Half-precision tensors are noised with t in float32. Raises ValueError on any other shape.
+    """
+    t = torch.as_tensor(t, device=like.device)
+    t = t.to(torch.promote_types(like.dtype, torch.float32))
+    batch = like.shape[0] if like.ndim else 1
+    if t.ndim == 0:
+        return t
+    if t.ndim == like.ndim and t.ndim > 1 and frame_dim is None:
+        if any(a not in (1, b) for a, b in zip(t.shape, like.shape)):
+            raise ValueError(f"t of shape {tuple(t.shape)} does not broadcast against {tuple(like.shape)}")
+        return t
+    if t.ndim == 1:
+        if t.shape[0] not in (1, batch):
+            raise ValueError(f"t has {t.shape[0]} values for a batch of {batch}")
+        return t.view(-1, *[1] * (like.ndim - 1))
+    if t.ndim == 2 and frame_dim is not None:
+        axis = frame_dim % like.ndim
+        if tuple(t.shape) != (batch, like.shape[axis]):
+            raise ValueError(
+                f"t must be [batch, frames] = {(batch, like.shape[axis])} for frame_dim={frame_dim}, got {tuple(t.shape)}"
+            )
+        shape = [1] * like.ndim
+        shape[0], shape[axis] = t.shape
+        return t.view(shape)
+    raise ValueError(
+        f"t of shape {tuple(t.shape)} does not fit {tuple(like.shape)}: give a number, [B], or [B, F] with frame_dim="
+    )
+
+
+def check_t(t: Tensor) -> None:
+    """ValueError when any t lies outside [0, 1]; reads the tensor only on the CPU (no device sync)."""
+    if t.device.type == "cpu" and t.numel() and not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"t must lie in [0, 1] (divide network timesteps by 1000), got {t.min():g} .. {t.max():g}")
+
+
+def resolve_noise(x0: Tensor, noise: Tensor | None, seed: int | None) -> Tensor:
+    """The noise tensor itself, or the counter-based one of `seed`; exactly one must be given."""
+    if (noise is None) == (seed is None):
+        raise ValueError("give exactly one of noise= (a tensor) and seed= (an integer)")
+    if noise is None:
+        return normal_noise(x0.shape, seed, device=x0.device)
+    if noise.shape != x0.shape:
+        raise ValueError(f"noise must have x0's shape {tuple(x0.shape)}, got {tuple(noise.shape)}")
+    if noise.device != x0.device:
+        raise ValueError(f"noise is on {noise.device}, x0 on {x0.device}")
+    return noise
+
+
+def forward_noise(
+    x0: Tensor, t: Tensor | float, *, noise: Tensor | None = None, seed: int | None = None, frame_dim: int | None = None
+) -> Tensor:
+    """x_t = (1 - t) x0 + t eps (Eq. 3), computed in at least float32 and rounded once to x0's dtype.
+
+    Args:
+        x0: [B, ...] clean samples, floating point.
+        t: noise level in [0, 1]; a number, [B], or [B, F] with `frame_dim`.
+        noise: eps with x0's shape; or
+        seed: integer from which the Philox noise of `afd_fast.reference.noise` is regenerated.
+        frame_dim: axis of x0 that t's second axis runs over.
+
+    Raises: TypeError for integer tensors; ValueError for shapes, devices, t outside [0, 1], and unless
+    exactly one of noise and seed is given.
+    """
+    if not x0.is_floating_point():
+        raise TypeError(f"x0 must be floating point, got {x0.dtype}")
+    eps = resolve_noise(x0, noise, seed)
+    t = expand_t(t, x0, frame_dim)
+    check_t(t)
+    wide = torch.promote_types(x0.dtype, torch.float32)
+    return ((1 - t) * x0.to(wide) + t * eps.to(wide)).to(x0.dtype)
+
+
+def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
+    """v* = eps - x0 (Eq. 3 for the rectified flow)."""
+    return noise - x0
+
+
+def x0_from_velocity(x_t: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
+    """x0 = x_t - sigma v."""
+    return x_t - sigma * v
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """shift * s / (1 + (shift - 1) s): SD3's timestep shift, as in Wan's FlowMatchScheduler."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def warped_steps(steps: tuple[float, ...], shift: float) -> tuple[float, ...]:
+    """Denoising steps (0..1000, unwarped) on the shifted schedule: (1000, 750, 500, 250) at shift 5 gives
+    1000, 937.5, 833.33, 625 (Self-Forcing `warp_denoising_step`, a table lookup in float32)."""
+    raw = torch.linspace(1, 0, 1001, dtype=torch.float32)[:-1]
+    table = torch.cat([shift_sigma(raw, shift) * 1000, torch.zeros(1)])
+    return tuple(float(table[1000 - int(s)]) for s in steps)
