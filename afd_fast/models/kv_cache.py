@@ -1,0 +1,164 @@
+"""Keys and values of the frames so far: allocated once, host-integer positions, a ring that moves no data.
+
+Keys are stored after RoPE with absolute positions and softmax does not care about order, so a frame may lie in
+any slot: with a window the newest frame overwrites the oldest in place, where the official code shifts the
+whole buffer (Self-Forcing causal_model.py:206-222). No device is ever asked where the cache stands.
+
+Legend: B samples, H heads, d head width, N tokens a frame, S slots of one frame each.
+"""
+
+import torch
+from torch import Tensor
+
+from afd_fast.reference.transformer import ring_slot, visible_frames
+
+
+class _Storage:
+    """One layer's keys and values [rows, S * N, H, d] and the number of caches that hold it."""
+
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v, self.owners = k, v, 1
+
+
+class KVCache:
+    """One self-attention cache of a student. Made by `CausalWan.new_cache`.
+
+    frames: latent frames a rollout will hold; window: None, or how many frames a block attends to, the first
+    `sink` among them never overwritten (rollouts are then of any length). height, width: tokens, not latents.
+    Raises ValueError for a sink that fills the window.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        frames: int,
+        height: int,
+        width: int,
+        heads: int,
+        head_dim: int,
+        window: int | None = None,
+        sink: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        device=None,
+    ):
+        if min(batch, frames, height, width) < 1:
+            raise ValueError(f"cache sizes must be positive, got batch {batch}, frames {frames}, {height}x{width} tokens")
+        if sink < 0 or (sink and window is None) or (window is not None and sink >= window):
+            raise ValueError(f"sink={sink} needs a window larger than it, got window={window}")
+        self.batch, self.height, self.width, self.tokens = batch, height, width, height * width
+        self.window, self.sink, self.frames = window, sink, frames
+        self.slots = frames if window is None else min(frames, window)
+        self.slot_frames: list[int | None] = [None] * self.slots  # the absolute frame each slot holds
+        shape = (batch, self.slots * self.tokens, heads, head_dim)
+        self._layers = [
+            _Storage(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))) for _ in range(layers)
+        ]
+        self._repeats = [1] * layers  # how often each layer's stored rows are repeated in this cache's batch
+
+    def __repr__(self) -> str:
+        window = "" if self.window is None else f", window={self.window}, sink={self.sink}"
+        return (
+            f"KVCache({len(self._layers)} layers, batch={self.batch}, slots={self.slots} x {self.tokens} tokens{window}, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers in use, those shared with a fork included."""
+        return sum(s.k.nbytes + s.v.nbytes for s in self._layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._layers[0].k.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._layers[0].k.device
+
+    def reset(self) -> None:
+        """Forget every frame; the buffers stay."""
+        self.slot_frames = [None] * self.slots
+
+    def _slot(self, frame: int) -> int:
+        return ring_slot(frame, self.window, self.sink)
+
+    def history(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Slot ranges of the frames before `start` that a block [start, end) attends to.
+
+        Raises ValueError when the block does not fit the cache or a frame it needs is not there.
+        """
+        if start < 0 or end <= start:
+            raise ValueError(f"start_frame must be >= 0 and the chunk non-empty, got frames {start}..{end}")
+        room = self.slots if self.window is None else self.window - self.sink
+        if self.window is not None and end > self.window and end - start > room:
+            raise ValueError(f"a chunk of {end - start} frames does not fit a window of {self.window} with sink {self.sink}")
+        if end > self.slots and (self.window is None or self.slots < self.window):
+            raise ValueError(f"frames {start}..{end} do not fit a cache of {self.slots} frames: make a larger one")
+        runs: list[tuple[int, int]] = []
+        for a, b in visible_frames(end, self.window, self.sink):
+            for frame in range(a, min(b, start)):
+                slot = self._slot(frame)
+                if self.slot_frames[slot] != frame:
+                    raise ValueError(f"the cache does not hold frame {frame}: run the earlier chunks first")
+                if runs and runs[-1][1] == slot:
+                    runs[-1] = (runs[-1][0], slot + 1)
+                else:
+                    runs.append((slot, slot + 1))
+        return runs
+
+    def mark(self, start: int, end: int) -> int:
+        """Declare frames [start, end) written and return the number of leading slots a block ending at `end`
+        attends to: what is visible always lies in slots 0..that."""
+        for frame in range(start, end):
+            self.slot_frames[self._slot(frame)] = frame
+        return min(end, self.slots)
+
+    def writable(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The layer's k, v [B, S * N, H, d] to write into; copied first while another cache shares them."""
+        storage, repeat = self._layers[layer], self._repeats[layer]
+        if storage.owners > 1 or repeat > 1:
+            copies = [a.repeat_interleave(repeat, 0) if repeat > 1 else a.clone() for a in (storage.k, storage.v)]
+            storage.owners -= 1
+            self._layers[layer], self._repeats[layer] = _Storage(*copies), 1
+        return self._layers[layer].k, self._layers[layer].v
+
+    def read(self, layer: int, runs: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        """(k, v) views [B, n * N, H, d] of slot ranges, detached; forked rows are expanded, not copied."""
+        storage, repeat = self._layers[layer], self._repeats[layer]
+        pairs = []
+        for a, b in runs:
+            pair = (storage.k[:, a * self.tokens : b * self.tokens], storage.v[:, a * self.tokens : b * self.tokens])
+            if repeat > 1:
+                pair = tuple(x[:, None].expand(-1, repeat, *x.shape[1:]).flatten(0, 1) for x in pair)
+            pairs.append(pair)
+        return pairs
+
+    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Put k, v [B, F * N, H, d] of the frames from `start` on into their slots (detached)."""
+        targets = self.writable(layer)
+        with torch.no_grad():
+            for target, source in zip(targets, (k, v)):
+                for index, frame in enumerate(source.detach().split(self.tokens, 1)):
+                    slot = self._slot(start + index)
+                    target[:, slot * self.tokens : (slot + 1) * self.tokens] = frame
+
+    def ordered(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Copies of the layer's k, v in ascending frame order, only of frames that are there (for tests, export)."""
+        order = sorted((f, s) for s, f in enumerate(self.slot_frames) if f is not None)
+        pairs = self.read(layer, [(s, s + 1) for _, s in order])
+        return torch.cat([k for k, _ in pairs], 1), torch.cat([v for _, v in pairs], 1)
+
+    def fork(self, k: int) -> "KVCache":
+        """A cache for k rollouts of each sample (batch B * k, sample-major) that shares this one's buffers until
+        either side writes; a layer is copied when it is first written. Both stay usable."""
+        if k < 1:
+            raise ValueError(f"fork needs k >= 1, got {k}")
+        other = object.__new__(KVCache)
+        other.__dict__.update(self.__dict__)
+        other.batch, other.slot_frames = self.batch * k, list(self.slot_frames)
+        other._layers, other._repeats = list(self._layers), [r * k for r in self._repeats]
+        for storage in self._layers:
+            storage.owners += 1
+        return other

@@ -1,0 +1,130 @@
+"""Dense attention over [B, L, H, d] views, through the fastest kernel that is there; none is written here.
+
+backend: "fa3" (flash_attn_interface) | "cudnn" (PyTorch's cuDNN SDPA) | "fa4" (flash_attn.cute) | "fa2"
+(flash_attn) | "sdpa" (PyTorch's own choice; any dtype and device) | "auto". Keys and values may be strided
+views of a cache: no backend copies them. Order by compute capability: Hopper (9.x) fa3, cudnn, fa4, fa2;
+datacentre Blackwell (10.x) fa4, cudnn, fa2; Ampere and Ada (8.x) fa2; sdpa last. PyTorch's default order takes
+FlashAttention 2 on Hopper, where cuDNN and FA3 run at about twice its speed (pytorch issue #142132).
+"""
+
+import functools
+import importlib.util
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afd_fast.reference import transformer as reference
+
+log = logging.getLogger("afd_fast")
+
+BACKENDS = ("fa3", "cudnn", "fa4", "fa2", "sdpa")
+_PACKAGES = {
+    "fa3": ("flash_attn_interface", "flash-attn-3: build hopper/ of github.com/Dao-AILab/flash-attention"),
+    "fa4": ("flash_attn.cute", "flash-attn-4: pip install --pre flash-attn-4"),
+    "fa2": ("flash_attn", "flash-attn 2: pip install flash-attn"),
+    "cudnn": ("cudnn", "a CUDA build of PyTorch with cuDNN >= 9"),
+}
+_ORDER = {8: ("fa2", "sdpa"), 9: ("fa3", "cudnn", "fa4", "fa2", "sdpa"), 10: ("fa4", "cudnn", "fa2", "sdpa")}
+_CAPABILITY = {"fa3": (9,), "fa4": (9, 10, 11), "fa2": (8, 9, 10, 11, 12), "cudnn": (8, 9, 10, 11, 12)}
+
+
+def _is_installed(backend: str) -> bool:
+    if backend == "sdpa":
+        return True
+    if backend == "cudnn":
+        return torch.backends.cudnn.is_available() and (torch.backends.cudnn.version() or 0) >= 90000
+    module = _PACKAGES[backend][0]
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # the parent package of flash_attn.cute
+        return False
+    if backend == "fa2" and found:  # flash-attn-4 alone also makes a `flash_attn` namespace
+        return importlib.util.find_spec("flash_attn.flash_attn_interface") is not None
+    return found is not None
+
+
+def choose_backend(requested: str, capability: int | None, half: bool, installed) -> str:
+    """The backend for a compute capability's major number (None: not CUDA); `installed(name)` -> bool.
+
+    half: whether the tensors are float16 or bfloat16, all the flash kernels take. Raises ValueError for an
+    unknown name or tensors a named backend cannot take, ImportError naming the package that is missing.
+    """
+    if requested != "auto" and requested not in BACKENDS:
+        raise ValueError(f"attention={requested!r} is not one of {('auto', *BACKENDS)}")
+    if requested == "sdpa":
+        return "sdpa"
+    if requested != "auto":
+        if capability is None or not half:
+            raise ValueError(f'attention="{requested}" needs float16 or bfloat16 CUDA tensors; use "sdpa" or "auto"')
+        if capability not in _CAPABILITY[requested]:
+            raise ValueError(f'attention="{requested}" does not run on compute capability {capability}.x')
+        if not installed(requested):
+            raise ImportError(f'attention="{requested}" needs {_PACKAGES[requested][1]}')
+        return requested
+    if capability is None or not half:
+        return "sdpa"
+    return next(name for name in _ORDER.get(capability, ("cudnn", "sdpa")) if installed(name))
+
+
+@functools.cache
+def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`choose_backend` for this machine; resolved once per (request, device, dtype) and logged."""
+    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+    chosen = choose_backend(requested, capability, dtype in (torch.float16, torch.bfloat16), _is_installed)
+    log.info("attention=%s: %s for %s on %s", requested, chosen, dtype, device)
+    return chosen
+
+
+def _sdpa(q, k, v, lse):
+    if not lse:
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2), None
+    if q.device.type == "cpu":
+        args = (a.transpose(1, 2) for a in (q, k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)
+        return out.transpose(1, 2), lse
+    return reference.attention(q, k, v)
+
+
+def _cudnn(q, k, v, lse):
+    needs_lse = lse or (torch.is_grad_enabled() and any(a.requires_grad for a in (q, k, v)))
+    args = (a.transpose(1, 2) for a in (q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(*args, None, needs_lse)[:2]
+    return out.transpose(1, 2), lse
+
+
+@functools.cache
+def _flash_function(backend: str):
+    return importlib.import_module(_PACKAGES[backend][0]).flash_attn_func
+
+
+def _flash(backend, q, k, v, lse):
+    # the three packages disagree, between versions too, on whether a tuple comes back and on the flag's name
+    options = {} if not lse else {"fa2": {"return_attn_probs": True}, "fa3": {"return_attn_probs": True}, "fa4": {"return_lse": True}}[backend]
+    result = _flash_function(backend)(q, k, v, **options)
+    return (result[0], result[1]) if isinstance(result, tuple) else (result, None)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(d)) v, no mask: the rollout and the training forwards need none.
+
+    q: [B, Lq, H, d]; k, v: [B, Lk, H, d], any strides with a contiguous last axis. Returns [B, Lq, H, d], with
+    return_lse also the log-sum-exp [B, H, Lq] (float32; float64 for float64), through which no gradient flows.
+    """
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
+    chosen = resolve_backend(backend, q.device, q.dtype)
+    if chosen == "sdpa":
+        out, lse = _sdpa(q, k, v, return_lse)
+    elif chosen == "cudnn":
+        out, lse = _cudnn(q, k, v, return_lse)
+    else:
+        out, lse = _flash(chosen, q, k, v, return_lse)
+    if not return_lse:
+        return out
+    if lse is None:
+        raise RuntimeError(f'attention="{chosen}": the installed version returns no log-sum-exp')
+    return out, lse.squeeze(-1) if lse.ndim == 4 else lse
