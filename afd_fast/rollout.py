@@ -1,30 +1,217 @@
 """Chunk-by-chunk generation with a KV cache: the few-step sampler of Self-Forcing
-(`pipeline/causal_inference.py`): predict x0, re-noise to the next step, refresh the cache at t = 0.
+(`pipeline/causal_inference.py:47-276` at 33593df): predict x0, re-noise to the next step, refresh the cache.
 
-Legend: B samples, C channels, F latent frames, H x W latent pixels.
+Legend: B samples, C channels, F latent frames, f frames of a chunk, H x W latent pixels.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from afd_fast.reference.flow import warped_steps, x0_from_velocity
+from afd_fast.models.lora import merged_lora
+from afd_fast.reference.flow import shift_sigma
+from afd_fast.reference.transformer import split_blocks
+
+
+def _check_steps(name: str, steps: tuple[float, ...]) -> None:
+    if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in zip(steps, steps[1:])):
+        raise ValueError(f"{name} must fall from at most 1000 to above 0, got {steps}")
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """steps: unwarped denoising steps in 0..1000; shift: 5.0 in Self-Forcing's configs (explicit on purpose,
-    its demo uses 8.0); chunk: latent frames generated together; context_noise: t of the cache pass, 0..1000."""
+    """How to sample.
+
+    steps: unwarped denoising steps in 0..1000, falling.
+    shift: of the timestep schedule; 5.0 in Self-Forcing's configs, 8.0 in its demo: explicit on purpose.
+    chunk: latent frames generated together; independent_first_frame: the first frame is a chunk of its own.
+    context_noise: t of the cache pass, 0..1000 (the frames themselves are not noised, as officially).
+    first_chunk_steps: other steps for the first chunk (Causal-Forcing++ `denoising_step_list_first_chunk`).
+    window, sink: frames a chunk attends to, and how many of the first are always among them; None: all.
+    fuse_cache_pass: run chunk i's cache pass together with chunk i + 1's first step, one longer forward.
+    merge_lora: merge LoRA layers into the weights for the rollout and restore them bit for bit after.
+    """
 
     steps: tuple[float, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
     chunk: int = 3
     context_noise: float = 0.0
+    independent_first_frame: bool = False
+    first_chunk_steps: tuple[float, ...] | None = None
+    window: int | None = None
+    sink: int = 0
+    fuse_cache_pass: bool = False
+    merge_lora: bool = True
 
     def __post_init__(self):
-        if not self.steps or any(not 0 < s <= 1000 for s in self.steps) or list(self.steps) != sorted(self.steps, reverse=True):
-            raise ValueError(f"steps must fall from at most 1000 to above 0, got {self.steps}")
+        _check_steps("steps", self.steps)
+        if self.first_chunk_steps is not None:
+            _check_steps("first_chunk_steps", self.first_chunk_steps)
+        if not 0 <= self.context_noise <= 1000:
+            raise ValueError(f"context_noise must lie in 0..1000, got {self.context_noise}")
+
+
+def step_table(steps: tuple[float, ...], shift: float) -> list[tuple[float, float]]:
+    """(t, sigma) of every step on the shifted schedule, both rounded to float32 as in the official table
+    (1000 sigmas; steps are looked up by their integer part)."""
+    sigmas = shift_sigma(torch.linspace(1, 0, 1001, dtype=torch.float32)[:-1], shift)
+    times = sigmas * 1000
+    return [(float(times[1000 - int(s)]), float(sigmas[1000 - int(s)])) if s >= 1 else (0.0, 0.0) for s in steps]
+
+
+class _Noise:
+    """The noise drawn between steps, in the official order and layout ([B * f, C, H, W] per draw).
+
+    From a tensor ([draws, B * f, C, H, W] or [draws, B, C, f, H, W]), from one generator, or from one generator
+    per sample, which makes a batch equal to single rollouts.
+    """
+
+    def __init__(self, like: Tensor, generator, renoise: Tensor | None):
+        if generator is not None and renoise is not None:
+            raise ValueError("give generator= or renoise=, not both")
+        if isinstance(generator, (list, tuple)) and len(generator) != like.shape[0]:
+            raise ValueError(f"{len(generator)} generators for a batch of {like.shape[0]}")
+        if renoise is not None and renoise.ndim not in (5, 6):
+            raise ValueError(f"renoise must be [draws, B*f, C, H, W] or [draws, B, C, f, H, W], got {tuple(renoise.shape)}")
+        self.like, self.generator, self.renoise, self.draws = like, generator, renoise, 0
+
+    def draw(self, frames: int) -> Tensor:
+        """[B, C, f, H, W]"""
+        batch, channels, _, height, width = self.like.shape
+        self.draws += 1
+        if self.renoise is not None:
+            if self.draws > len(self.renoise):
+                raise ValueError(f"renoise holds {len(self.renoise)} draws, the rollout needs more")
+            noise = self.renoise[self.draws - 1]
+            if noise.ndim == 4:
+                noise = noise.unflatten(0, (batch, -1)).transpose(1, 2)
+            if tuple(noise.shape) != (batch, channels, frames, height, width):
+                raise ValueError(f"renoise draw is {tuple(noise.shape)}, want {(batch, channels, frames, height, width)}")
+            return noise.to(self.like)
+        options = {"dtype": self.like.dtype, "device": self.like.device}
+        shape = (frames, channels, height, width)
+        if isinstance(self.generator, (list, tuple)):
+            noise = torch.stack([torch.randn(shape, generator=g, **options) for g in self.generator])
+        else:
+            noise = torch.randn((batch, *shape), generator=self.generator, **options)
+        return noise.transpose(1, 2)
+
+
+class _Sampler:
+    """One rollout: the model, its text, cache and timetables. `denoise` makes a chunk, `refresh` caches it."""
+
+    def __init__(self, model, text, noise: Tensor, config: RolloutConfig, frames: int, source: _Noise, grad: bool):
+        self.model, self.text, self.config, self.source, self.grad = model, text, config, source, grad
+        self.batch = noise.shape[0]
+        window = {} if config.window is None else {"window": config.window, "sink": config.sink}
+        self.cache = model.new_cache(self.batch, frames, *noise.shape[3:], **window)
+        self.tables: dict[float, object] = {}
+
+    def at(self, time: float, frames: int, device) -> object:
+        """t as the model takes it: CausalWan's modulation table, made once per distinct t, or [B, f]."""
+        if not hasattr(self.model, "conditioning"):
+            return torch.full((self.batch, frames), time, device=device)
+        if time not in self.tables:
+            with torch.no_grad():
+                self.tables[time] = self.model.conditioning(time, tables=True)
+        return self.tables[time]
+
+    def forward(self, x: Tensor, time: float, start: int, grad: bool) -> Tensor:
+        if grad:  # the tables hold no graph
+            t = torch.full((self.batch, x.shape[2]), time, device=x.device)
+        else:
+            t = self.at(time, x.shape[2], x.device)
+        with torch.set_grad_enabled(grad):
+            return self.model(x, t, self.text, cache=self.cache, start_frame=start)
+
+    def denoise(self, x: Tensor, steps: list[tuple[float, float]], start: int, pending: Tensor | None) -> Tensor:
+        """Noise [B, C, f, H, W] -> clean latents. pending: the previous chunk, whose cache pass this one's first
+        step takes along."""
+        for index, (time, sigma) in enumerate(steps):
+            last = index + 1 == len(steps)
+            grad = self.grad and last
+            if index == 0 and pending is not None:
+                v = self.fused_first_step(pending, x, time, start)
+            else:
+                v = self.forward(x, time, start, grad)
+            with torch.set_grad_enabled(grad):
+                x0 = (x.double() - sigma * v.double()).to(x.dtype)  # float64 as in wan_wrapper.py:169-193
+            if not last:
+                sigma = steps[index + 1][1]
+                wide = torch.promote_types(x.dtype, torch.float32)
+                eps = self.source.draw(x.shape[2])
+                x = ((1 - sigma) * x0.to(wide) + sigma * eps.to(wide)).to(x.dtype)
+        return x0
+
+    def fused_first_step(self, previous: Tensor, x: Tensor, time: float, start: int) -> Tensor:
+        sizes = (previous.shape[2], x.shape[2])
+        times = [float(self.config.context_noise)] * sizes[0] + [time] * sizes[1]
+        t = torch.tensor([times], device=x.device).expand(self.batch, -1)
+        both = torch.cat([previous.detach(), x], 2)
+        with torch.no_grad():
+            v = self.model(both, t, self.text, cache=self.cache, start_frame=start - sizes[0], blocks=sizes)
+        return v[:, :, sizes[0] :]
+
+    def refresh(self, x0: Tensor, start: int) -> None:
+        """The cache pass: x0's keys and values at t = context_noise."""
+        self.forward(x0.detach(), float(self.config.context_noise), start, grad=False)
+
+
+def stream(
+    model,
+    text,
+    noise: Tensor,
+    config: RolloutConfig = RolloutConfig(),
+    *,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    renoise: Tensor | None = None,
+    grad_last_step: bool = False,
+    initial_latent: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Tensor]:
+    """`rollout`, one chunk [B, C, f, H, W] at a time, as soon as it is denoised; same arguments and errors.
+
+    The first chunk comes after its own steps only: its cache pass runs when the next chunk is asked for, and
+    the last chunk, whose cache nobody reads, has none.
+    """
+    if noise.ndim != 5:
+        raise ValueError(f"noise must be [B, C, F, H, W], got {tuple(noise.shape)}")
+    given = 0 if initial_latent is None else initial_latent.shape[2]
+    if given and (initial_latent.shape[:2] != noise.shape[:2] or initial_latent.shape[3:] != noise.shape[3:]):
+        raise ValueError(f"initial_latent {tuple(initial_latent.shape)} does not fit noise {tuple(noise.shape)}")
+    frames = given + noise.shape[2]
+    if config.independent_first_frame and given == 1:  # image to video: the given frame is the independent one
+        history, blocks = [(0, 1)], split_blocks(noise.shape[2], config.chunk)
+    else:
+        independent = config.independent_first_frame
+        history = split_blocks(given, config.chunk, independent) if given else []
+        blocks = split_blocks(noise.shape[2], config.chunk, independent and not given)
+    steps = step_table(config.steps, config.shift)
+    first_steps = step_table(config.first_chunk_steps, config.shift) if config.first_chunk_steps else steps
+    source = _Noise(noise, generator, renoise)
+    merge = merged_lora(model) if config.merge_lora and not grad_last_step and hasattr(model, "modules") else nullcontext()
+
+    def chunks():
+        with merge:  # also undone when the consumer stops early; grad modes are set inside the calls, never over a yield
+            sampler = _Sampler(model, text, noise, config, frames, source, grad_last_step)
+            for a, b in history:
+                sampler.refresh(initial_latent[:, :, a:b].to(noise), a)
+            previous = None  # (latents, first frame) of the chunk whose cache pass is still due
+            for index, (a, b) in enumerate(blocks):
+                fuse = previous is not None and config.fuse_cache_pass and not (grad_last_step and len(steps) == 1)
+                if previous is not None and not fuse:
+                    sampler.refresh(*previous)
+                pending = previous[0] if fuse else None
+                x0 = sampler.denoise(noise[:, :, a:b], steps if index else first_steps, given + a, pending)
+                previous = (x0, given + a)
+                if progress is not None:
+                    progress(index + 1, len(blocks))
+                yield x0
+
+    return chunks()
 
 
 def rollout(
@@ -33,42 +220,33 @@ def rollout(
     noise: Tensor,
     config: RolloutConfig = RolloutConfig(),
     *,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     renoise: Tensor | None = None,
     grad_last_step: bool = False,
+    initial_latent: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Latents [B, C, F, H, W] from initial noise of that shape.
 
-    model: a causal student (`model(x, t, text, cache=, start_frame=)` -> velocity); text: its `encode_text`.
-    The noise added between steps comes from `generator` or, for exact comparisons, from `renoise`
-    [draws, B, C, chunk, H, W] in the order drawn. grad_last_step: let the gradient through the last
-    denoising call of every chunk (history detached), as distillation and GAN training need; else none.
+    Args:
+        model: a causal student (`model(x, t, text, cache=, start_frame=)` -> velocity).
+        text: its `encode_text`, of batch B or 1.
+        generator: source of the noise between steps, drawn in the official order, so that a seed gives the
+            official rollout; a list of B generators makes sample b independent of the rest of the batch.
+        renoise: that noise itself, for exact comparisons, in the order drawn: [draws, B * f, C, H, W] (the
+            official layout, sample-major) or [draws, B, C, f, H, W].
+        grad_last_step: let the gradient through the last denoising call of every chunk (history detached), as
+            distillation and GAN training need; else none. LoRA then stays unmerged.
+        initial_latent: [B, C, F0, H, W] frames to continue from (image to video, extension): they fill the
+            cache at t = context_noise and come first in the result.
+        progress: called with (chunks done, chunks) after each chunk.
+
+    Raises ValueError for shapes, steps and frames that do not divide into chunks.
     """
-    batch, channels, frames, height, width = noise.shape
-    if frames % config.chunk:
-        raise ValueError(f"{frames} frames do not divide into chunks of {config.chunk}")
-    times = warped_steps(config.steps, config.shift)
-    cache = model.new_cache(batch, frames, height, width)
-    latents, draws = [], 0
-    for start in range(0, frames, config.chunk):
-        x = noise[:, :, start : start + config.chunk]
-        for index, time in enumerate(times):
-            last = index + 1 == len(times)
-            with torch.set_grad_enabled(grad_last_step and last):
-                t = torch.full((batch, config.chunk), time, device=noise.device)
-                v = model(x, t, text, cache=cache, start_frame=start)
-                x0 = x0_from_velocity(x, v, time / 1000)
-            if not last:
-                if renoise is None:
-                    eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
-                else:
-                    eps = renoise[draws]
-                draws += 1
-                sigma = times[index + 1] / 1000
-                x = (1 - sigma) * x0 + sigma * eps
-        latents.append(x0)
-        if start + config.chunk < frames:  # the last chunk's cache is never read
-            t = torch.full((batch, config.chunk), float(config.context_noise), device=noise.device)
-            with torch.no_grad():
-                model(x0.detach(), t, text, cache=cache, start_frame=start)
-    return torch.cat(latents, 2)
+    chunks = list(
+        stream(
+            model, text, noise, config, generator=generator, renoise=renoise, grad_last_step=grad_last_step,
+            initial_latent=initial_latent, progress=progress,
+        )
+    )  # fmt: skip
+    return torch.cat(chunks if initial_latent is None else [initial_latent.to(noise), *chunks], 2)
