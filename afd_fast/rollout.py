@@ -4,6 +4,7 @@
 Legend: B samples, C channels, F latent frames, f frames of a chunk, H x W latent pixels.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from afd_fast.reference.transformer import split_blocks
 
 
 def _check_steps(name: str, steps: tuple[float, ...]) -> None:
-    if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in zip(steps, steps[1:])):
+    if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in itertools.pairwise(steps)):
         raise ValueError(f"{name} must fall from at most 1000 to above 0, got {steps}")
 
 

@@ -16,7 +16,7 @@ TOLERANCE = 1e-5  # float32; the official model's own paths differ by up to 2e-6
 @pytest.fixture(scope="module")
 def golden():
     with safe_open(GOLDEN, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
         config = json.loads(file.metadata()["config"])
     return tensors, config
 

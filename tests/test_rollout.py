@@ -251,7 +251,7 @@ def test_bad_input(model):
         rollout(model, text, noise, renoise=torch.zeros(2, 6, 16, 4, 6))
     with pytest.raises(ValueError, match="want"):
         rollout(model, text, noise, renoise=torch.zeros(9, 6, 16, 4, 4))
-    with pytest.raises(ValueError, match="odd|even"):
+    with pytest.raises(ValueError, match="even"):
         rollout(model, text, noise[..., :3])
     with pytest.raises(TypeError, match="float32"):
         rollout(model, text, noise.float())

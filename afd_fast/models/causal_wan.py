@@ -372,7 +372,7 @@ class CausalWan(nn.Module):
 
     def _patchify(self, x: Tensor) -> Tensor:
         """[B, C, F, H, W] -> [B, F N, 4 C], in the order of the convolution's weight."""
-        b, c, f, h, w = x.shape
+        b, c = x.shape[:2]
         x = x.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))
         return x.permute(0, 2, 3, 5, 1, 4, 6).reshape(b, -1, c * PATCH**2)
 

@@ -110,7 +110,9 @@ class KVCache:
 
     def mark(self, start: int, end: int) -> int:
         """Declare frames [start, end) written and return the number of leading slots a block ending at `end`
-        attends to: what is visible always lies in slots 0..that."""
+        attends to: what is visible always lies in slots 0..that. Later frames belong to a history that no longer
+        is, and are forgotten."""
+        self.slot_frames = [f if f is not None and f < end else None for f in self.slot_frames]
         for frame in range(start, end):
             self.slot_frames[self._slot(frame)] = frame
         return min(end, self.slots)

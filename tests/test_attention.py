@@ -1,0 +1,137 @@
+"""The attention dispatcher: the choice for each GPU, refusals, and the numbers of what runs here."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from afd_fast.ops import attention as module
+from afd_fast.ops.attention import BACKENDS, attention, choose_backend, resolve_backend
+from afd_fast.reference import transformer as reference
+
+EVERYTHING = set(BACKENDS)
+
+
+@pytest.mark.parametrize(
+    "capability, installed, expected",
+    [
+        (9, EVERYTHING, "fa3"),
+        (9, {"cudnn", "fa4", "fa2", "sdpa"}, "cudnn"),
+        (9, {"fa4", "fa2", "sdpa"}, "fa4"),
+        (9, {"fa2", "sdpa"}, "fa2"),
+        (9, {"sdpa"}, "sdpa"),
+        (10, EVERYTHING, "fa4"),
+        (10, {"cudnn", "fa2", "sdpa"}, "cudnn"),
+        (8, EVERYTHING, "fa2"),
+        (8, {"cudnn", "sdpa"}, "sdpa"),
+        (12, EVERYTHING, "cudnn"),
+        (7, {"sdpa"}, "sdpa"),
+        (None, EVERYTHING, "sdpa"),
+    ],
+)
+def test_auto(capability, installed, expected):
+    assert choose_backend("auto", capability, True, installed.__contains__) == expected
+
+
+def test_auto_never_takes_fa2_on_hopper_while_a_hopper_kernel_is_there():
+    for hopper in ("fa3", "cudnn", "fa4"):
+        assert choose_backend("auto", 9, True, {hopper, "fa2", "sdpa"}.__contains__) == hopper
+
+
+def test_wide_tensors_go_to_sdpa():
+    assert choose_backend("auto", 9, False, EVERYTHING.__contains__) == "sdpa"
+
+
+def test_explicit_requests_never_fall_back():
+    assert [choose_backend(b, 9, True, EVERYTHING.__contains__) for b in BACKENDS] == list(BACKENDS)
+    for backend, package in (("fa3", "flash-attn-3"), ("fa4", "flash-attn-4"), ("fa2", "flash-attn"), ("cudnn", "cuDNN")):
+        with pytest.raises(ImportError, match=package):
+            choose_backend(backend, 9, True, {"sdpa"}.__contains__)
+    with pytest.raises(ValueError, match="compute capability 8"):
+        choose_backend("fa3", 8, True, EVERYTHING.__contains__)
+    with pytest.raises(ValueError, match="float16 or bfloat16 CUDA"):
+        choose_backend("fa3", None, True, EVERYTHING.__contains__)
+    with pytest.raises(ValueError, match="is not one of"):
+        choose_backend("flash", 9, True, EVERYTHING.__contains__)
+    with pytest.raises(ValueError, match="float16 or bfloat16 CUDA"):
+        attention(*(torch.randn(1, 2, 1, 4),) * 3, backend="fa2")
+
+
+def test_resolved_once_and_logged(caplog):
+    resolve_backend.cache_clear()
+    with caplog.at_level("INFO", "afd_fast"):
+        for _ in range(3):
+            resolve_backend("auto", torch.device("cpu"), torch.float32)
+    assert [r.getMessage() for r in caplog.records] == ["attention=auto: sdpa for torch.float32 on cpu"]
+
+
+@pytest.mark.parametrize("lq, lk", [(1, 1), (7, 7), (5, 31), (64, 129)])
+@pytest.mark.parametrize("dim", [16, 128])
+def test_equals_the_definition_over_cache_views(lq, lk, dim):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, lq, 3, dim, generator=g, dtype=torch.float64)
+    cache = torch.randn(2, 2, lk + 9, 3, dim, generator=g, dtype=torch.float64)
+    k, v = cache[:, :, :lk]  # strided: the batch stride is the whole buffer's
+    expected, expected_lse = reference.attention(q, k, v)
+    out, lse = attention(q, k, v, return_lse=True)
+    assert out.shape == q.shape and (out - expected).abs().max() < 1e-13
+    assert lse.shape == (2, 3, lq) and (lse - expected_lse).abs().max() < 1e-13
+    assert (attention(q, k, v) - expected).abs().max() < 1e-13
+    one = attention(q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1))  # one prompt for the batch
+    assert (one - reference.attention(q, k[:1].expand_as(k), v[:1].expand_as(v))[0]).abs().max() < 1e-13
+
+
+def test_gradient():
+    torch.manual_seed(0)
+    args = [torch.randn(1, n, 2, 8, dtype=torch.float64, requires_grad=True) for n in (3, 5, 5)]
+    assert torch.autograd.gradcheck(attention, args)
+    out, lse = attention(*args, return_lse=True)
+    assert out.requires_grad and torch.allclose(lse, reference.attention(*args)[1])
+
+
+def test_two_segments_merge_by_lse():
+    """What the LSE is for: softmax over a split history."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 8, dtype=torch.float64) for n in (3, 9, 9))
+    (a, la), (b, lb) = attention(q, k[:, :4], v[:, :4], return_lse=True), attention(q, k[:, 4:], v[:, 4:], return_lse=True)
+    wa = torch.sigmoid(la - lb).transpose(1, 2)[..., None]
+    assert (wa * a + (1 - wa) * b - attention(q, k, v)).abs().max() < 1e-14
+
+
+def test_compiles():
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(1, 4, 2, 8) for _ in range(3))
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v), backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(q, k, v), attention(q, k, v))
+
+
+def test_shapes():
+    q = torch.randn(1, 2, 2, 8)
+    for k in (torch.randn(2, 2, 2, 8), torch.randn(1, 2, 1, 8), torch.randn(1, 2, 2, 4)):
+        with pytest.raises(ValueError, match="fit together"):
+            attention(q, k, k)
+    with pytest.raises(ValueError, match="fit together"):
+        attention(q, q, q[:, :1])
+
+
+@pytest.mark.parametrize("returns_tuple", [True, False])
+def test_flash_packages_call(monkeypatch, returns_tuple):
+    """The flash functions get [B, L, H, d] as is and may return a tuple (old FA3, FA4) or a tensor."""
+    seen = {}
+
+    def flash_attn_func(q, k, v, **options):
+        seen.update(options, strides=k.stride())
+        out, lse = reference.attention(q, k, v)
+        return (out, lse) if returns_tuple or options else out
+
+    fake = types.ModuleType("flash_attn_interface")
+    fake.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", fake)
+    monkeypatch.setattr(module, "resolve_backend", lambda *a: "fa3")
+    module._flash_function.cache_clear()
+    cache = torch.randn(2, 12, 3, 8)
+    q, k = torch.randn(2, 4, 3, 8), cache[:, :7]
+    assert torch.allclose(attention(q, k, k), reference.attention(q, k, k)[0]) and seen == {"strides": k.stride()}
+    assert torch.allclose(attention(q, k, k, return_lse=True)[1], reference.attention(q, k, k)[1])
+    module._flash_function.cache_clear()

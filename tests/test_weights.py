@@ -1,0 +1,269 @@
+"""Every public checkpoint layout, on files made here in their exact format, and diffusers' own model both ways."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from afd_fast.models import CausalWan, CausalWanConfig, load_student, save_diffusers
+from afd_fast.models.weights import clean_keys, from_diffusers, to_diffusers
+
+CONFIG = CausalWanConfig(dim=128, ffn_dim=96, num_heads=1, num_layers=2, text_len=512, text_dim=24, freq_dim=32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return CausalWan(CONFIG).eval()
+
+
+@pytest.fixture
+def state(model):
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def prefixed(state, prefix):
+    return {prefix + k: v for k, v in state.items()}
+
+
+def same(student, state):
+    loaded = student.state_dict()
+    assert list(loaded) == list(state) and all(torch.equal(loaded[k], state[k]) for k in state)
+
+
+def fsdp(state):
+    """Keys as FSDP1 with activation checkpointing and compile leave them in Self-Forcing's training."""
+    named = {}
+    for key, value in state.items():
+        if key.startswith("blocks."):
+            _, index, rest = key.split(".", 2)
+            key = f"blocks.{index}._fsdp_wrapped_module._checkpoint_wrapped_module.{rest}"
+        named["model._fsdp_wrapped_module._orig_mod." + key] = value
+    return named
+
+
+LAYOUTS = {
+    "original": lambda s: s,
+    "self_forcing": lambda s: {"generator": prefixed(s, "model.")},
+    "critic_too": lambda s: {"generator": prefixed(s, "model."), "critic": {"a": torch.ones(1)}, "step": 3},
+    "ema": lambda s: {"generator": prefixed({k: v + 1 for k, v in s.items()}, "model."), "generator_ema": fsdp(s)},
+    "ema_only": lambda s: {"generator_ema": prefixed(s, "model._fsdp_wrapped_module.")},
+    "fsdp": lambda s: fsdp(s),
+    "compiled_ddp": lambda s: prefixed(s, "module._orig_mod."),
+    "net": lambda s: prefixed(s, "net."),
+    "state_dict": lambda s: {"state_dict": prefixed(s, "model.")},
+    "diffusers_keys": to_diffusers,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pt_layouts(layout, state, tmp_path):
+    torch.save(LAYOUTS[layout](state), tmp_path / "model.pt")
+    same(load_student(tmp_path / "model.pt"), state)
+    same(load_student(tmp_path), state)  # a folder with that one file
+
+
+def test_choice_of_weights(state, tmp_path):
+    torch.save(LAYOUTS["ema"](state), tmp_path / "model.pt")
+    generator = load_student(tmp_path / "model.pt", weights="generator")
+    same(generator, {k: v + 1 for k, v in state.items()})
+    with pytest.raises(ValueError, match=r"no 'critic'; it holds \['generator', 'generator_ema'\]"):
+        load_student(tmp_path / "model.pt", weights="critic")
+
+
+def test_old_torch_format(state, tmp_path):
+    torch.save({"generator": prefixed(state, "model.")}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    same(load_student(tmp_path / "old.pt"), state)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_safetensors(state, tmp_path, prefix):
+    save_file(prefixed(state, prefix), tmp_path / "m.safetensors")
+    student = load_student(tmp_path / "m.safetensors", dtype=torch.bfloat16)
+    assert student.dtype == torch.bfloat16 and not student.training
+    same(student, {k: v.bfloat16() for k, v in state.items()})
+
+
+def test_original_folder_with_shards(state, tmp_path):
+    names = list(state)
+    save_file({k: state[k] for k in names[:20]}, tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    save_file({k: state[k] for k in names[20:]}, tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors")
+    sizes = {"dim": 128, "ffn_dim": 96, "num_heads": 1, "num_layers": 2, "text_dim": 24, "freq_dim": 32, "model_type": "t2v"}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    same(load_student(tmp_path), state)
+
+
+def test_meta_free_and_trainable(state, tmp_path):
+    torch.save(state, tmp_path / "model.pt")
+    student = load_student(tmp_path / "model.pt", attention="sdpa", official_rounding=False)
+    assert all(p.requires_grad and p.device.type == "cpu" for p in student.parameters())
+    with torch.no_grad():
+        student.patch_embedding.weight.zero_()  # not a view of the file
+    same(load_student(tmp_path / "model.pt"), state)
+
+
+class TestLoRA:
+    """LongLive: a base and a PEFT LoRA (rank 256, alpha 256: scale 1)."""
+
+    @pytest.fixture
+    def lora(self, state):
+        g = torch.Generator().manual_seed(1)
+        return {
+            name: (torch.randn(4, state[name + ".weight"].shape[1], generator=g), torch.randn(state[name + ".weight"].shape[0], 4, generator=g))
+            for name in ("blocks.0.self_attn.q", "blocks.1.ffn.2", "blocks.1.cross_attn.o")
+        }
+
+    @pytest.mark.parametrize("key", ["base_model.model.{}.lora_{}.weight", "base_model.model.{}.lora_{}.default.weight",
+                                     "model._fsdp_wrapped_module.base_model.model.{}.lora_{}.weight"])  # fmt: skip
+    def test_longlive(self, state, lora, tmp_path, key):
+        torch.save({"generator": prefixed(state, "model.")}, tmp_path / "longlive_base.pt")
+        flat = {key.format(n, letter): m for n, pair in lora.items() for letter, m in zip("AB", pair)}
+        torch.save({"generator_lora": flat}, tmp_path / "lora.pt")
+        student = load_student(tmp_path / "longlive_base.pt", lora=tmp_path / "lora.pt", lora_scale=0.5)
+        expected = dict(state)
+        for name, (a, b) in lora.items():
+            expected[name + ".weight"] = state[name + ".weight"] + 0.5 * b @ a
+        loaded = student.state_dict()
+        assert all(torch.allclose(loaded[k], expected[k], atol=1e-6) for k in expected)
+        assert not torch.equal(loaded["blocks.1.ffn.2.weight"], state["blocks.1.ffn.2.weight"])
+
+    def test_peft_folder(self, model, state, tmp_path):
+        """A folder PEFT itself wrote: the merged student computes what the PEFT model computes."""
+        import copy
+
+        from peft import LoraConfig, get_peft_model
+
+        peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, lora_alpha=2, target_modules=["q", "v", "ffn.0"]))
+        for name, p in peft_model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p)
+        peft_model.save_pretrained(tmp_path / "adapter")
+        torch.save(state, tmp_path / "base.pt")
+        student = load_student(tmp_path / "base.pt", lora=tmp_path / "adapter")
+        x, t, context = torch.randn(1, 16, 2, 4, 4), torch.full((1, 2), 500.0), torch.randn(1, 5, 24)
+        with torch.no_grad():
+            expected = peft_model(x, t, peft_model.encode_text(context))
+            assert (student(x, t, student.encode_text(context)) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+    def test_refusals(self, state, lora, tmp_path):
+        torch.save(state, tmp_path / "base.pt")
+        a, b = lora["blocks.0.self_attn.q"]
+        for bad, match in (
+            ({"blocks.0.self_attn.q.lora_A.weight": a}, "lora_A only"),
+            ({"blocks.9.self_attn.q.lora_A.weight": a, "blocks.9.self_attn.q.lora_B.weight": b}, "blocks.9"),
+            ({"blocks.0.self_attn.q.lora_A.weight": a[:, 1:], "blocks.0.self_attn.q.lora_B.weight": b}, "does not fit"),
+            ({"something": a}, "something"),
+        ):
+            torch.save(bad, tmp_path / "lora.pt")
+            with pytest.raises(ValueError, match=match):
+                load_student(tmp_path / "base.pt", lora=tmp_path / "lora.pt")
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(1)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=16, text_dim=24, freq_dim=32,
+        ffn_dim=96, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+    ).eval()  # fmt: skip
+    for p in transformer.parameters():  # norm weights off one, zero-initialised ones off zero
+        torch.nn.init.normal_(p, 0.5 if p.ndim == 1 else 0.0, 0.1)
+    return transformer
+
+
+class TestDiffusers:
+    @torch.no_grad()
+    def outputs_agree(self, ours, theirs):
+        g = torch.Generator().manual_seed(2)
+        x = torch.randn(2, 16, 3, 6, 4, generator=g)
+        context, t = torch.randn(2, 512, 24, generator=g), torch.tensor([937.5, 250.0])
+        expected = theirs(x, t, context, return_dict=False)[0]
+        out = ours(x, t, ours.encode_text(context))
+        # diffusers' sinusoid is float32, the official one float64: 1.3e-5 measured at these sizes
+        assert (out - expected).abs().max() < 5e-5 * expected.abs().max()
+
+    def test_folder_in(self, theirs, tmp_path):
+        theirs.save_pretrained(tmp_path / "pipe" / "transformer")
+        for folder in (tmp_path / "pipe", tmp_path / "pipe" / "transformer"):
+            student = load_student(folder)
+            assert student.config.num_heads == 2 and student.config.dim == 48
+            self.outputs_agree(student, theirs)
+
+    def test_folder_out(self, model, tmp_path):
+        from diffusers import WanTransformer3DModel
+
+        save_diffusers(model, tmp_path)
+        self.outputs_agree(model, WanTransformer3DModel.from_pretrained(tmp_path).eval())
+        same(load_student(tmp_path), dict(model.state_dict()))
+
+    def test_mapping_is_a_bijection_for_1_3b(self):
+        from diffusers import WanTransformer3DModel
+
+        with torch.device("meta"):
+            ours = CausalWan(CausalWanConfig.wan_1_3b()).state_dict()
+            theirs = WanTransformer3DModel(
+                num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096
+            ).state_dict()
+        mapped = to_diffusers(ours)
+        assert {k: v.shape for k, v in mapped.items()} == {k: v.shape for k, v in theirs.items()}
+        assert list(from_diffusers(mapped)) == list(ours) and len(mapped) == 825
+
+    def test_image_to_video_is_refused(self, theirs, tmp_path):
+        theirs.save_pretrained(tmp_path)
+        settings = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(settings | {"image_dim": 1280}))
+        with pytest.raises(ValueError, match="image"):
+            load_student(tmp_path)
+
+
+class _Code:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_refusals(state, tmp_path, capsys):
+    path = tmp_path / "bad.pt"
+
+    def refused(contents, match, error=ValueError, **options):
+        torch.save(contents, path)
+        with pytest.raises(error, match=match):
+            load_student(path, **options)
+
+    refused({**state, "extra.weight": torch.ones(1)}, "unexpected: extra.weight")
+    refused({k: v for k, v in state.items() if k != "blocks.1.norm3.bias"}, "missing: blocks.1.norm3.bias")
+    refused({**state, "blocks.0.ffn.2.bias": torch.ones(7)}, r"blocks.0.ffn.2.bias \(7,\), not \(128,\)")
+    refused({**state, "model.blocks.0.ffn.2.bias": torch.ones(128)}, "twice")
+    refused({"a": torch.ones(1)}, "not a Wan transformer")
+    refused({"critic": {"a": torch.ones(1)}}, "no student")
+    refused(torch.ones(3), "Tensor, not a state dict")
+    refused(CausalWan(CausalWanConfig.tiny()).state_dict(), "pass config=")
+    refused(state, "other shapes", config=CausalWanConfig(**{**CONFIG.__dict__, "ffn_dim": 64}))
+    refused({"generator": _Code()}, "could run code")
+    with path.open("wb") as file:
+        pickle.dump({"generator": _Code()}, file)
+    with pytest.raises(ValueError, match="could run code"):
+        load_student(path)
+    assert "code ran" not in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="neither"):
+        load_student(tmp_path / "nothing" / "here" / "at all.pt")
+    (tmp_path / "two").mkdir()
+    for name in ("a.pt", "b.pt"):
+        torch.save(state, tmp_path / "two" / name)
+    with pytest.raises(ValueError, match="2 checkpoints"):
+        load_student(tmp_path / "two")
+
+
+def test_tiny_with_a_config(tmp_path):
+    torch.manual_seed(0)
+    tiny = CausalWan(CausalWanConfig.tiny())
+    torch.save({"generator": prefixed(tiny.state_dict(), "model.")}, tmp_path / "tiny.pt")
+    same(load_student(tmp_path / "tiny.pt", config=CausalWanConfig.tiny()), dict(tiny.state_dict()))
+
+
+def test_prefixes_in_any_order():
+    names = ["model.module._orig_mod.head.modulation", "_fsdp_wrapped_module.model._checkpoint_wrapped_module.head.modulation"]
+    assert [list(clean_keys({n: torch.ones(1)})) for n in names] == [["head.modulation"]] * 2
