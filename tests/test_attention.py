@@ -59,7 +59,7 @@ def test_explicit_requests_never_fall_back():
 
 
 def test_resolved_once_and_logged(caplog):
-    resolve_backend.cache_clear()
+    module._resolve.cache_clear()
     with caplog.at_level("INFO", "afd_fast"):
         for _ in range(3):
             resolve_backend("auto", torch.device("cpu"), torch.float32)

@@ -68,9 +68,14 @@ def choose_backend(requested: str, capability: int | None, half: bool, installed
     return next(name for name in _ORDER.get(capability, ("cudnn", "sdpa")) if installed(name))
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """`choose_backend` for this machine; resolved once per (request, device, dtype) and logged."""
+    return _resolve(requested, device, dtype)
+
+
+@functools.cache
+def _resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
     chosen = choose_backend(requested, capability, dtype in (torch.float16, torch.bfloat16), _is_installed)
     log.info("attention=%s: %s for %s on %s", requested, chosen, dtype, device)

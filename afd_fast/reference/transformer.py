@@ -119,12 +119,13 @@ def qk_norm_rope(
     official_rounding: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm over the full width, before the split in heads, then RoPE. q, k: [B, L, D] -> [B, L, H, d]."""
-    return tuple(
-        apply_rope(
-            rms_norm(x, w, eps=eps, official_rounding=official_rounding).unflatten(-1, (-1, 2 * cos.shape[-1])), cos, sin
-        )
-        for x, w in ((q, weight_q), (k, weight_k))
-    )
+
+    def one(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x if official_rounding else _wide(x)
+        normed = rms_norm(wide, weight if official_rounding else _wide(weight), eps=eps)
+        return apply_rope(normed.unflatten(-1, (-1, 2 * cos.shape[-1])), cos, sin).to(x.dtype)
+
+    return one(q, weight_q), one(k, weight_k)
 
 
 def ring_slot(frame: int, window: int | None, sink: int) -> int:
