@@ -68,10 +68,13 @@ def choose_backend(requested: str, capability: int | None, half: bool, installed
     return next(name for name in _ORDER.get(capability, ("cudnn", "sdpa")) if installed(name))
 
 
-@torch.compiler.assume_constant_result
 def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """`choose_backend` for this machine; resolved once per (request, device, dtype) and logged."""
     return _resolve(requested, device, dtype)
+
+
+# what torch.compiler.assume_constant_result does; calling that would import dynamo, and triton with it
+resolve_backend._dynamo_marked_constant = True
 
 
 @functools.cache

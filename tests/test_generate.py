@@ -1,0 +1,160 @@
+"""Decoding in chunks, the prompt cache, and prompts to files, on tiny random models."""
+
+import pytest
+import torch
+
+from afd_fast.generate import GenerateStats, file_name, generate, tiny
+from afd_fast.models.text import TextEncoder, clean_prompt
+from afd_fast.models.vae import WanDecoder
+from afd_fast.rollout import RolloutConfig, rollout
+
+
+@pytest.fixture(scope="module")
+def vae():
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    return AutoencoderKLWan(base_dim=4, num_res_blocks=1).eval()
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return torch.randn(2, 16, 7, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def official(vae, latents):
+    """diffusers' own decode, one latent frame at a time, each sample alone; in float64 arithmetic and in float32."""
+    shape = (1, -1, 1, 1, 1)
+    z = latents * torch.tensor(vae.config.latents_std).view(shape) + torch.tensor(vae.config.latents_mean).view(shape)
+    outs = {}
+    for dtype in (torch.float64, torch.float32):
+        with torch.no_grad():
+            outs[dtype] = torch.cat([vae.to(dtype).decode(one[None].to(dtype)).sample.float() for one in z])
+    return {dtype: (video + 1) / 2 for dtype, video in outs.items()}
+
+
+class TestDecoder:
+    """Any split is the same function: every pixel's float32 equal when computed in float64. In float32 the
+    convolution library may sum in another order for another shape, and only one frame at a time is equal bit by bit."""
+
+    @pytest.mark.parametrize("chunk", [1, 2, 3, 6])
+    def test_chunks(self, vae, latents, official, chunk):
+        out = WanDecoder(vae.double(), chunk=chunk)(latents)
+        assert out.shape == (2, 3, 25, 32, 48) and torch.equal(out, official[torch.float64])
+        narrow = WanDecoder(vae.float(), chunk=chunk)(latents)
+        assert (narrow - official[torch.float32]).abs().max() < 2e-5
+
+    def test_frame_by_frame_is_bit_identical_in_float32(self, vae, latents, official):
+        assert torch.equal(WanDecoder(vae.float(), chunk=1)(latents[:1]), official[torch.float32][:1])
+
+    @pytest.mark.parametrize("sizes", [(3, 3, 1), (1, 6), (2, 1, 4)])
+    def test_stream(self, vae, latents, official, sizes):
+        stream = WanDecoder(vae.double()).stream()
+        assert torch.equal(torch.cat([stream(part) for part in latents.split(sizes, 2)], 2), official[torch.float64])
+
+    def test_refusals(self, vae, latents):
+        stream = WanDecoder(vae.float()).stream()
+        stream(latents[:, :, :1])
+        with pytest.raises(ValueError, match="start a new one"):
+            stream(latents[:1, :, 1:])
+        with pytest.raises(ValueError, match="latents must be"):
+            stream(latents[:, :8])
+        with pytest.raises(ValueError, match="chunk"):
+            WanDecoder(vae, chunk=0)
+
+
+class _Tokenizer:
+    """Words to ids, padded, as a transformers tokenizer returns them."""
+
+    def __call__(self, prompts, padding, max_length, return_tensors):
+        assert (padding, return_tensors) == ("max_length", "pt")
+        length = max(max_length, *(len(p.split()) + 1 for p in prompts))
+        ids = torch.zeros(len(prompts), length, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            words = [2 + sum(w.encode()) % 60 for w in prompt.split()] + [1]
+            ids[row, : len(words)] = torch.tensor(words)
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+@pytest.fixture(scope="module")
+def umt5():
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    return UMT5EncoderModel(
+        UMT5Config(vocab_size=64, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, is_encoder_decoder=False)
+    )
+
+
+class TestText:
+    def test_rows_of_the_prompt_only(self, umt5):
+        encode = TextEncoder(umt5, _Tokenizer(), name="tiny", text_len=12)
+        short, long = encode(["a ball", "one two three four five six"])
+        assert short.shape == (3, 24) and long.shape == (7, 24)
+        alone = TextEncoder(umt5, _Tokenizer(), name="tiny", text_len=3)(["a ball"])[0]  # padding has no influence
+        assert (short - alone).abs().max() < 1e-5
+
+    def test_cache(self, umt5, tmp_path):
+        encode = TextEncoder(umt5, _Tokenizer(), name="tiny", text_len=12, cache_dir=tmp_path)
+        first = encode(["a ball", "two", "a  ball "])
+        assert torch.equal(first[0], first[2]) and len(list(tmp_path.rglob("*.safetensors"))) == 2
+        cached = TextEncoder(None, None, name="tiny", text_len=12, cache_dir=tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(cached(["two", "a ball"]), (first[1], first[0])))
+        with pytest.raises(RuntimeError, match="no encoder"):
+            TextEncoder(None, None, name="other", text_len=12, cache_dir=tmp_path)(["two"])
+        assert not list(tmp_path.rglob("*.tmp"))
+
+    def test_too_long(self, umt5):
+        with pytest.raises(ValueError, match="more than text_len=4"):
+            TextEncoder(umt5, _Tokenizer(), name="tiny", text_len=4)(["one two three four five"])
+
+    def test_clean(self):
+        assert clean_prompt(" a &amp;amp; b\n\tc ") == "a & b c"
+
+
+def test_generate_writes_a_video_per_prompt(tmp_path):
+    student, encode, decode = tiny()
+    written, ticks = {}, []
+    prompts = ["A red ball.", "", "two cubes fall", "third"]
+    stats = generate(
+        student, prompts, tmp_path / "out", encode=encode, decode=decode, frames=6, height=4, width=6, batch=2, seed=7,
+        write=lambda path, video, fps: written.update({path.name: (video, fps)}), progress=lambda *a: ticks.append(a),
+    )  # fmt: skip
+    assert list(written) == ["0000-a-red-ball.mp4", "0001-two-cubes-fall.mp4", "0002-third.mp4"]
+    assert all(v.shape == (3, 21, 32, 48) and 0 <= v.min() and v.max() <= 1 and f == 16 for v, f in written.values())
+    assert (stats.videos, stats.frames, ticks) == (3, 63, [(1, 4), (2, 4), (3, 4), (4, 4)])
+    assert 0 < stats.dit_seconds < stats.video_seconds and len(stats.first_chunk_seconds) == 2
+    for part in ("DiT only", "with VAE", "first chunk after", "not counted"):
+        assert part in stats.line()
+    g = torch.Generator().manual_seed(7 + 2)  # a video depends on its own seed, not on its batch
+    noise = torch.randn(16, 6, 4, 6, generator=g)[None]
+    with torch.no_grad():
+        alone = decode(rollout(student, student.encode_text(encode(["third"])), noise, generator=[g]))
+    assert torch.allclose(alone[0], written["0002-third.mp4"][0], atol=1e-5)
+
+
+def test_generate_refuses(tmp_path):
+    student, encode, decode = tiny()
+    options = dict(encode=encode, decode=decode, write=None)
+    with pytest.raises(ValueError, match="no prompts"):
+        generate(student, [" "], tmp_path, **options)
+    with pytest.raises(ValueError, match="batch"):
+        generate(student, ["a"], tmp_path, batch=0, **options)
+    with pytest.raises(ValueError, match="divide"):
+        generate(student, ["a"], tmp_path, frames=5, config=RolloutConfig(), height=4, width=6, **options)
+    assert GenerateStats().line() == "no videos" and file_name(3, "!") == "0003-video.mp4"
+
+
+def test_models_import_neither_transformers_nor_diffusers():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, afd_fast, afd_fast.models, afd_fast.rollout, afd_fast.generate\n"
+        "from afd_fast.models import CausalWan, CausalWanConfig, load_student\n"
+        "import afd_fast.models.vae, afd_fast.models.text\n"
+        "assert not {'transformers', 'diffusers', 'triton', 'peft'} & set(sys.modules), set(sys.modules) & {'transformers', 'diffusers', 'triton', 'peft'}\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
