@@ -237,3 +237,19 @@ def test_refusals():
     refuse(ValueError, "not both", lambda: CausalWan(CausalWanConfig.tiny(), dim=32))
     refuse(ValueError, "even", lambda: CausalWanConfig(dim=30, num_heads=4))
     refuse(RuntimeError, "Missing key", lambda: model.load_state_dict({}, strict=True))
+
+
+@torch.no_grad()
+def test_a_cached_forward_is_one_graph():
+    """No graph break, no read of a device value: what torch.compile and CUDA graphs need (the official forward
+    breaks about six times a layer)."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = CausalWan(**SIZES["tiny"])
+    text, table = model.encode_text(torch.randn(1, 12, 24)), model.conditioning(937.5, tables=True)
+    caches, x = [model.new_cache(1, 6, 4, 6) for _ in range(2)], torch.randn(1, 16, 3, 4, 6)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for start in (0, 3):
+        expected = model(x, table, text, cache=caches[0], start_frame=start)
+        torch.testing.assert_close(compiled(x, table, text, cache=caches[1], start_frame=start), expected)
+    torch.testing.assert_close(caches[0].ordered(1), caches[1].ordered(1))
