@@ -111,20 +111,20 @@ def generate(
         options = {"device": student.device, "dtype": student.dtype}
         noise = torch.stack([torch.randn(shape, generator=g, **options) for g in generators])
         decoder, pixels = decode.stream(), []
-        begin = mark = clock.now()
+        begin = mark = first = clock.now()
         for number, latents in enumerate(_counted(stream(student, text, noise, config, generator=generators), stats, clock)):
             with _on(side):
                 if side is not None:
                     latents.record_stream(side)
                 pixels.append(decoder(latents))
                 mark = clock.now()
-            if number == 0:
-                stats.first_chunk_seconds.append(clock.between(begin, mark))
+            first = mark if number == 0 else first
             done += 1
             if progress is not None:
                 total = total or len(batches) * _chunks(frames, config)
                 progress(done, total)
         stats.video_seconds += clock.between(begin, mark)
+        stats.first_chunk_seconds.append(clock.between(begin, first))
         video = torch.cat(pixels, 2)
         stats.videos += len(indices)
         stats.frames += len(indices) * video.shape[2]

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from afd_fast.models import CausalWan, CausalWanConfig
+from afd_fast.models.graphs import GraphedStudent
 from afd_fast.ops import transformer as ops
 from afd_fast.ops.attention import BACKENDS, attention
 from afd_fast.reference import transformer as reference
@@ -119,14 +120,14 @@ class Bench:
             flop = 4 * flops(self.c, 3 * self.tokens, 3 * (index + 1) * self.tokens)
             self.rows.add("four_steps", f"chunk{index}", f"B1 4 x 3x{self.tokens}", four, flop=flop)
 
-    def _rollout(self, case, variant, batch, frames, config=RolloutConfig()):
+    def _rollout(self, case, variant, batch, frames, config=RolloutConfig(), model=None):
         text, noise = self.text(batch), self.noise(batch, frames)
         flop, passes = 0.0, len(config.steps) + 1
         for start in range(0, frames, config.chunk):
             keys = min(start + config.chunk, config.window or frames) * self.tokens
             last = start + config.chunk == frames
             flop += (passes - last) * flops(self.c, config.chunk * self.tokens, keys, batch)
-        call = lambda: rollout(self.model, text, noise, config)
+        call = lambda: rollout(model or self.model, text, noise, config)
         self.rows.add(case, variant, f"B{batch} F{frames} {self.h}x{self.w}", call, flop=flop)
         ms = float(self.rows.rows[-1]["ms"])
         print(f"{'':22s} DiT only: {batch * (4 * frames - 3) / ms * 1e3:.2f} frames of video a second")
@@ -135,6 +136,9 @@ class Bench:
         self._rollout("rollout", "plain", 1, 21)
         self._rollout("rollout", "fused_cache_pass", 1, 21, RolloutConfig(fuse_cache_pass=True))
         self._rollout("rollout", "framewise", 1, 21, RolloutConfig(chunk=1))
+        if CUDA:
+            self._rollout("rollout", "graphs", 1, 21, model=GraphedStudent(self.model))
+            self._rollout("rollout", "framewise_graphs", 1, 21, RolloutConfig(chunk=1), GraphedStudent(self.model))
         text, noise = self.text(1), self.noise(1, 21)
         self.rows.add("first_chunk", "latency", f"B1 F3 {self.h}x{self.w}", lambda: next(stream(self.model, text, noise)))
 

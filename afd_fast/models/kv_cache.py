@@ -77,6 +77,11 @@ class KVCache:
     def device(self) -> torch.device:
         return self._layers[0].k.device
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether a write would have to copy first, because of a fork."""
+        return any(s.owners > 1 for s in self._layers) or max(self._repeats) > 1
+
     def reset(self) -> None:
         """Forget every frame; the buffers stay."""
         self.slot_frames = [None] * self.slots

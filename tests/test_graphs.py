@@ -1,0 +1,122 @@
+"""GraphedStudent without a GPU: a recorder that does on the CPU what a CUDA graph does, the same operators on the
+same memory, so that whatever was not copied into kept tensors gives stale numbers."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from afd_fast.models import CausalWan, CausalWanConfig
+from afd_fast.models.graphs import GraphedStudent
+from afd_fast.rollout import RolloutConfig, rollout
+
+
+def storages(tree):
+    return {a.untyped_storage().data_ptr() for a in tree_leaves(tree) if isinstance(a, torch.Tensor)}
+
+
+class Recorder:
+    class Mode(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if not storages(out) & storages((args, kwargs)):  # views and writes in place come out of the replay itself
+                self.calls.append((func, args, kwargs or {}, out))
+            elif func._schema.is_mutable:
+                self.calls.append((func, args, kwargs or {}, None))
+            return out
+
+    recorded = replayed = 0
+
+    def record(self, function):
+        function()
+        with self.Mode() as mode:
+            out = function()
+        self.recorded += 1
+        for tensor in tree_leaves([c[3] for c in mode.calls]):  # recording computes nothing
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+
+        def replay():
+            self.replayed += 1
+            for func, args, kwargs, old in mode.calls:
+                new = func(*args, **kwargs)
+                for target, source in zip(tree_leaves(old), tree_leaves(new)):
+                    if isinstance(target, torch.Tensor):
+                        target.copy_(source)
+
+        return out, replay
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(0)
+    return CausalWan(CausalWanConfig.tiny()).double()
+
+
+def inputs(student, seed, batch=2, frames=9):
+    g = torch.Generator().manual_seed(seed)
+    noise, draws = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((batch, 16, frames, 4, 6), (9, batch, 16, 3, 4, 6)))
+    with torch.no_grad():
+        return student.encode_text(torch.randn(batch, 12, 24, generator=g, dtype=torch.float64)), noise, draws
+
+
+@pytest.mark.parametrize("config", [RolloutConfig(), RolloutConfig(window=6), RolloutConfig(window=7, sink=1)], ids=str)
+def test_replays_equal_the_model(student, config):
+    recorder = Recorder()
+    graphed = GraphedStudent(student, recorder=recorder)
+    for seed in range(3):  # other prompts and noise through the same recordings
+        text, noise, draws = inputs(student, seed)
+        expected = rollout(student, text, noise, config, renoise=draws)
+        assert (rollout(graphed, text, noise, config, renoise=draws) - expected).abs().max() < 1e-13
+    assert recorder.recorded == 14 and recorder.replayed == 3 * 14
+
+
+def test_weights_updated_in_place_are_seen_and_moved_ones_recorded_again(student):
+    recorder = Recorder()
+    graphed = GraphedStudent(student, recorder=recorder)
+    text, noise, draws = inputs(student, 0)
+    rollout(graphed, text, noise, renoise=draws)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1.01)
+    expected = rollout(student, text, noise, renoise=draws)
+    assert (rollout(graphed, text, noise, renoise=draws) - expected).abs().max() < 1e-13 and recorder.recorded == 14
+    student.blocks[0].ffn[0].weight.data = student.blocks[0].ffn[0].weight.data * 1.1
+    expected = rollout(student, text, noise, renoise=draws)
+    assert (rollout(graphed, text, noise, renoise=draws) - expected).abs().max() < 1e-13 and recorder.recorded == 28
+
+
+def test_another_shape_or_batch(student):
+    recorder = Recorder()
+    graphed = GraphedStudent(student, recorder=recorder)
+    for batch, frames in ((2, 9), (1, 6), (2, 9)):
+        text, noise, draws = inputs(student, batch, batch, frames)
+        expected = rollout(student, text, noise, renoise=draws)
+        assert (rollout(graphed, text, noise, renoise=draws) - expected).abs().max() < 1e-13
+    one = text[:1]
+    assert (rollout(graphed, one, noise, renoise=draws) - rollout(student, one, noise, renoise=draws)).abs().max() < 1e-13
+
+
+def test_other_calls_run_the_model(student):
+    recorder = Recorder()
+    graphed = GraphedStudent(student, recorder=recorder, max_graphs=3)
+    text, noise, draws = inputs(student, 0)
+    for options in ({"fuse_cache_pass": True}, {}):
+        expected = rollout(student, text, noise, RolloutConfig(**options), renoise=draws)
+        assert (rollout(graphed, text, noise, RolloutConfig(**options), renoise=draws) - expected).abs().max() < 1e-12
+    assert recorder.recorded <= 3  # the rest ran as it is
+    out = rollout(graphed, text, noise, renoise=draws, grad_last_step=True)
+    assert out.requires_grad and graphed.config is student.config
+
+
+def test_the_cache_is_still_checked(student):
+    graphed = GraphedStudent(student, recorder=Recorder())
+    text, noise, draws = inputs(student, 0)
+    rollout(graphed, text, noise, renoise=draws)
+    cache, t = graphed.new_cache(2, 9, 4, 6), graphed.conditioning(1000.0)
+    with torch.no_grad(), pytest.raises(ValueError, match="earlier chunks"):
+        graphed(noise[:, :, 3:6], t, text, cache=cache, start_frame=3)
