@@ -107,9 +107,20 @@ class _Sampler:
     def __init__(self, model, text, noise: Tensor, config: RolloutConfig, frames: int, source: _Noise, grad: bool):
         self.model, self.text, self.config, self.source, self.grad = model, text, config, source, grad
         self.batch = noise.shape[0]
-        window = {} if config.window is None else {"window": config.window, "sink": config.sink}
-        self.cache = model.new_cache(self.batch, frames, *noise.shape[3:], **window)
+        self.window = {} if config.window is None else {"window": config.window, "sink": config.sink}
+        self.size = (frames, *noise.shape[3:])
+        self.cache = None
         self.tables: dict[float, object] = {}
+
+    def start(self, initial: Tensor | None, history: list[tuple[int, int]]) -> None:
+        """A fresh cache, filled with the given frames; one given video for a batch is run once and shared."""
+        shared = initial is not None and initial.shape[0] < self.batch
+        batch, self.batch = self.batch, 1 if shared else self.batch
+        self.cache = self.model.new_cache(self.batch, *self.size, **self.window)
+        for a, b in history:
+            self.refresh(initial[:, :, a:b], a)
+        if shared:
+            self.batch, self.cache = batch, self.cache.fork(batch)
 
     def at(self, time: float, frames: int, device) -> object:
         """t as the model takes it: CausalWan's modulation table, made once per distinct t, or [B, f]."""
@@ -181,8 +192,12 @@ def stream(
     if noise.ndim != 5:
         raise ValueError(f"noise must be [B, C, F, H, W], got {tuple(noise.shape)}")
     given = 0 if initial_latent is None else initial_latent.shape[2]
-    if given and (initial_latent.shape[:2] != noise.shape[:2] or initial_latent.shape[3:] != noise.shape[3:]):
-        raise ValueError(f"initial_latent {tuple(initial_latent.shape)} does not fit noise {tuple(noise.shape)}")
+    if given:
+        rows = initial_latent.shape[0]
+        if initial_latent.shape[1] != noise.shape[1] or initial_latent.shape[3:] != noise.shape[3:] or rows not in (1, noise.shape[0]):
+            raise ValueError(f"initial_latent {tuple(initial_latent.shape)} does not fit noise {tuple(noise.shape)}")
+        if rows < noise.shape[0] and getattr(text, "batch", 1) != 1:
+            raise ValueError(f"one initial_latent for a batch of {noise.shape[0]} needs one prompt, got {text.batch}")
     frames = given + noise.shape[2]
     if config.independent_first_frame and given == 1:  # image to video: the given frame is the independent one
         history, blocks = [(0, 1)], split_blocks(noise.shape[2], config.chunk)
@@ -198,8 +213,7 @@ def stream(
     def chunks():
         with merge:  # also undone when the consumer stops early; grad modes are set inside the calls, never over a yield
             sampler = _Sampler(model, text, noise, config, frames, source, grad_last_step)
-            for a, b in history:
-                sampler.refresh(initial_latent[:, :, a:b].to(noise), a)
+            sampler.start(initial_latent if initial_latent is None else initial_latent.to(noise), history)
             previous = None  # (latents, first frame) of the chunk whose cache pass is still due
             for index, (a, b) in enumerate(blocks):
                 fuse = previous is not None and config.fuse_cache_pass and not (grad_last_step and len(steps) == 1)
@@ -239,7 +253,8 @@ def rollout(
         grad_last_step: let the gradient through the last denoising call of every chunk (history detached), as
             distillation and GAN training need; else none. LoRA then stays unmerged.
         initial_latent: [B, C, F0, H, W] frames to continue from (image to video, extension): they fill the
-            cache at t = context_noise and come first in the result.
+            cache at t = context_noise and come first in the result. Of batch 1, with one prompt, they are run
+            once for B continuations, which share their cache until they diverge.
         progress: called with (chunks done, chunks) after each chunk.
 
     Raises ValueError for shapes, steps and frames that do not divide into chunks.
@@ -250,4 +265,6 @@ def rollout(
             initial_latent=initial_latent, progress=progress,
         )
     )  # fmt: skip
-    return torch.cat(chunks if initial_latent is None else [initial_latent.to(noise), *chunks], 2)
+    if initial_latent is not None:
+        chunks.insert(0, initial_latent.to(noise).expand(noise.shape[0], -1, -1, -1, -1))
+    return torch.cat(chunks, 2)

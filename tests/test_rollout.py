@@ -143,6 +143,31 @@ def test_continuation_equals_the_long_rollout(model):
 
 
 @torch.no_grad()
+def test_continuations_share_one_history(model):
+    """K rollouts from one given video and prompt: the history is run once, not K times, with the same result."""
+    noise, text = inputs(model, batch=3, frames=6)
+    text, given = text[:1], torch.randn(1, 16, 6, 4, 6, dtype=torch.float64)
+    batches = []
+    hook = model.register_forward_pre_hook(lambda m, args: batches.append(args[0].shape[0]))
+    shared = rollout(model, text, noise, generator=generators(1, 2, 3), initial_latent=given)
+    hook.remove()
+    assert batches == [1, 1] + [3] * 9
+    each = rollout(model, text, noise, generator=generators(1, 2, 3), initial_latent=given.expand(3, -1, -1, -1, -1))
+    assert (shared - each).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="needs one prompt"):
+        rollout(model, text[[0, 0, 0]], noise, initial_latent=given)
+    with pytest.raises(ValueError, match="initial_latent"):
+        rollout(model, text, noise, initial_latent=given[:, :8])
+
+
+def test_inference_mode(model):
+    noise, text = inputs(model)
+    with torch.inference_mode():
+        out = rollout(model, text, noise, generator=generators(1, 2))
+    assert torch.equal(out, rollout(model, text, noise, generator=generators(1, 2)))
+
+
+@torch.no_grad()
 def test_image_to_video(model):
     noise, text = inputs(model, frames=6)
     first = torch.randn(2, 16, 1, 4, 6, dtype=torch.float64)
