@@ -1,0 +1,173 @@
+"""The parts of CausalWan: sizes, conditioning, attention, block, head, with the original weights' names.
+
+Source of the equations: Self-Forcing `wan/modules/{model,causal_model}.py` at 33593df; line numbers refer to it.
+
+Legend: B samples, F latent frames, L tokens, D width, H heads, d = D / H.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from afd_fast.ops import transformer as ops
+from afd_fast.ops.attention import attention
+
+PATCH = 2  # latent pixels on a token's side; Wan's patch is (1, 2, 2)
+
+
+@dataclass(frozen=True)
+class CausalWanConfig:
+    """Sizes; the defaults are Wan2.1-T2V-1.3B's (wan/configs/wan_t2v_1_3B.py). text_len: tokens a prompt is padded to."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    text_len: int = 512
+    text_dim: int = 4096
+    freq_dim: int = 256
+    in_dim: int = 16
+    out_dim: int = 16
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.freq_dim % 2:
+            raise ValueError(f"dim / num_heads and freq_dim must be even integers, got {self}")
+
+    @classmethod
+    def wan_1_3b(cls) -> "CausalWanConfig":
+        return cls()
+
+    @classmethod
+    def wan_14b(cls) -> "CausalWanConfig":
+        return cls(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+    @classmethod
+    def tiny(cls) -> "CausalWanConfig":
+        """Two layers of width 64: for tests and for trying things without a GPU."""
+        return cls(dim=64, ffn_dim=160, num_heads=4, num_layers=2, text_len=12, text_dim=24, freq_dim=32)
+
+
+@dataclass(frozen=True)
+class WanText:
+    """A batch of prompts, encoded once: per block the cross-attention keys and values [B, text_len, H, d]."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def batch(self) -> int:
+        return self.keys[0].shape[0]
+
+    def map(self, function) -> "WanText":
+        """The same with `function` applied to every tensor (`.detach()`, `.to(...)`, indexing samples)."""
+        return WanText(tuple(map(function, self.keys)), tuple(map(function, self.values)))
+
+    def __getitem__(self, samples) -> "WanText":
+        return self.map(lambda a: a[samples])
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The timestep's part of the modulation: e [b, f, D] for the head, e0 [b, f, 6, D] for the blocks, b in
+    (1, B), f in (1, F); `tables` holds e0 + modulation per block when it was worked out ahead of a rollout."""
+
+    e: Tensor
+    e0: Tensor
+    tables: tuple[Tensor, ...] | None = None
+
+
+def time_sinusoid(t: Tensor, dim: int) -> Tensor:
+    """[cos, sin] of t over geometric frequencies, in float64 (model.py:15-25). t: any shape -> [..., dim]."""
+    frequency = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
+    angle = t.double()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+class RMSNorm(nn.Module):
+    """A learned weight [dim]; the arithmetic is `ops.transformer.rms_norm`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class Attention(nn.Module):
+    """Projections of one attention layer; `heads`, `eps`, `settings` are what the patterns need."""
+
+    def __init__(self, config: CausalWanConfig, settings: dict):
+        super().__init__()
+        self.heads, self.eps, self.settings = config.num_heads, config.eps, settings
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(config.dim), RMSNorm(config.dim)
+
+    @property
+    def rounding(self) -> dict:
+        return {"eps": self.eps, "official_rounding": self.settings["official_rounding"]}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, Lq, H, d] over [B, Lk, H, d] with the model's backend."""
+        return attention(q, k, v, backend=self.settings["attention"])
+
+    def self_attention(self, h: Tensor, layer: int, pattern) -> Tensor:
+        return self.o(pattern(layer, self, self.q(h), self.k(h), self.v(h)).flatten(2))
+
+    def cross_attention(self, h: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = ops.rms_norm(self.q(h), self.norm_q.weight, **self.rounding).unflatten(-1, (self.heads, -1))
+        if k.shape[0] != q.shape[0]:
+            k, v = (a.expand(q.shape[0], -1, -1, -1) for a in (k, v))
+        return self.o(self.attend(q, k, v).flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the prompt, MLP (causal_model.py:238-335).
+
+    The last residual of a block is added by the next one, in the same pass as its norm: a block takes and
+    returns the stream x and a pending (y, gate) with x' = x + gate y.
+    """
+
+    def __init__(self, config: CausalWanConfig, settings: dict):
+        super().__init__()
+        dim = config.dim
+        self.self_attn = Attention(config, settings)
+        self.norm3 = nn.LayerNorm(dim, eps=config.eps)
+        self.cross_attn = Attention(config, settings)
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded prompt [B, text_len, D] -> cross-attention k (normalised), v [B, text_len, H, d]."""
+        attn = self.cross_attn
+        k = ops.rms_norm(attn.k(text), attn.norm_k.weight, **attn.rounding)
+        return k.unflatten(-1, (attn.heads, -1)), attn.v(text).unflatten(-1, (attn.heads, -1))
+
+    def forward(self, layer, x, y, gate, conditioning: Conditioning, text_k, text_v, pattern):
+        """x [B, L, D], pending y (None before the first block) and gate -> the same three."""
+        table = conditioning.tables[layer] if conditioning.tables else self.modulation[:, None] + conditioning.e0
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)  # each [b, f, D]
+        rounding = self.self_attn.rounding
+        if y is None:
+            h = ops.norm_modulate(x, scale1, shift1, **rounding)
+        else:
+            x, h = ops.residual_norm(x, y, gate, scale=scale1, shift=shift1, **rounding)
+        y = self.self_attn.self_attention(h, layer, pattern)
+        x, h = ops.residual_norm(x, y, gate1, weight=self.norm3.weight, bias=self.norm3.bias, **rounding)
+        y = self.cross_attn.cross_attention(h, text_k, text_v)
+        x, h = ops.residual_norm(x, y, scale=scale2, shift=shift2, **rounding)
+        return x, self.ffn(h), gate2
+
+
+class Head(nn.Module):
+    """Last norm, modulated by e itself, and the projection to patches (causal_model.py:340-366)."""
+
+    def __init__(self, config: CausalWanConfig, settings: dict):
+        super().__init__()
+        self.eps, self.settings = config.eps, settings
+        self.head = nn.Linear(config.dim, PATCH**2 * config.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, y: Tensor, gate: Tensor, e: Tensor) -> Tensor:
+        shift, scale = (self.modulation[:, None] + e[:, :, None]).unbind(2)
+        rounding = {"eps": self.eps, "official_rounding": self.settings["official_rounding"]}
+        return self.head(ops.residual_norm(x, y, gate, scale=scale, shift=shift, **rounding)[1])
