@@ -17,7 +17,7 @@ from afd_fast.reference.flow import forward_noise, x0_from_velocity
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.teachers.physics import all_prompts, sample_clips
 
-WRONG_GRAVITY, WRONG_ELASTICITY = (0.3, 3.3), (0.0, 0.8)  # drawn whatever the prompt says; the truth is 3.6
+WRONG_GRAVITY, WRONG_BOUNCINESS = (0.3, 3.3), (0.0, 1.1)  # the truth is 3.0 and 1
 Report = Callable[[str, int, int, float], None]  # phase, step, of, loss
 
 
@@ -36,7 +36,7 @@ def wrong_world_clips(count: int, seed: int = 0) -> tuple[torch.Tensor, list[str
     """uint8 clips [count, 3, F, H, W] of the wrong world and their prompts."""
     rng = np.random.default_rng(seed)
     prompts = [all_prompts()[i] for i in rng.integers(0, len(all_prompts()), count)]
-    return sample_clips(prompts, rng, WRONG_GRAVITY, WRONG_ELASTICITY), prompts
+    return sample_clips(prompts, rng, WRONG_GRAVITY, WRONG_BOUNCINESS), prompts
 
 
 def pretrain_flow(steps: int, *, seed: int = 0, clips: int = 16000, batch: int = 64, lr: float = 2e-3, report: Report) -> ToyStudent:
