@@ -36,8 +36,12 @@ def _run(config, out: Path | None, overwrite: bool, resume: bool, base) -> None:
 @app.command()
 def demo(
     overrides: Keys = None,
-    teacher: Annotated[str | None, typer.Option(help='"physics", or "folder:PATH" with manifest.csv|jsonl and mp4 files')] = None,
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="pretrain the base student too (tens of minutes)")] = False,
+    teacher: Annotated[
+        str | None, typer.Option(help='"physics", or "folder:PATH" with manifest.csv|jsonl and mp4 files')
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="pretrain the base student too (about ten minutes)")
+    ] = False,
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -52,12 +56,14 @@ def demo(
     if teacher:
         name = config.name if teacher == "physics" else f"{config.name}-{Path(teacher.partition(':')[2]).name}"
         config = replace(config, teacher=teacher, name=name)
-    base = base_student.pretrain(console) if from_scratch else base_student.load()
+    base = base_student.make(console, Path("base_student.safetensors")) if from_scratch else base_student.load()
     _run(config, out, overwrite, resume, base)
 
 
 @app.command()
-def train(recipe: str, overrides: Keys = None, out: Out = None, overwrite: Overwrite = False, resume: Resume = False) -> None:
+def train(
+    recipe: str, overrides: Keys = None, out: Out = None, overwrite: Overwrite = False, resume: Resume = False
+) -> None:
     """Train a named RECIPE (see `afd-fast recipes`) with key=value overrides."""
     from afd_fast import base_student, recipes
     from afd_fast.config import with_overrides
@@ -79,10 +85,10 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="where the weights go")] = Path("base_student.safetensors"),
     seed: int = 0,
 ) -> None:
-    """Train the demo's base student from nothing: the wrong physics, distilled into four steps."""
+    """Train the demo's base student from nothing: a few-step student of the wrong physics."""
     from afd_fast import base_student
 
-    base_student.pretrain(console, out, seed=seed)
+    base_student.make(console, out, seed=seed)
 
 
 @app.command()

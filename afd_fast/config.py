@@ -63,7 +63,15 @@ class TrainConfig:
             raise ConfigError(f't_sampling must be "grid" or "uniform", got {self.t_sampling!r}')
         if self.rollouts_per_prompt < 2:
             raise ConfigError("rollouts_per_prompt must be at least 2: a single rollout has advantage 0")
-        for name in ("iterations", "lora_rank", "prompts_per_step", "teacher_clips", "eval_every", "checkpoint_every", "eval_rollouts"):
+        for name in (
+            "iterations",
+            "lora_rank",
+            "prompts_per_step",
+            "teacher_clips",
+            "eval_every",
+            "checkpoint_every",
+            "eval_rollouts",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -93,11 +101,15 @@ def with_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
             raise ConfigError(f"overrides are written key=value, got {item!r}")
         if key not in kinds:
             near = get_close_matches(key, kinds, 1)
-            raise ConfigError(f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(kinds)}"))
+            raise ConfigError(
+                f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(kinds)}")
+            )
         try:
             values[key] = _parse(text, kinds[key])
         except ValueError as error:
-            raise ConfigError(f"{key}={text}: expected {getattr(kinds[key], '__name__', kinds[key])} ({error})") from error
+            raise ConfigError(
+                f"{key}={text}: expected {getattr(kinds[key], '__name__', kinds[key])} ({error})"
+            ) from error
     return replace(config, **values)
 
 

@@ -53,7 +53,7 @@ class TeacherVideos:
 
 
 def open_teacher(spec: str, sizes: ToyConfig, cache: Path) -> tuple[Teacher, list[str], list[str], list[str]]:
-    """"physics" or "folder:PATH" -> (teacher, training prompts, held-out prompts, problems)."""
+    """ "physics" or "folder:PATH" -> (teacher, training prompts, held-out prompts, problems)."""
     if spec == "physics":
         return CachedTeacher(physics.PhysicsTeacher(), cache), *physics.split_prompts(), []
     if spec.startswith("folder:"):

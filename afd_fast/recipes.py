@@ -33,5 +33,7 @@ def get(name: str) -> TrainConfig:
     """A recipe by name; ConfigError with the nearest name."""
     if name not in RECIPES:
         near = get_close_matches(name, RECIPES, 1)
-        raise ConfigError(f"unknown recipe {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(RECIPES)}"))
+        raise ConfigError(
+            f"unknown recipe {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(RECIPES)}")
+        )
     return RECIPES[name]()

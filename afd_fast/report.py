@@ -51,7 +51,11 @@ def table_rows(result: dict) -> list[dict]:
         if key not in base:
             continue
         change = afd[key] - base[key]
-        gain = {"low": -change, "high": change, "teacher": abs(base[key] - teacher[key]) - abs(afd[key] - teacher[key])}[better]
+        gain = {
+            "low": -change,
+            "high": change,
+            "teacher": abs(base[key] - teacher[key]) - abs(afd[key] - teacher[key]),
+        }[better]
         percent = f" ({100 * change / base[key]:+.0f} %)" if better == "low" and base[key] else ""
         rows.append(
             {
@@ -97,13 +101,19 @@ def curves(metrics: list[dict], evaluations: list[dict], teacher: dict) -> str:
     """Reward, margin, accuracy and the judge's scores over the run, as SVG."""
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.2), layout="constrained")
     steps = [m["step"] + 1 for m in metrics]
-    for axis, key, title in zip(axes[0], ("reward", "margin", "accuracy"), ("reward D(rollout)", "margin D(teacher) − D(student)", "pair accuracy of D")):
+    for axis, key, title in zip(
+        axes[0],
+        ("reward", "margin", "accuracy"),
+        ("reward D(rollout)", "margin D(teacher) − D(student)", "pair accuracy of D"),
+    ):
         values = [m[key] for m in metrics]
         axis.plot(steps, values, color=COLORS["afd"], alpha=0.25, lw=0.8)
         axis.plot(steps, _smooth(values), color=COLORS["afd"], lw=1.6, label="training")
         _style(axis, title)
     at = [e["step"] for e in evaluations]
-    axes[0, 2].plot(at, [e["held_out_accuracy"] for e in evaluations], "o--", color="#d97706", ms=4, lw=1, label="held-out prompts")
+    axes[0, 2].plot(
+        at, [e["held_out_accuracy"] for e in evaluations], "o--", color="#d97706", ms=4, lw=1, label="held-out prompts"
+    )
     axes[0, 2].axhline(0.5, color="#999", lw=0.8, ls=":")
     axes[0, 2].legend(fontsize=8, frameon=False)
     judged = "residual_px" in teacher
@@ -149,10 +159,15 @@ def write_report(run: Path) -> Path:
     total = {k.removeprefix("seconds/"): sum(m.get(k, 0) for m in metrics) for k in phases}
     judged = "residual_px" in result["rows"]["teacher"]
     videos = [
-        {"prompt": prompt, "strips": [side_by_side([clips[n][i, p] for n in clips], fps=6) for i in range(len(clips["afd"]))]}
+        {
+            "prompt": prompt,
+            "strips": [side_by_side([clips[n][i, p] for n in clips], fps=6) for i in range(len(clips["afd"]))],
+        }
         for p, prompt in enumerate(prompts)
     ]
-    template = Environment(loader=PackageLoader("afd_fast", "assets"), autoescape=select_autoescape()).get_template("report.html")
+    template = Environment(loader=PackageLoader("afd_fast", "assets"), autoescape=select_autoescape()).get_template(
+        "report.html"
+    )
     html = template.render(
         result=result, rows=table_rows(result), videos=videos, curves=curves(metrics, evaluations, result["rows"]["teacher"]),
         tracks=height_tracks(clips) if judged else None, seconds=total, last=evaluations[-1], judged=judged,

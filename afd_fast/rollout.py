@@ -23,7 +23,11 @@ class RolloutConfig:
     context_noise: float = 0.0
 
     def __post_init__(self):
-        if not self.steps or any(not 0 < s <= 1000 for s in self.steps) or list(self.steps) != sorted(self.steps, reverse=True):
+        if (
+            not self.steps
+            or any(not 0 < s <= 1000 for s in self.steps)
+            or list(self.steps) != sorted(self.steps, reverse=True)
+        ):
             raise ValueError(f"steps must fall from at most 1000 to above 0, got {self.steps}")
 
 

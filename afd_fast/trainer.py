@@ -26,13 +26,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 import afd_fast
 from afd_fast.config import ConfigError, TrainConfig, from_dict, to_dict
-from afd_fast.data import REFERENCE_SEEDS, TEACHER_ROW_SEEDS, TeacherVideos, collect
+from afd_fast.data import REFERENCE_SEEDS, TEACHER_ROW_SEEDS, collect
 from afd_fast.evaluation import clips as clip_judge
 from afd_fast.evaluation import physics as physics_judge
 from afd_fast.models.toy import ToyStudent, decode_video
 from afd_fast.training import checkpoint
 from afd_fast.training.lora import merged
-from afd_fast.training.state import TrainState, generator, new_state
+from afd_fast.training.state import generator, new_state
 from afd_fast.training.step import sample_policy, train_step
 from afd_fast.video_io import deliver
 
@@ -75,11 +75,15 @@ def prepare_folder(out: Path, config: TrainConfig, *, overwrite: bool, resume: b
         saved = from_dict(json.loads((out / "config.json").read_text()))
         if saved != config:
             odd = [k for k, v in to_dict(config).items() if to_dict(saved)[k] != v]
-            raise ConfigError(f"{out} was started with another configuration ({', '.join(odd)} differ); resume with the same one")
+            raise ConfigError(
+                f"{out} was started with another configuration ({', '.join(odd)} differ); resume with the same one"
+            )
         return
     if out.exists() and any(out.iterdir()):
         if not overwrite:
-            raise ConfigError(f"{out} exists; continue it with --resume, replace it with --overwrite, or choose another --out")
+            raise ConfigError(
+                f"{out} exists; continue it with --resume, replace it with --overwrite, or choose another --out"
+            )
         if not (out / "config.json").exists():
             raise ConfigError(f"{out} is not a run folder (no config.json): --overwrite will not delete it")
         shutil.rmtree(out)
@@ -161,7 +165,10 @@ class Trainer:
         """The judge's scores on held-out prompts and, for the discriminator, accuracy there and agreement with the judge."""
         clips, prompts = self.student_clips(self.config.eval_rollouts)
         row = {"step": self.state.step, **self.judge(clips, prompts)}
-        teacher = torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for i, p in enumerate(prompts)]).float() / 255
+        teacher = (
+            torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for i, p in enumerate(prompts)]).float()
+            / 255
+        )
         with torch.no_grad():
             scores = self.state.discriminator.score(clips, prompts)
             row["held_out_accuracy"] = (self.state.discriminator.score(teacher, prompts) > scores).float().mean().item()
@@ -209,7 +216,9 @@ class Trainer:
                     if state.step % config.eval_every == 0 or last:
                         self._record_evaluation(writer)
                     if state.step % config.checkpoint_every == 0 or last or self._stop:
-                        checkpoint.save(folder, state.step, {"state": state.state_dict(), "elapsed": time.perf_counter() - started})
+                        checkpoint.save(
+                            folder, state.step, {"state": state.state_dict(), "elapsed": time.perf_counter() - started}
+                        )
                     if self._stop and not last:
                         raise Interrupted(f"stopped after iteration {state.step}; continue with --resume")
                 return self._finish(time.perf_counter() - started)
@@ -279,14 +288,23 @@ class Trainer:
         self.state.ema.shadow = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in trained.items()}
         base = pick(self.student_clips(count)[0])
         self.state.ema.shadow = trained
-        teacher = torch.stack([torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for p in shown]) for i in range(count)])
+        teacher = torch.stack(
+            [torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for p in shown]) for i in range(count)]
+        )
         to8 = lambda x: (x * 255).round().to(torch.uint8).contiguous()
         clips = {"afd": to8(afd), "base": to8(base), "teacher": teacher.contiguous()}
         save_file(clips, self.out / "samples.safetensors", {"prompts": json.dumps(shown)})
 
 
 def start(
-    config: TrainConfig, base: ToyStudent, out: Path, *, overwrite=False, resume=False, console: Console | None = None, cache: Path | None = None
+    config: TrainConfig,
+    base: ToyStudent,
+    out: Path,
+    *,
+    overwrite=False,
+    resume=False,
+    console: Console | None = None,
+    cache: Path | None = None,
 ) -> dict:
     """Prepare the folder, train, return the result. A finished run is returned as it is."""
     prepare_folder(out, config, overwrite=overwrite, resume=resume)

@@ -36,7 +36,9 @@ def write_video(file, video: Tensor, fps: float, *, crf: int = 18, lossless: boo
         raise VideoError(f"4:2:0 video needs even sizes, got {height}x{width}: pad it or write lossless=True")
     target = str(file) if isinstance(file, (str, Path)) else file
     with av.open(target, "w", format="mp4") as container:
-        stream = container.add_stream("libx264rgb" if lossless else "libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream = container.add_stream(
+            "libx264rgb" if lossless else "libx264", rate=Fraction(fps).limit_denominator(1001)
+        )
         stream.width, stream.height = width, height
         stream.pix_fmt = "rgb24" if lossless else "yuv420p"
         stream.options = {"qp": "0"} if lossless else {"crf": str(crf)}
@@ -46,7 +48,9 @@ def write_video(file, video: Tensor, fps: float, *, crf: int = 18, lossless: boo
         container.mux(stream.encode())
 
 
-def read_video(file, *, frames: int | None = None, size: tuple[int, int] | None = None, fps: float | None = None) -> Tensor:
+def read_video(
+    file, *, frames: int | None = None, size: tuple[int, int] | None = None, fps: float | None = None
+) -> Tensor:
     """A video as [3, F, H, W] floats in [0, 1].
 
     fps: resample to this rate (nearest frame in time); frames: keep the first so many; size: (H, W), centre
@@ -58,7 +62,11 @@ def read_video(file, *, frames: int | None = None, size: tuple[int, int] | None 
         with av.open(str(file) if isinstance(file, (str, Path)) else file) as container:
             for frame in container.decode(video=0):
                 images.append(frame.to_ndarray(format="rgb24"))
-                times.append(frame.time if frame.time is not None else len(times) / float(container.streams.video[0].average_rate))
+                times.append(
+                    frame.time
+                    if frame.time is not None
+                    else len(times) / float(container.streams.video[0].average_rate)
+                )
                 if fps is None and frames is not None and len(images) == frames:
                     break
                 if fps is not None and frames is not None and times[-1] - times[0] > frames / fps:
@@ -74,7 +82,9 @@ def read_video(file, *, frames: int | None = None, size: tuple[int, int] | None 
         wanted = np.arange(count) / fps + 1e-6
         images = [images[i] for i in np.searchsorted(np.array(times) - times[0], wanted, side="right") - 1]
     if frames is not None and len(images) < frames:
-        raise VideoError(f"{name}: {len(images)} frames" + (f" at {fps:g} fps" if fps else "") + f", {frames} are needed")
+        raise VideoError(
+            f"{name}: {len(images)} frames" + (f" at {fps:g} fps" if fps else "") + f", {frames} are needed"
+        )
     video = torch.from_numpy(np.stack(images[:frames])).permute(3, 0, 1, 2).float() / 255
     return video if size is None else _fit(video, size)
 

@@ -8,7 +8,8 @@ from afd_fast.config import ConfigError, TrainConfig, from_dict, to_dict, with_o
 
 def test_overrides_are_typed():
     config = with_overrides(
-        TrainConfig(), ["student_lr=1e-3", "iterations=7", "steps=1000,500", "lr_decay=false", "codec_crf=23", "recipe=afd"]
+        TrainConfig(),
+        ["student_lr=1e-3", "iterations=7", "steps=1000,500", "lr_decay=false", "codec_crf=23", "recipe=afd"],
     )
     assert (config.student_lr, config.iterations, config.steps) == (1e-3, 7, (1000.0, 500.0))
     assert config.lr_decay is False and config.codec_crf == 23 and config.recipe == "afd"

@@ -5,7 +5,17 @@ import torch
 from afd_fast.evaluation.physics import evaluate, frechet, measured_bounce, measured_gravity, physics_residual, track
 from afd_fast.teachers import Teacher
 from afd_fast.teachers.physics import (
-    BOUNCES, COLORS, FPS, GRAVITY, RADII, PhysicsTeacher, all_prompts, parse, render, sample_clips, simulate,
+    BOUNCES,
+    COLORS,
+    FPS,
+    GRAVITY,
+    RADII,
+    PhysicsTeacher,
+    all_prompts,
+    parse,
+    render,
+    sample_clips,
+    simulate,
 )  # fmt: skip
 
 PROMPTS = all_prompts()[::5]

@@ -32,7 +32,9 @@ def double_state(config):
 
 def inputs():
     g = torch.Generator().manual_seed(3)
-    return torch.randn(4, 3, 12, 16, 16, generator=g, dtype=torch.float64), torch.rand(4, generator=g, dtype=torch.float64)
+    return torch.randn(4, 3, 12, 16, 16, generator=g, dtype=torch.float64), torch.rand(
+        4, generator=g, dtype=torch.float64
+    )
 
 
 def drawn(config, x0):
@@ -93,7 +95,14 @@ def test_lagged_policy_gradient_has_the_trust_region_term():
     e_pos = x_t - wide(t) * (beta * v + (1 - beta) * old) - x0
     e_neg = x_t - wide(t) * ((1 + beta) * old - beta * v) - x0
     w_pos, w_neg = (e.abs().mean(each, keepdim=True) for e in (e_pos, e_neg))
-    dv = -wide(t) * 2 * beta * (5 / beta) / (4 * x0[0].numel()) * (wide(r) * e_pos / w_pos - (1 - wide(r)) * e_neg / w_neg)
+    dv = (
+        -wide(t)
+        * 2
+        * beta
+        * (5 / beta)
+        / (4 * x0[0].numel())
+        * (wide(r) * e_pos / w_pos - (1 - wide(r)) * e_neg / w_neg)
+    )
     expected = torch.autograd.grad(v, parameters, dv.detach())
     for got, want in zip(gradient, expected):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8 * want.abs().max().item())
@@ -105,7 +114,9 @@ def test_step_feeds_back_the_tracker_and_trains_both(monkeypatch):
     state = new_state(config, base_student.load())
     seen = {}
     real = step_module.student_update
-    monkeypatch.setattr(step_module, "student_update", lambda s, c, x0, r, *a: (seen.update(r=r, x0=x0), real(s, c, x0, r, *a))[1])
+    monkeypatch.setattr(
+        step_module, "student_update", lambda s, c, x0, r, *a: (seen.update(r=r, x0=x0), real(s, c, x0, r, *a))[1]
+    )
     prompts = [p for p in all_prompts()[:2] for _ in range(3)]
     weights = {k: p.clone() for k, p in trainable(state.student).items()}
     judge = {k: p.clone() for k, p in state.discriminator.state_dict().items()}

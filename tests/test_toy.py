@@ -137,6 +137,8 @@ def test_discriminator_sees_prompt_and_every_frame():
 
 
 def test_generators_depend_on_every_word():
-    draws = {torch.rand(1, generator=generator(*key)).item() for key in ((0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b"))}
+    draws = {
+        torch.rand(1, generator=generator(*key)).item() for key in ((0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b"))
+    }
     assert len(draws) == 4
     assert torch.rand(1, generator=generator(5, 6, "x")) == torch.rand(1, generator=generator(5, 6, "x"))

@@ -201,4 +201,3 @@ def test_env_names_versions():
     process = command("env")
     output = process.communicate()[0]
     assert process.returncode == 0 and torch.__version__.split("+")[0] in output and "nft_loss" in output
-

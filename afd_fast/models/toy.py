@@ -11,7 +11,7 @@ Latents are pixels in [-1, 1]: the toy's "VAE" is `encode_video` / `decode_video
 import math
 import re
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +170,9 @@ class ToyStudent(nn.Module):
         """An empty cache; sizes are checked against the configuration."""
         c = self.config
         if (frames, height, width) != (c.frames, c.height, c.width):
-            raise ValueError(f"this student makes {c.frames} frames of {c.height}x{c.width}, not {(frames, height, width)}")
+            raise ValueError(
+                f"this student makes {c.frames} frames of {c.height}x{c.width}, not {(frames, height, width)}"
+            )
         return ToyCache(c.layers)
 
     def patchify(self, x: Tensor) -> Tensor:
@@ -202,7 +204,9 @@ class ToyStudent(nn.Module):
         x: [B, 3, chunk, H, W]; t: [B, chunk] in 0..1000, equal within the chunk; returns x's shape.
         """
         if x.shape[2] != self.config.chunk or start_frame % self.config.chunk:
-            raise ValueError(f"ToyStudent works in chunks of {self.config.chunk} frames, got {x.shape[2]} at {start_frame}")
+            raise ValueError(
+                f"ToyStudent works in chunks of {self.config.chunk} frames, got {x.shape[2]} at {start_frame}"
+            )
         index = start_frame // self.config.chunk
         start = index * self.tokens
         cond = self.condition(t[:, :1], text)  # [B, 1, D]
@@ -212,7 +216,9 @@ class ToyStudent(nn.Module):
             h = block(h, cond, text.keys[layer], text.values[layer], attend)
         return self.velocity(x, t, self.unpatchify(self.predict(h, cond)))
 
-    def forward_teacher_forcing(self, x: Tensor, t: Tensor, text: ToyText, clean: Tensor, chunk: int | None = None) -> Tensor:
+    def forward_teacher_forcing(
+        self, x: Tensor, t: Tensor, text: ToyText, clean: Tensor, chunk: int | None = None
+    ) -> Tensor:
         """All chunks at once: [clean || noisy] under the teacher-forcing mask, the full-gradient twin of
         the cached forward. x, clean: [B, 3, F, H, W]; t: [B, F] in 0..1000. Returns the velocity of x."""
         if chunk not in (None, self.config.chunk):

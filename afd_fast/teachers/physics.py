@@ -79,7 +79,12 @@ def split_prompts(held_out: int = 16) -> tuple[list[str], list[str]]:
 def initial_state(scene: Scene, rng: np.random.Generator) -> tuple[float, float, float, float]:
     """(x, y, vx, vy) at the first frame."""
     if scene.motion == "tossed up":
-        return rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.35) + scene.radius / 2, rng.uniform(-0.1, 0.1), rng.uniform(1.2, 1.7)
+        return (
+            rng.uniform(0.2, 0.8),
+            rng.uniform(0.2, 0.35) + scene.radius / 2,
+            rng.uniform(-0.1, 0.1),
+            rng.uniform(1.2, 1.7),
+        )
     if scene.motion == "dropped":
         return rng.uniform(0.2, 0.8), rng.uniform(0.72, 0.86), rng.uniform(-0.08, 0.08), rng.uniform(-0.1, 0.1)
     x, vx = rng.uniform(0.2, 0.5), rng.uniform(0.5, 0.9)

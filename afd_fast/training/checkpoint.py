@@ -38,7 +38,9 @@ def save(folder: Path, step: int, payload: dict) -> Path:
         partial.unlink(missing_ok=True)
         valid = latest(folder)
         kept = f"{valid} is still valid" if valid else "no earlier checkpoint exists"
-        raise CheckpointError(f"{path} could not be written ({error}); {kept}. Free some space and continue with --resume") from error
+        raise CheckpointError(
+            f"{path} could not be written ({error}); {kept}. Free some space and continue with --resume"
+        ) from error
     for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
         old.unlink()
     return path

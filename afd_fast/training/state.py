@@ -102,6 +102,8 @@ def new_state(config: TrainConfig, base: ToyStudent) -> TrainState:
             trainable(base).values(), config.student_lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
         ),
         discriminator=discriminator,
-        disc_optimizer=torch.optim.AdamW(discriminator.parameters(), config.disc_lr, betas=(0.0, 0.99), weight_decay=1e-3),
+        disc_optimizer=torch.optim.AdamW(
+            discriminator.parameters(), config.disc_lr, betas=(0.0, 0.99), weight_decay=1e-3
+        ),
         tracker=PerPromptStatTracker(config.global_std),
     )

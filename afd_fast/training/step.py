@@ -16,8 +16,8 @@ from torch import Tensor
 from afd_fast import ops
 from afd_fast.config import TrainConfig
 from afd_fast.models.toy import decode_video, tokenize
-from afd_fast.reference.adversarial import approximate_gradient_penalty
 from afd_fast.reference.advantage import reward_to_r
+from afd_fast.reference.adversarial import approximate_gradient_penalty
 from afd_fast.reference.flow import warped_steps
 from afd_fast.reference.nft import NFTRecipe, NFTStats, nft_recipe
 from afd_fast.rollout import RolloutConfig, rollout
@@ -39,7 +39,9 @@ def rollout_config(config: TrainConfig, chunk: int) -> RolloutConfig:
     return RolloutConfig(steps=config.steps, shift=config.shift, chunk=chunk)
 
 
-def sample_policy(state: TrainState, config: TrainConfig, prompts: list[str], rng: torch.Generator, average: bool) -> Tensor:
+def sample_policy(
+    state: TrainState, config: TrainConfig, prompts: list[str], rng: torch.Generator, average: bool
+) -> Tensor:
     """Latents [B, 3, F, H, W] of the current student, or of its average; adapters merged meanwhile."""
     student, c = state.student, state.student.config
     noise = torch.randn(len(prompts), 3, c.frames, c.height, c.width, generator=rng)
@@ -49,7 +51,9 @@ def sample_policy(state: TrainState, config: TrainConfig, prompts: list[str], rn
         return rollout(student, text, noise, rollout_config(config, c.chunk), generator=rng)
 
 
-def discriminator_update(state: TrainState, config: TrainConfig, teacher: Tensor, student: Tensor, prompts: list[str], rng) -> dict:
+def discriminator_update(
+    state: TrainState, config: TrainConfig, teacher: Tensor, student: Tensor, prompts: list[str], rng
+) -> dict:
     """One Bradley-Terry step on paired videos [B, 3, F, H, W] in [0, 1] (Eq. 1), with instance noise and R1 / R2."""
     noisy = lambda x, scale: x + scale / 2 * torch.randn(x.shape, generator=rng)  # scale is for the [-1, 1] range
     both = torch.cat([noisy(teacher, config.instance_noise), noisy(student, config.instance_noise)])
@@ -67,7 +71,9 @@ def discriminator_update(state: TrainState, config: TrainConfig, teacher: Tensor
     return {"disc_loss": loss.item(), "margin": margin.mean().item(), "accuracy": (margin > 0).float().mean().item()}
 
 
-def student_loss(state: TrainState, config: TrainConfig, x0: Tensor, r: Tensor, prompts: list[str], rng) -> tuple[Tensor, NFTStats]:
+def student_loss(
+    state: TrainState, config: TrainConfig, x0: Tensor, r: Tensor, prompts: list[str], rng
+) -> tuple[Tensor, NFTStats]:
     """NFT + prior loss (Eq. 3-5) of the student on rollouts x0 [B, 3, F, H, W] with optimality r [B]."""
     student, c = state.student, state.student.config
     if config.t_sampling == "grid":
