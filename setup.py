@@ -34,7 +34,7 @@ setup(
     version=VERSION,
     packages=find_packages(include=["afd_fast", "afd_fast.*"]) + find_packages("kernels"),
     package_dir={"afd_kernels": "kernels/afd_kernels"},
-    package_data={"afd_fast": ["data/*", "py.typed"]},
+    package_data={"afd_fast": ["assets/*", "py.typed"]},
     ext_modules=[Extension("afd_kernels.libafd_kernels", sources=[])] if CUDA else [],
     cmdclass={"build_ext": CMakeBuild} if CUDA else {},
 )

@@ -138,5 +138,3 @@ def evaluate(clips: np.ndarray, prompts: list[str], reference: np.ndarray) -> di
     still = (bright[:, 1:] < BACKGROUND + 0.25) & (bright[:, :-1] < BACKGROUND + 0.25)
     out["flicker"] = 100 * abs(np.diff(clips, axis=2)).mean(1)[still].mean()
     return {k: float(v) for k, v in out.items()}
-
-

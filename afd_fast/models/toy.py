@@ -11,7 +11,7 @@ Latents are pixels in [-1, 1]: the toy's "VAE" is `encode_video` / `decode_video
 import math
 import re
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +170,9 @@ class ToyStudent(nn.Module):
         """An empty cache; sizes are checked against the configuration."""
         c = self.config
         if (frames, height, width) != (c.frames, c.height, c.width):
-            raise ValueError(f"this student makes {c.frames} frames of {c.height}x{c.width}, not {(frames, height, width)}")
+            raise ValueError(
+                f"this student makes {c.frames} frames of {c.height}x{c.width}, not {(frames, height, width)}"
+            )
         return ToyCache(c.layers)
 
     def patchify(self, x: Tensor) -> Tensor:
@@ -202,7 +204,9 @@ class ToyStudent(nn.Module):
         x: [B, 3, chunk, H, W]; t: [B, chunk] in 0..1000, equal within the chunk; returns x's shape.
         """
         if x.shape[2] != self.config.chunk or start_frame % self.config.chunk:
-            raise ValueError(f"ToyStudent works in chunks of {self.config.chunk} frames, got {x.shape[2]} at {start_frame}")
+            raise ValueError(
+                f"ToyStudent works in chunks of {self.config.chunk} frames, got {x.shape[2]} at {start_frame}"
+            )
         index = start_frame // self.config.chunk
         start = index * self.tokens
         cond = self.condition(t[:, :1], text)  # [B, 1, D]
@@ -212,7 +216,9 @@ class ToyStudent(nn.Module):
             h = block(h, cond, text.keys[layer], text.values[layer], attend)
         return self.velocity(x, t, self.unpatchify(self.predict(h, cond)))
 
-    def forward_teacher_forcing(self, x: Tensor, t: Tensor, text: ToyText, clean: Tensor, chunk: int | None = None) -> Tensor:
+    def forward_teacher_forcing(
+        self, x: Tensor, t: Tensor, text: ToyText, clean: Tensor, chunk: int | None = None
+    ) -> Tensor:
         """All chunks at once: [clean || noisy] under the teacher-forcing mask, the full-gradient twin of
         the cached forward. x, clean: [B, 3, F, H, W]; t: [B, F] in 0..1000. Returns the velocity of x."""
         if chunk not in (None, self.config.chunk):
@@ -241,3 +247,30 @@ class ToyStudent(nn.Module):
     def velocity(x: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """v = (x_t - x0) / t, Eq. 3 solved for v; t in 0..1000 [B, F]."""
         return (x - x0) / (t[:, None, :, None, None] / 1000).clamp(min=1e-3)
+
+
+class ToyDiscriminator(nn.Module):
+    """D(video, prompt): frames and frame differences stacked as channels (temporal kernels of full length; on
+    a CPU an order of magnitude faster than 3-D convolutions), strided 2-D convolutions, a prompt projection."""
+
+    def __init__(self, config: ToyConfig = ToyConfig(), width: int = 48, dim: int = 64):
+        super().__init__()
+        self.dim = dim
+        channels = 3 * (2 * config.frames - 1)
+        self.convs = nn.Sequential(
+            nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 2 * width, 4, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(),
+        )  # fmt: skip
+        features = 2 * width * (config.height // 8) * (config.width // 8)
+        self.features = nn.Sequential(nn.Linear(features, 2 * dim), nn.LeakyReLU(0.2))
+        self.head, self.project = nn.Linear(2 * dim, 1), nn.Linear(2 * dim, dim)
+        self.prompt = PromptEmbedding(dim)
+
+    def score(self, videos: Tensor, prompts: list[str]) -> Tensor:
+        """How much videos [B, 3, F, H, W] in [0, 1] look like the teacher's for their prompts: [B], higher is better."""
+        x = (videos * 2 - 1).transpose(1, 2)  # [B, F, 3, H, W]
+        stacked = torch.cat([x, x[:, 1:] - x[:, :-1]], 1).flatten(1, 2)
+        h = self.features(self.convs(stacked))
+        _, pooled = self.prompt(tokenize(prompts).to(x.device))
+        return self.head(h)[:, 0] + (self.project(h) * pooled).sum(1) / self.dim**0.5

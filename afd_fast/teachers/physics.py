@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 FRAMES, SIZE, FPS = 12, 16, 10
-GRAVITY = 3.6  # box sides / s^2; the true world
+GRAVITY = 3.0  # box sides / s^2; the true world
 BACKGROUND = 0.06
 COLORS = {
     "red": (1.0, 0.15, 0.15), "green": (0.15, 0.9, 0.2), "blue": (0.2, 0.35, 1.0),
@@ -24,7 +24,7 @@ COLORS = {
     "cyan": (0.1, 0.9, 0.95), "orange": (1.0, 0.5, 0.1),
 }  # fmt: skip
 RADII = {"small": 0.11, "large": 0.16}
-BOUNCES = {"low": 0.45, "high": 0.85}  # elasticity in the true world
+BOUNCES = {"low": 0.35, "high": 0.75}  # elasticity in the true world
 MOTIONS = ("dropped", "thrown left", "thrown right", "tossed up")
 GRAMMAR = re.compile(
     rf"a ({'|'.join(RADII)}) ({'|'.join(COLORS)}) ball ({'|'.join(MOTIONS)}), ({'|'.join(BOUNCES)}) bounce"
@@ -79,7 +79,12 @@ def split_prompts(held_out: int = 16) -> tuple[list[str], list[str]]:
 def initial_state(scene: Scene, rng: np.random.Generator) -> tuple[float, float, float, float]:
     """(x, y, vx, vy) at the first frame."""
     if scene.motion == "tossed up":
-        return rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.35) + scene.radius / 2, rng.uniform(-0.1, 0.1), rng.uniform(1.2, 1.7)
+        return (
+            rng.uniform(0.2, 0.8),
+            rng.uniform(0.2, 0.35) + scene.radius / 2,
+            rng.uniform(-0.1, 0.1),
+            rng.uniform(1.2, 1.7),
+        )
     if scene.motion == "dropped":
         return rng.uniform(0.2, 0.8), rng.uniform(0.72, 0.86), rng.uniform(-0.08, 0.08), rng.uniform(-0.1, 0.1)
     x, vx = rng.uniform(0.2, 0.5), rng.uniform(0.5, 0.9)
@@ -121,17 +126,18 @@ def render(centres: np.ndarray, radius: float, color, size: int = SIZE) -> np.nd
     return ((BACKGROUND + cover * (rgb - BACKGROUND)) * 255 + 0.5).astype(np.uint8)
 
 
-def sample_clips(prompts, rng: np.random.Generator, gravity=None, elasticity=None) -> Tensor:
+def sample_clips(prompts, rng: np.random.Generator, gravity=None, bounciness=(1.0, 1.0)) -> Tensor:
     """One clip per prompt -> uint8 [B, 3, F, H, W].
 
-    gravity, elasticity: (low, high) to draw from, whatever the prompt says; None is the true world.
+    gravity: (low, high) to draw from, None is the true world. bounciness: (low, high) of a factor on the
+    elasticity the prompt asks for.
     """
     clips = []
     for prompt in prompts:
         scene = parse(prompt)
         state = initial_state(scene, rng)
         g = GRAVITY if gravity is None else rng.uniform(*gravity)
-        e = scene.elasticity if elasticity is None else rng.uniform(*elasticity)
+        e = scene.elasticity * rng.uniform(*bounciness)
         clips.append(render(simulate(scene.radius, state, g, e), scene.radius, COLORS[scene.color]))
     return torch.from_numpy(np.stack(clips))
 

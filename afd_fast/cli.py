@@ -1,0 +1,139 @@
+"""The `afd-fast` command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
+console = Console()
+
+Out = Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run folder if it exists")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the folder")]
+Keys = Annotated[list[str] | None, typer.Argument(help="key=value overrides of the configuration", show_default=False)]
+
+
+def _run(config, out: Path | None, overwrite: bool, resume: bool, base) -> None:
+    from afd_fast import trainer
+    from afd_fast.report import console_table, write_report
+
+    out = out or Path("runs") / config.name
+    result = trainer.start(config, base, out, overwrite=overwrite, resume=resume, console=console)
+    console.print(console_table(result))
+    last = result["rows"]["afd"]
+    if "reward_physics_correlation" in last:
+        console.print(
+            f"within prompts, discriminator score and physics score correlate at {last['reward_physics_correlation']:.2f}; "
+            f"discriminator accuracy on held-out prompts {last['held_out_accuracy']:.2f}"
+        )
+    console.print(f"{result['seconds']:.0f} s; report: {write_report(out)}")
+
+
+@app.command()
+def demo(
+    overrides: Keys = None,
+    teacher: Annotated[
+        str | None, typer.Option(help='"physics", or "folder:PATH" with manifest.csv|jsonl and mp4 files')
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="pretrain the base student too (about ten minutes)")
+    ] = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Distil the embedded teacher into the shipped base student and write a report."""
+    from dataclasses import replace
+
+    from afd_fast import base_student, recipes
+    from afd_fast.config import with_overrides
+
+    config = with_overrides(recipes.demo(), overrides or [])
+    if teacher:
+        name = config.name if teacher == "physics" else f"{config.name}-{Path(teacher.partition(':')[2]).name}"
+        config = replace(config, teacher=teacher, name=name)
+    base = base_student.make(console, Path("base_student.safetensors")) if from_scratch else base_student.load()
+    _run(config, out, overwrite, resume, base)
+
+
+@app.command()
+def train(
+    recipe: str, overrides: Keys = None, out: Out = None, overwrite: Overwrite = False, resume: Resume = False
+) -> None:
+    """Train a named RECIPE (see `afd-fast recipes`) with key=value overrides."""
+    from afd_fast import base_student, recipes
+    from afd_fast.config import with_overrides
+
+    _run(with_overrides(recipes.get(recipe), overrides or []), out, overwrite, resume, base_student.load())
+
+
+@app.command(name="recipes")
+def list_recipes() -> None:
+    """List the named runs."""
+    from afd_fast import recipes
+
+    for name, function in recipes.RECIPES.items():
+        console.print(f"[bold]{name}[/]  {function.__doc__}")
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="where the weights go")] = Path("base_student.safetensors"),
+    seed: int = 0,
+) -> None:
+    """Train the demo's base student from nothing: a few-step student of the wrong physics."""
+    from afd_fast import base_student
+
+    base_student.make(console, out, seed=seed)
+
+
+@app.command()
+def report(run: Path) -> None:
+    """Write report.html of a finished run folder again."""
+    from afd_fast.config import ConfigError
+    from afd_fast.report import write_report
+
+    if not (run / "result.json").exists():
+        raise ConfigError(f"{run} holds no finished run (no result.json)")
+    console.print(write_report(run))
+
+
+@app.command()
+def env() -> None:
+    """Print versions, devices and which implementation serves every operator."""
+    from afd_fast import ops
+    from afd_fast.trainer import environment
+
+    table = Table(show_header=False)
+    for key, value in environment().items():
+        table.add_row(key, str(value))
+    for name, where in ops.backends().items():
+        table.add_row(f"operator {name}", where)
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command; errors the user can mend are one line and exit status 1 (2: configuration, 130: interrupted)."""
+    from afd_fast.config import ConfigError
+
+    try:
+        app()
+    except ConfigError as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        sys.exit(2)
+    except Exception as error:
+        from afd_fast.trainer import Interrupted, TrainingError
+        from afd_fast.training.checkpoint import CheckpointError
+        from afd_fast.video_io import VideoError
+
+        if isinstance(error, Interrupted):
+            console.print(str(error))
+            sys.exit(130)
+        if isinstance(error, (CheckpointError, TrainingError, VideoError)):
+            Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+            sys.exit(1)
+        raise

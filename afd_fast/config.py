@@ -1,0 +1,123 @@
+"""The configuration of a training run: one frozen dataclass, flat keys, `key=value` overrides."""
+
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+
+
+class ConfigError(ValueError):
+    """A configuration the user has to change; the message says how."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """AFD on one device (Algorithm 1). Defaults are the demo's; `afd_fast.recipes` holds the named runs.
+
+    Units: learning rates per step, `steps` in 0..1000, `ema` and `beta` in 0..1.
+    """
+
+    name: str = "demo"
+    seed: int = 0
+    iterations: int = 200
+    # data
+    teacher: str = "physics"  # "physics" or "folder:PATH" (a folder with manifest.csv or manifest.jsonl)
+    teacher_clips: int = 4  # finished videos bought per prompt
+    prompts_per_step: int = 12
+    rollouts_per_prompt: int = 8  # K; with K = 1 every advantage is 0
+    codec_crf: int | None = None  # H.264 quality both sides pass through before the discriminator; None: 8-bit only
+    # rollout
+    steps: tuple[float, ...] = (1000, 750, 500, 250)
+    shift: float = 1.0
+    # student update
+    recipe: str = "diffusionnft"  # a name of afd_fast.nft_recipe
+    v_old: str = "ema"  # "ema": the lagged policy collects and interpolates; "self": stop-gradient of v (Eq. 4)
+    beta: float = 0.1
+    prior_weight: float = 1e-3  # lambda_prior
+    adv_clip: float = 5.0
+    global_std: bool = True
+    t_sampling: str = "grid"  # "grid": the sampler's own steps; "uniform": U(0, 1)
+    student_lr: float = 7e-4
+    lr_decay: bool = True  # cosine to 5 %
+    weight_decay: float = 1e-4
+    grad_norm: float = 1.0
+    lora_rank: int = 16
+    ema: float = 0.9
+    # discriminator
+    disc_lr: float = 2e-4
+    disc_steps: int = 1  # per iteration
+    disc_warmup: int = 20  # discriminator-only iterations before the first student update
+    disc_width: int = 48
+    instance_noise: float = 0.3
+    r1: float = 0.1
+    # bookkeeping
+    eval_every: int = 50
+    eval_rollouts: int = 8  # per held-out prompt
+    checkpoint_every: int = 50
+    shuffle_rewards: bool = False  # the control: advantages permuted across the batch
+
+    def __post_init__(self):
+        if self.v_old not in ("ema", "self"):
+            raise ConfigError(f'v_old must be "ema" or "self", got {self.v_old!r}')
+        if self.t_sampling not in ("grid", "uniform"):
+            raise ConfigError(f't_sampling must be "grid" or "uniform", got {self.t_sampling!r}')
+        if self.rollouts_per_prompt < 2:
+            raise ConfigError("rollouts_per_prompt must be at least 2: a single rollout has advantage 0")
+        for name in (
+            "iterations",
+            "lora_rank",
+            "prompts_per_step",
+            "teacher_clips",
+            "eval_every",
+            "checkpoint_every",
+            "eval_rollouts",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def _parse(text: str, kind) -> object:
+    """'3e-4' -> the type of the field."""
+    if isinstance(kind, types.UnionType):
+        if text.lower() == "none":
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("true or false")
+        return text.lower() == "true"
+    if typing.get_origin(kind) is tuple:
+        return tuple(float(part) for part in text.strip("()").split(",") if part)
+    return kind(text)
+
+
+def with_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
+    """`config` with "key=value" strings applied. ConfigError for an unknown key (nearest name given) or value."""
+    kinds = {f.name: f.type for f in fields(TrainConfig)}
+    values = {}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"overrides are written key=value, got {item!r}")
+        if key not in kinds:
+            near = get_close_matches(key, kinds, 1)
+            raise ConfigError(
+                f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(kinds)}")
+            )
+        try:
+            values[key] = _parse(text, kinds[key])
+        except ValueError as error:
+            raise ConfigError(
+                f"{key}={text}: expected {getattr(kinds[key], '__name__', kinds[key])} ({error})"
+            ) from error
+    return replace(config, **values)
+
+
+def to_dict(config: TrainConfig) -> dict:
+    """JSON-ready."""
+    return asdict(config)
+
+
+def from_dict(values: dict) -> TrainConfig:
+    """Inverse of `to_dict`, after a trip through JSON."""
+    return TrainConfig(**{**values, "steps": tuple(values["steps"])})

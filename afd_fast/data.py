@@ -1,0 +1,78 @@
+"""The finished teacher videos a run works with: asked for once, split into training and held-out prompts.
+
+Legend: P prompts, M videos a prompt, F frames, H x W pixels.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from afd_fast.config import ConfigError, TrainConfig
+from afd_fast.models.toy import ToyConfig
+from afd_fast.teachers import Teacher, physics
+from afd_fast.teachers.cache import CachedTeacher
+from afd_fast.teachers.folder import FolderTeacher
+from afd_fast.video_io import deliver, to_uint8
+
+Track = Callable[[Iterable, str], Iterable]  # rich.progress.track-like: (iterable, description)
+REFERENCE_SEEDS, TEACHER_ROW_SEEDS = 10_000, 20_000  # apart from the training clips' 0, 1, 2 ...
+
+
+@dataclass
+class TeacherVideos:
+    """Videos as uint8, by prompt; what the training loop and the judge draw from."""
+
+    teacher: Teacher
+    train_prompts: list[str]
+    held_out: list[str]
+    codec_crf: int | None
+    videos: dict[str, Tensor] = field(default_factory=dict)  # prompt -> [M, 3, F, H, W] uint8, through the door
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def judged(self) -> bool:
+        """Whether the physics judge can score this teacher's prompts."""
+        return isinstance(getattr(self.teacher, "teacher", self.teacher), physics.PhysicsTeacher)
+
+    def clips(self, prompts: list[str], seeds: Iterable[int]) -> Tensor:
+        """Videos [B, 3, F, H, W] in [0, 1] for (prompt, seed) pairs, through the same door as the student's."""
+        return deliver(torch.stack([self.teacher(p, s) for p, s in zip(prompts, seeds)]), self.codec_crf)
+
+    def batch(self, config: TrainConfig, step: int) -> tuple[list[str], Tensor]:
+        """K rows for each of P prompts and a random teacher video for each row; a function of (seed, step)."""
+        rng = np.random.default_rng([config.seed, step])
+        count = min(config.prompts_per_step, len(self.train_prompts))
+        chosen = [self.train_prompts[i] for i in rng.permutation(len(self.train_prompts))[:count]]
+        prompts = [p for p in chosen for _ in range(config.rollouts_per_prompt)]
+        videos = [self.videos[p][rng.integers(len(self.videos[p]))] for p in prompts]
+        return prompts, torch.stack(videos).float() / 255
+
+
+def open_teacher(spec: str, sizes: ToyConfig, cache: Path) -> tuple[Teacher, list[str], list[str], list[str]]:
+    """ "physics" or "folder:PATH" -> (teacher, training prompts, held-out prompts, problems)."""
+    if spec == "physics":
+        return CachedTeacher(physics.PhysicsTeacher(), cache), *physics.split_prompts(), []
+    if spec.startswith("folder:"):
+        teacher = FolderTeacher(
+            spec.removeprefix("folder:"), frames=sizes.frames, size=(sizes.height, sizes.width), fps=physics.FPS
+        )
+        held = max(1, len(teacher.prompts) // 8) if len(teacher.prompts) > 1 else 0
+        train = teacher.prompts[: len(teacher.prompts) - held]
+        return teacher, train, teacher.prompts[len(train) :] or train, teacher.problems
+    raise ConfigError(f'teacher must be "physics" or "folder:PATH", got {spec!r}')
+
+
+def collect(config: TrainConfig, sizes: ToyConfig, cache: Path, track: Track) -> TeacherVideos:
+    """Ask the teacher for every video of the run before training starts. ConfigError without prompts."""
+    teacher, train, held_out, problems = open_teacher(config.teacher, sizes, cache)
+    if not train:
+        raise ConfigError(f"{config.teacher} has no training prompt")
+    data = TeacherVideos(teacher, train, held_out, config.codec_crf, problems=problems)
+    for prompt in track(list(dict.fromkeys(train + held_out)), "teacher videos"):
+        count = min(config.teacher_clips, teacher.clips(prompt)) if hasattr(teacher, "clips") else config.teacher_clips
+        data.videos[prompt] = to_uint8(data.clips([prompt] * count, range(count)))
+    return data

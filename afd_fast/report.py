@@ -1,0 +1,177 @@
+"""A run folder -> one self-contained report.html: table, side-by-side videos, curves, configuration."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from jinja2 import Environment, PackageLoader, select_autoescape
+from rich.table import Table
+from safetensors import safe_open
+from torch import Tensor
+
+from afd_fast.evaluation.physics import track
+from afd_fast.trainer import read_rows
+from afd_fast.video_io import write_video
+
+ZOOM, GAP = 10, 8  # px
+COLORS = {"base": "#8a8f98", "afd": "#2563eb", "teacher": "#16a34a"}
+NAMES = {"base": "base student", "afd": "AFD", "teacher": "teacher"}
+# score -> (label, what is better: "low", "high" or "teacher")
+SCORES = {
+    "residual_px": ("physics residual, px", "low"),
+    "frechet": ("Fréchet distance of trajectories", "low"),
+    "gravity": ("measured gravity, box/s²", "teacher"),
+    "gravity_error": ("gravity error, relative", "low"),
+    "bounce_high": ("elasticity where the prompt says high", "teacher"),
+    "bounce_low": ("elasticity where the prompt says low", "teacher"),
+    "dynamic_px": ("dynamic degree, px/frame", "teacher"),
+    "general": ("general quality (mean of the next four)", "high"),
+    "color": ("  color matches", "high"),
+    "size": ("  size matches", "high"),
+    "shape": ("  shape is a disc", "high"),
+    "motion": ("  motion matches", "high"),
+    "flicker": ("background flicker, %", "low"),
+    "dynamic": ("dynamic degree, % of range per frame", "teacher"),
+    "brightness": ("brightness", "teacher"),
+    "contrast": ("contrast", "teacher"),
+}
+
+
+def table_rows(result: dict) -> list[dict]:
+    """The comparison: one row a score with base, AFD, teacher, the change and whether it is for the better."""
+    base, afd, teacher = (result["rows"][k] for k in ("base", "afd", "teacher"))
+    rows = []
+    for key, (label, better) in SCORES.items():
+        if key not in base:
+            continue
+        change = afd[key] - base[key]
+        gain = {
+            "low": -change,
+            "high": change,
+            "teacher": abs(base[key] - teacher[key]) - abs(afd[key] - teacher[key]),
+        }[better]
+        percent = f" ({100 * change / base[key]:+.0f} %)" if better == "low" and base[key] else ""
+        rows.append(
+            {
+                "key": key, "label": label, "base": f"{base[key]:.3f}", "afd": f"{afd[key]:.3f}",
+                "teacher": f"{teacher[key]:.3f}", "change": f"{change:+.3f}{percent}", "better": gain > 0,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def console_table(result: dict) -> Table:
+    """`table_rows` for the terminal."""
+    table = Table(title=f"held-out prompts, {result['clips_judged']} clips a row", title_justify="left")
+    table.add_column("score")
+    for name in ("base", "AFD", "teacher", "AFD - base"):
+        table.add_column(name, justify="right")
+    for row in table_rows(result):
+        color = "green" if row["better"] else "red"
+        table.add_row(row["label"], row["base"], row["afd"], row["teacher"], f"[{color}]{row['change']}[/]")
+    return table
+
+
+def _svg(figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def _style(axis, title: str, xlabel: str = "iteration") -> None:
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_xlabel(xlabel, fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+
+
+def _smooth(values: list[float], window: int = 9) -> list[float]:
+    return [sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(values))]
+
+
+def curves(metrics: list[dict], evaluations: list[dict], teacher: dict) -> str:
+    """Reward, margin, accuracy and the judge's scores over the run, as SVG."""
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.2), layout="constrained")
+    steps = [m["step"] + 1 for m in metrics]
+    for axis, key, title in zip(
+        axes[0],
+        ("reward", "margin", "accuracy"),
+        ("reward D(rollout)", "margin D(teacher) − D(student)", "pair accuracy of D"),
+    ):
+        values = [m[key] for m in metrics]
+        axis.plot(steps, values, color=COLORS["afd"], alpha=0.25, lw=0.8)
+        axis.plot(steps, _smooth(values), color=COLORS["afd"], lw=1.6, label="training")
+        _style(axis, title)
+    at = [e["step"] for e in evaluations]
+    axes[0, 2].plot(
+        at, [e["held_out_accuracy"] for e in evaluations], "o--", color="#d97706", ms=4, lw=1, label="held-out prompts"
+    )
+    axes[0, 2].axhline(0.5, color="#999", lw=0.8, ls=":")
+    axes[0, 2].legend(fontsize=8, frameon=False)
+    judged = "residual_px" in teacher
+    keys = ("residual_px", "frechet", "general") if judged else ("dynamic", "frechet", "contrast")
+    for axis, key in zip(axes[1], keys):
+        axis.plot(at, [e[key] for e in evaluations], "o-", color=COLORS["afd"], ms=4, lw=1.6, label="AFD")
+        axis.axhline(evaluations[0][key], color=COLORS["base"], lw=1, ls="--", label="base")
+        axis.axhline(teacher[key], color=COLORS["teacher"], lw=1, ls="--", label="teacher")
+        _style(axis, SCORES[key][0].split(" (")[0])
+    axes[1, 0].legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def height_tracks(clips: dict[str, Tensor]) -> str:
+    """The ball's height over time in every sample clip, as SVG."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 2.6), sharey=True, layout="constrained")
+    for axis, (name, video) in zip(axes, clips.items()):
+        heights = track(video.flatten(0, 1).numpy() / 255)[0][..., 1]
+        axis.plot(heights.T, color=COLORS[name], lw=1, alpha=0.7)
+        _style(axis, NAMES[name], "frame")
+    axes[0].set_ylabel("height", fontsize=8)
+    return _svg(figure)
+
+
+def side_by_side(panels: list[Tensor], fps: float) -> str:
+    """Videos [3, F, H, W] (uint8) beside each other, enlarged, as a data URL (mp4, H.264 4:2:0)."""
+    large = [p.repeat_interleave(ZOOM, -1).repeat_interleave(ZOOM, -2) for p in panels]
+    gap = torch.full((*large[0].shape[:-1], GAP), 255, dtype=torch.uint8)
+    strip = torch.cat([part for panel in large for part in (gap, panel)][1:], -1)
+    buffer = io.BytesIO()
+    write_video(buffer, strip, fps, crf=16)
+    return "data:video/mp4;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_report(run: Path) -> Path:
+    """report.html of a finished run folder."""
+    result = json.loads((run / "result.json").read_text())
+    with safe_open(run / "samples.safetensors", "pt") as file:
+        prompts = json.loads(file.metadata()["prompts"])
+        clips = {name: file.get_tensor(name) for name in ("base", "afd", "teacher")}  # [n, P, 3, F, H, W]
+    metrics, evaluations = read_rows(run / "metrics.jsonl"), read_rows(run / "evaluations.jsonl")
+    phases = [k for k in metrics[-1] if k.startswith("seconds/")]
+    total = {k.removeprefix("seconds/"): sum(m.get(k, 0) for m in metrics) for k in phases}
+    judged = "residual_px" in result["rows"]["teacher"]
+    videos = [
+        {
+            "prompt": prompt,
+            "strips": [side_by_side([clips[n][i, p] for n in clips], fps=6) for i in range(len(clips["afd"]))],
+        }
+        for p, prompt in enumerate(prompts)
+    ]
+    template = Environment(loader=PackageLoader("afd_fast", "assets"), autoescape=select_autoescape()).get_template(
+        "report.html"
+    )
+    html = template.render(
+        result=result, rows=table_rows(result), videos=videos, curves=curves(metrics, evaluations, result["rows"]["teacher"]),
+        tracks=height_tracks(clips) if judged else None, seconds=total, last=evaluations[-1], judged=judged,
+    )  # fmt: skip
+    path = run / "report.html"
+    path.write_text(html)
+    return path

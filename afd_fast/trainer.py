@@ -1,0 +1,314 @@
+"""A run: collect the teacher's videos, train, judge, checkpoint; can be interrupted and resumed without loss.
+
+A run folder holds config.json, environment.json, metrics.jsonl (one row an iteration), evaluations.jsonl,
+tensorboard/, checkpoints/, and at the end result.json, samples.safetensors and student.safetensors.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+import afd_fast
+from afd_fast.config import ConfigError, TrainConfig, from_dict, to_dict
+from afd_fast.data import REFERENCE_SEEDS, TEACHER_ROW_SEEDS, collect
+from afd_fast.evaluation import clips as clip_judge
+from afd_fast.evaluation import physics as physics_judge
+from afd_fast.models.toy import ToyStudent, decode_video
+from afd_fast.training import checkpoint
+from afd_fast.training.lora import merged
+from afd_fast.training.state import generator, new_state
+from afd_fast.training.step import sample_policy, train_step
+from afd_fast.video_io import deliver
+
+REFERENCE_CLIPS = 32  # teacher clips per held-out prompt behind the Frechet distance (physics only: they are free)
+SAMPLE_PROMPTS, SAMPLES_PER_PROMPT = 8, 2  # shown in the report
+
+
+class TrainingError(RuntimeError):
+    """Training stopped for a reason the message gives; the last checkpoint is valid."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved itself."""
+
+
+def environment() -> dict:
+    """Versions and machine, for reports."""
+    packages = ("torch", "triton", "peft", "transformers", "diffusers", "av", "pymunk", "numpy")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "afd_fast": afd_fast.__version__,
+        "python": platform.python_version(),
+        **versions,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def prepare_folder(out: Path, config: TrainConfig, *, overwrite: bool, resume: bool) -> None:
+    """Make the run folder, or refuse before anything is touched."""
+    if resume:
+        if not (out / "config.json").exists():
+            raise ConfigError(f"{out} holds no run to resume")
+        saved = from_dict(json.loads((out / "config.json").read_text()))
+        if saved != config:
+            odd = [k for k, v in to_dict(config).items() if to_dict(saved)[k] != v]
+            raise ConfigError(
+                f"{out} was started with another configuration ({', '.join(odd)} differ); resume with the same one"
+            )
+        return
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise ConfigError(
+                f"{out} exists; continue it with --resume, replace it with --overwrite, or choose another --out"
+            )
+        if not (out / "config.json").exists():
+            raise ConfigError(f"{out} is not a run folder (no config.json): --overwrite will not delete it")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(to_dict(config), indent=1))
+    (out / "environment.json").write_text(json.dumps(environment(), indent=1))
+
+
+def _append(path: Path, row: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path, before: int | None = None) -> list[dict]:
+    """Rows of a JSONL file; a half-written last line is dropped. before: only rows with step < before."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return [row for row in rows if before is None or row["step"] < before]
+
+
+def _rewind(path: Path, before: int) -> None:
+    rows = read_rows(path, before)
+    partial = path.with_suffix(".part")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
+
+
+class Trainer:
+    """One run in one folder. `run()` trains to the end; `base` is the pretrained student it starts from."""
+
+    def __init__(self, config: TrainConfig, base: ToyStudent, out: Path, *, cache: Path, console: Console):
+        self.config, self.out, self.console = config, out, console
+        self.sizes = base.config
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
+        )  # fmt: skip
+        with self.progress:
+            self.data = collect(config, self.sizes, cache, self._track)
+            self.reference = self._reference_clips()
+        for problem in self.data.problems:
+            console.print(f"[yellow]left out:[/] {problem}")
+        self.state = new_state(config, base)
+        self._stop = False
+
+    def _track(self, items, description: str):
+        task = self.progress.add_task(description, total=len(items), note="")
+        for item in items:
+            yield item
+            self.progress.advance(task)
+
+    def _reference_clips(self) -> Tensor:
+        """Teacher clips [N, 3, F, H, W] of the held-out prompts that student clips are compared with."""
+        if not self.data.judged:
+            return torch.cat([self.data.videos[p] for p in self.data.held_out]).float() / 255
+        prompts = self.data.held_out * REFERENCE_CLIPS
+        pairs = [(p, REFERENCE_SEEDS + i // len(self.data.held_out)) for i, p in enumerate(prompts)]
+        return torch.cat([self.data.clips([p], [s]) for p, s in self._track(pairs, "judge's reference videos")])
+
+    # -- judging ---------------------------------------------------------------------------------------------
+
+    def judge(self, clips: Tensor, prompts: list[str]) -> dict[str, float]:
+        """Scores from pixels alone."""
+        if self.data.judged:
+            return physics_judge.evaluate(clips.numpy(), prompts, self.reference.numpy())
+        return clip_judge.evaluate(clips.numpy(), self.reference.numpy())
+
+    def student_clips(self, per_prompt: int) -> tuple[Tensor, list[str]]:
+        """Held-out rollouts of the averaged student, with the same noise at every call."""
+        prompts = self.data.held_out * per_prompt
+        latents = sample_policy(self.state, self.config, prompts, generator(0, 0, "evaluation"), average=True)
+        return deliver(decode_video(latents), self.config.codec_crf), prompts
+
+    def evaluate(self) -> dict[str, float]:
+        """The judge's scores on held-out prompts and, for the discriminator, accuracy there and agreement with the judge."""
+        clips, prompts = self.student_clips(self.config.eval_rollouts)
+        row = {"step": self.state.step, **self.judge(clips, prompts)}
+        teacher = (
+            torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for i, p in enumerate(prompts)]).float()
+            / 255
+        )
+        with torch.no_grad():
+            scores = self.state.discriminator.score(clips, prompts)
+            row["held_out_accuracy"] = (self.state.discriminator.score(teacher, prompts) > scores).float().mean().item()
+        if self.data.judged:
+            residual = physics_judge.physics_residual(clips.numpy(), prompts)
+            centred = [a.reshape(-1, len(self.data.held_out)) for a in (scores.numpy(), -residual)]
+            centred = [(a - a.mean(0)).ravel() for a in centred]
+            row["reward_physics_correlation"] = float(np.corrcoef(*centred)[0, 1])
+        return row
+
+    # -- the loop --------------------------------------------------------------------------------------------
+
+    def run(self, *, resume: bool = False, on_step: Callable[[dict], None] | None = None) -> dict:
+        """Train to the end and return result.json's content. Interrupted after a saved stop."""
+        config, state = self.config, self.state
+        elapsed = 0.0
+        folder = self.out / "checkpoints"
+        if resume and (path := checkpoint.latest(folder)):
+            saved = checkpoint.load(path)
+            state.load_state_dict(saved["state"])
+            elapsed = saved["elapsed"]
+            self.console.print(f"resuming after iteration {state.step} ({path})")
+        for name, before in (("metrics.jsonl", state.step), ("evaluations.jsonl", state.step + bool(state.step))):
+            _rewind(self.out / name, before)
+        writer = SummaryWriter(self.out / "tensorboard", purge_step=state.step)
+        previous = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        started = time.perf_counter() - elapsed
+        try:
+            with self.progress:
+                task = self.progress.add_task(config.name, total=config.iterations, completed=state.step, note="")
+                if state.step == 0:
+                    self._record_evaluation(writer)
+                while state.step < config.iterations:
+                    metrics = train_step(state, config, *self.data.batch(config, state.step))
+                    self._check(metrics)
+                    row = {"step": state.step - 1, "elapsed": time.perf_counter() - started, **metrics}
+                    _append(self.out / "metrics.jsonl", row)
+                    for key, value in metrics.items():
+                        writer.add_scalar(key if "/" in key else f"train/{key}", value, state.step)
+                    note = " ".join(f"{k} {metrics[k]:.2f}" for k in ("reward", "margin", "accuracy"))
+                    self.progress.update(task, completed=state.step, note=note)
+                    if on_step:
+                        on_step(row)
+                    last = state.step == config.iterations
+                    if state.step % config.eval_every == 0 or last:
+                        self._record_evaluation(writer)
+                    if state.step % config.checkpoint_every == 0 or last or self._stop:
+                        checkpoint.save(
+                            folder, state.step, {"state": state.state_dict(), "elapsed": time.perf_counter() - started}
+                        )
+                    if self._stop and not last:
+                        raise Interrupted(f"stopped after iteration {state.step}; continue with --resume")
+                return self._finish(time.perf_counter() - started)
+        finally:
+            writer.close()
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+    def _ask_to_stop(self, *_):
+        self._stop = True
+        self.console.print("stopping after this iteration ...")
+
+    def _check(self, metrics: dict) -> None:
+        bad = [k for k, v in metrics.items() if not math.isfinite(v)]
+        if bad:
+            raise TrainingError(
+                f"iteration {self.state.step}: {', '.join(bad)} not finite; stopped before a checkpoint could be overwritten"
+            )
+
+    def _record_evaluation(self, writer: SummaryWriter) -> None:
+        row = self.evaluate()
+        _append(self.out / "evaluations.jsonl", row)
+        for key, value in row.items():
+            if key != "step" and math.isfinite(value):
+                writer.add_scalar(f"held_out/{key}", value, row["step"])
+        keys = ("residual_px", "frechet", "general") if self.data.judged else ("dynamic", "frechet")
+        shown = ", ".join(f"{k} {row[k]:.3f}" for k in keys)
+        self.console.print(f"iteration {row['step']:4d}: {shown}, held-out accuracy {row['held_out_accuracy']:.2f}")
+
+    def _finish(self, seconds: float) -> dict:
+        """Judge the final student and the teacher, keep samples, weights and the result."""
+        evaluations = read_rows(self.out / "evaluations.jsonl")
+        held, count = self.data.held_out, self.config.eval_rollouts
+        seeds = [TEACHER_ROW_SEEDS + i // len(held) for i in range(len(held) * count)]
+        teacher = self.data.clips(held * count, seeds) if self.data.judged else self.reference
+        teacher_row = self.judge(teacher, held * count if self.data.judged else [])
+        result = {
+            "rows": {"base": evaluations[0], "afd": evaluations[-1], "teacher": teacher_row},
+            "prompts": {"train": len(self.data.train_prompts), "held_out": len(held)},
+            "clips_judged": len(held) * count,
+            "problems": self.data.problems,
+            "seconds": seconds,
+            "config": to_dict(self.config),
+            "environment": environment(),
+        }
+        self._save_samples()
+        with self.state.ema.applied(self.state.student), merged(self.state.student):
+            weights = {
+                name.replace(".base_layer", ""): p.contiguous()
+                for name, p in self.state.student.state_dict().items()
+                if ".lora_" not in name
+            }
+            about = {"config": json.dumps(asdict(self.sizes)), "run": json.dumps(to_dict(self.config))}
+            save_file(weights, self.out / "student.safetensors", about)
+        partial = self.out / "result.part"
+        partial.write_text(json.dumps(result, indent=1))
+        partial.replace(self.out / "result.json")
+        return result
+
+    def _save_samples(self) -> None:
+        """Clips of the first held-out prompts: AFD, and the base student from the same noise, and the teacher."""
+        count = SAMPLES_PER_PROMPT
+        shown = self.data.held_out[:SAMPLE_PROMPTS]
+        pick = lambda clips: clips.view(count, len(self.data.held_out), *clips.shape[1:])[:, : len(shown)]
+        afd = pick(self.student_clips(count)[0])
+        trained = self.state.ema.shadow
+        self.state.ema.shadow = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in trained.items()}
+        base = pick(self.student_clips(count)[0])
+        self.state.ema.shadow = trained
+        teacher = torch.stack(
+            [torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for p in shown]) for i in range(count)]
+        )
+        to8 = lambda x: (x * 255).round().to(torch.uint8).contiguous()
+        clips = {"afd": to8(afd), "base": to8(base), "teacher": teacher.contiguous()}
+        save_file(clips, self.out / "samples.safetensors", {"prompts": json.dumps(shown)})
+
+
+def start(
+    config: TrainConfig,
+    base: ToyStudent,
+    out: Path,
+    *,
+    overwrite=False,
+    resume=False,
+    console: Console | None = None,
+    cache: Path | None = None,
+) -> dict:
+    """Prepare the folder, train, return the result. A finished run is returned as it is."""
+    prepare_folder(out, config, overwrite=overwrite, resume=resume)
+    if resume and (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())
+    trainer = Trainer(config, base, out, cache=cache or out.parent / "teacher-cache", console=console or Console())
+    return trainer.run(resume=resume)

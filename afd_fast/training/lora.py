@@ -1,0 +1,60 @@
+"""LoRA through peft, with what AFD needs of it: the frozen reference, and merged weights that restore exactly."""
+
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+
+def add_lora(model: nn.Module, rank: int, targets: list[str]) -> None:
+    """Put adapters of `rank` (alpha = rank, dropout 0) on the named linear layers; everything else is frozen."""
+    model.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), model)
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """Every adapted layer, in order."""
+    return [m for m in model.modules() if isinstance(m, LoraLayer)]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters the optimiser sees, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def disabled(model: nn.Module):
+    """The frozen initial student: adapters off inside the block."""
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no adapters to disable: keep a frozen copy as the reference instead")
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+@contextmanager
+def merged(model: nn.Module):
+    """Adapters folded into the weights inside the block, for rollouts; afterwards the very same tensors are back.
+
+    peft's own merge / unmerge adds and subtracts, which drifts in low precision.
+    """
+    layers = lora_layers(model)
+    weights = [layer.get_base_layer().weight.data for layer in layers]
+    with torch.no_grad():
+        for layer, weight in zip(layers, weights):
+            delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+            layer.get_base_layer().weight.data = weight + delta
+            layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, weights):
+            layer.get_base_layer().weight.data = weight
+            layer._disable_adapters = False

@@ -1,0 +1,152 @@
+"""The loss and gradient of the step against method's closed form, in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from afd_fast import base_student
+from afd_fast.config import TrainConfig
+from afd_fast.models.toy import tokenize
+from afd_fast.reference.advantage import PerPromptStatTracker
+from afd_fast.teachers.physics import all_prompts
+from afd_fast.training import step as step_module
+from afd_fast.training.lora import disabled, trainable
+from afd_fast.training.state import generator, new_state
+from afd_fast.training.step import sample_policy, student_loss, train_step
+from afd_fast.training.update import student_velocity
+
+CONFIG = TrainConfig(recipe="afd", v_old="self", prior_weight=0.05, lora_rank=4, disc_width=8)
+PROMPTS = all_prompts()[:4]
+
+
+def double_state(config):
+    state = new_state(config, base_student.load())
+    state.student.double()
+    for p in trainable(state.student).values():
+        torch.nn.init.normal_(p, std=0.05, generator=generator(0, 0, "test"))
+    for name, p in trainable(state.student).items():
+        state.ema.shadow[name] = p.detach() * 0.9
+    return state
+
+
+def inputs():
+    g = torch.Generator().manual_seed(3)
+    return torch.randn(4, 3, 12, 16, 16, generator=g, dtype=torch.float64), torch.rand(
+        4, generator=g, dtype=torch.float64
+    )
+
+
+def drawn(config, x0):
+    """t and noise as the step draws them."""
+    g = generator(0, 0, "update")
+    grid = torch.tensor(config.steps, dtype=torch.float64) / 1000
+    t = grid[torch.randint(len(grid), (4,), generator=g)]
+    return t, torch.randn(x0.shape, generator=g, dtype=torch.float64)
+
+
+def test_loss_and_gradient_are_equation_4_and_5():
+    state, (x0, r) = double_state(CONFIG), inputs()
+    t, noise = drawn(CONFIG, x0)
+    loss, _ = student_loss(state, CONFIG, x0, r, PROMPTS, generator(0, 0, "update"))
+    parameters = list(trainable(state.student).values())
+    gradient = torch.autograd.grad(loss, parameters)
+
+    wide = lambda a: a.view(-1, 1, 1, 1, 1)
+    x_t = (1 - wide(t)) * x0 + wide(t) * noise
+    text = state.student.encode_text(tokenize(PROMPTS))
+    v = student_velocity(state.student, x_t, t[:, None].expand(-1, 12), text, x0, 3)
+    with torch.no_grad(), disabled(state.student):
+        v_ref = student_velocity(state.student, x_t, t[:, None].expand(-1, 12), text, x0, 3)
+    error, gap = v - (noise - x0), v - v_ref
+    expected_loss = error.square().sum() + 0.05 * (wide(r) * gap.square()).sum()
+    expected_dv = 2 * CONFIG.beta * (2 * wide(r) - 1) * error + 2 * 0.05 * wide(r) * gap
+    expected = torch.autograd.grad(v, parameters, expected_dv.detach())
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    for got, want in zip(gradient, expected):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * want.abs().max().item())
+
+
+def test_equal_rewards_give_no_policy_gradient():
+    config = replace(CONFIG, prior_weight=0.0)
+    state, (x0, r) = double_state(config), inputs()
+    loss, _ = student_loss(state, config, x0, torch.full_like(r, 0.5), PROMPTS, generator(0, 0, "update"))
+    loss.backward()
+    assert all(p.grad.abs().max() < 1e-9 for p in trainable(state.student).values())
+
+
+def test_lagged_policy_gradient_has_the_trust_region_term():
+    """d/dv with a distinct v_old: 2 beta c/d [r e+/W+ - (1 - r) e-/W-] (-t) in x0 space."""
+    config = replace(CONFIG, recipe="diffusionnft", v_old="ema", prior_weight=0.0)
+    state, (x0, r) = double_state(config), inputs()
+    t, noise = drawn(config, x0)
+    loss, _ = student_loss(state, config, x0, r, PROMPTS, generator(0, 0, "update"))
+    parameters = list(trainable(state.student).values())
+    gradient = torch.autograd.grad(loss, parameters)
+    wide = lambda a: a.view(-1, 1, 1, 1, 1)
+    x_t = (1 - wide(t)) * x0 + wide(t) * noise
+    run = lambda: student_velocity(
+        state.student, x_t, t[:, None].expand(-1, 12), state.student.encode_text(tokenize(PROMPTS)), x0, 3
+    )
+    v = run()
+    with torch.no_grad(), state.ema.applied(state.student):
+        old = run()
+    beta, each = config.beta, (1, 2, 3, 4)
+    e_pos = x_t - wide(t) * (beta * v + (1 - beta) * old) - x0
+    e_neg = x_t - wide(t) * ((1 + beta) * old - beta * v) - x0
+    w_pos, w_neg = (e.abs().mean(each, keepdim=True) for e in (e_pos, e_neg))
+    dv = (
+        -wide(t)
+        * 2
+        * beta
+        * (5 / beta)
+        / (4 * x0[0].numel())
+        * (wide(r) * e_pos / w_pos - (1 - wide(r)) * e_neg / w_neg)
+    )
+    expected = torch.autograd.grad(v, parameters, dv.detach())
+    for got, want in zip(gradient, expected):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8 * want.abs().max().item())
+
+
+def test_step_feeds_back_the_tracker_and_trains_both(monkeypatch):
+    """One whole iteration: the r the loss sees is tracker -> clip -> [0, 1] of this discriminator's scores."""
+    config = TrainConfig(disc_warmup=0, prompts_per_step=2, rollouts_per_prompt=3, lora_rank=4)
+    state = new_state(config, base_student.load())
+    seen = {}
+    real = step_module.student_update
+    monkeypatch.setattr(
+        step_module, "student_update", lambda s, c, x0, r, *a: (seen.update(r=r, x0=x0), real(s, c, x0, r, *a))[1]
+    )
+    prompts = [p for p in all_prompts()[:2] for _ in range(3)]
+    weights = {k: p.clone() for k, p in trainable(state.student).items()}
+    judge = {k: p.clone() for k, p in state.discriminator.state_dict().items()}
+    metrics = train_step(state, config, prompts, torch.rand(6, 3, 12, 16, 16))
+    videos = ((seen["x0"] + 1) / 2).clamp(0, 1).mul(255).round().div(255)
+    with torch.no_grad():
+        scores = state.discriminator.score(videos, prompts)
+    advantage = PerPromptStatTracker().update(prompts, scores)
+    torch.testing.assert_close(seen["r"].double(), (advantage.clamp(-5, 5) / 10 + 0.5), atol=1e-5, rtol=0)
+    assert metrics["r_std"] > 0 and state.step == 1
+    assert any(not torch.equal(p, weights[k]) for k, p in trainable(state.student).items())
+    assert all(not torch.equal(p, judge[k]) for k, p in state.discriminator.state_dict().items() if "convs" in k)
+
+
+def test_warmup_leaves_the_student_alone():
+    config = TrainConfig(disc_warmup=1, prompts_per_step=2, rollouts_per_prompt=2, lora_rank=4)
+    state = new_state(config, base_student.load())
+    weights = {k: p.clone() for k, p in trainable(state.student).items()}
+    metrics = train_step(state, config, [p for p in PROMPTS[:2] for _ in range(2)], torch.rand(4, 3, 12, 16, 16))
+    assert "loss" not in metrics and all(torch.equal(p, weights[k]) for k, p in trainable(state.student).items())
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_policy_samples_from_the_weights_it_names(average):
+    state = new_state(CONFIG, base_student.load())
+    with torch.no_grad():
+        for p in (state.ema.shadow if average else trainable(state.student)).values():
+            p.normal_(std=0.3, generator=generator(0, 0, "test"))
+    draw = lambda avg: sample_policy(state, CONFIG, PROMPTS, generator(0, 0, "x"), average=avg)
+    changed, unchanged = draw(average), draw(not average)
+    fresh = new_state(CONFIG, base_student.load())
+    initial = sample_policy(fresh, CONFIG, PROMPTS, generator(0, 0, "x"), average=average)
+    assert torch.allclose(unchanged, initial, atol=1e-5) and not torch.allclose(changed, initial, atol=1e-2)

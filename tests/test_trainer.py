@@ -1,0 +1,203 @@
+"""Real runs of the command: kill -9 and resume, SIGINT, a full disk, bad input, a folder of mp4 files."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from afd_fast import base_student, trainer
+from afd_fast.config import ConfigError, TrainConfig, to_dict
+from afd_fast.report import write_report
+from afd_fast.teachers.physics import FPS, all_prompts, sample_clips
+from afd_fast.training import checkpoint
+from afd_fast.training.checkpoint import CheckpointError
+from afd_fast.video_io import write_video
+
+TINY = [
+    "iterations=6", "disc_warmup=1", "teacher_clips=1", "prompts_per_step=3", "rollouts_per_prompt=2", "eval_every=3",
+    "eval_rollouts=1", "checkpoint_every=2", "lora_rank=4",
+]  # fmt: skip
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def folder_teacher(tmp_path_factory):
+    """Twelve real mp4 files, one of them too short and one broken."""
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("videos")
+    prompts = all_prompts()[::12][:10]
+    rows = ["prompt,video"]
+    for i, clip in enumerate(sample_clips(prompts, np.random.default_rng(0))):
+        large = clip.repeat_interleave(4, -1).repeat_interleave(4, -2)
+        write_video(folder / f"{i}.mp4", large, FPS, crf=18)
+        rows.append(f'"{prompts[i]}",{i}.mp4')
+    write_video(folder / "short.mp4", large[:, :3], FPS)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    rows += ["a short one,short.mp4", "a broken one,broken.mp4"]
+    (folder / "manifest.csv").write_text("\n".join(rows))
+    return folder
+
+
+def command(*arguments, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", "afd_fast", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}, **kwargs,
+    )  # fmt: skip
+
+
+def wait_for_rows(path, count):
+    for _ in range(1200):
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never got {count} rows")
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_kill_9_and_resume_ends_at_the_same_bits(tmp_path, folder_teacher):
+    """Also SIGINT: three ways to the same six iterations."""
+    run = lambda out, *more: command("demo", *TINY, "--teacher", f"folder:{folder_teacher}", "--out", out, *more)
+    straight = run(tmp_path / "straight")
+    killed = run(tmp_path / "killed")
+    wait_for_rows(tmp_path / "killed" / "metrics.jsonl", 3)
+    killed.kill()
+    killed.wait()
+    assert straight.wait() == 0, straight.stdout.read()
+    stopped = run(tmp_path / "stopped")
+    wait_for_rows(tmp_path / "stopped" / "metrics.jsonl", 3)
+    stopped.send_signal(signal.SIGINT)
+    assert stopped.wait() == 130 and "--resume" in stopped.stdout.read()
+    final = checkpoint.load(checkpoint.latest(tmp_path / "straight" / "checkpoints"))["state"]
+    assert final["step"] == 6
+    for name in ("killed", "stopped"):
+        assert checkpoint.load(checkpoint.latest(tmp_path / name / "checkpoints"))["state"]["step"] < 6
+        again = run(tmp_path / name, "--resume")
+        assert again.wait() == 0, again.stdout.read()
+        assert same(checkpoint.load(checkpoint.latest(tmp_path / name / "checkpoints"))["state"], final)
+        rows = trainer.read_rows(tmp_path / name / "metrics.jsonl")
+        assert [r["step"] for r in rows] == list(range(6))
+        untimed = lambda r: {k: v for k, v in r.items() if "seconds" not in k and k != "elapsed"}
+        straight_rows = trainer.read_rows(tmp_path / "straight" / "metrics.jsonl")
+        assert [untimed(r) for r in rows] == [untimed(r) for r in straight_rows]
+    report = (tmp_path / "straight" / "report.html").read_text()
+    assert "short.mp4: 3 frames" in report and "broken.mp4" in report
+    assert report.count("data:video/mp4;base64,") >= 2 and not re.search(r'(src|href)="(?!data:|#)', report)
+
+
+def test_disk_full_keeps_the_old_checkpoint(tmp_path):
+    """A real refusal by the kernel: the process may not write files beyond 64 KiB after the first checkpoint."""
+    script = """
+import resource, signal, sys, torch
+from pathlib import Path
+from afd_fast.training import checkpoint
+folder = Path(sys.argv[1])
+checkpoint.save(folder, 1, {"x": torch.arange(50_000)})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+checkpoint.save(folder, 2, {"x": torch.arange(60_000)})
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and "step-000001.pt is still valid" in done.stderr and "--resume" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001.pt"]
+    assert torch.equal(checkpoint.load(checkpoint.latest(tmp_path))["x"], torch.arange(50_000))
+
+
+def test_checkpoints_rotate_and_refuse_code(tmp_path):
+    for step in range(1, 5):
+        checkpoint.save(tmp_path, step, {"step": step})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003.pt", "step-000004.pt"]
+    torch.save({"x": TrainConfig()}, tmp_path / "step-000009.pt")
+    with pytest.raises(CheckpointError, match=r"step-000009\.pt cannot be read"):
+        checkpoint.load(tmp_path / "step-000009.pt")
+
+
+def test_existing_folder_is_never_replaced_silently(tmp_path, tiny_config):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="--resume.*--overwrite"):
+        trainer.prepare_folder(out, tiny_config, overwrite=False, resume=False)
+    with pytest.raises(ConfigError, match="not a run folder"):
+        trainer.prepare_folder(out, tiny_config, overwrite=True, resume=False)
+    assert (out / "thesis.txt").read_text() == "years of work"
+    (out / "config.json").write_text(json.dumps(to_dict(tiny_config)))
+    with pytest.raises(ConfigError, match=r"another configuration \(seed"):
+        trainer.prepare_folder(out, TrainConfig(**{**to_dict(tiny_config), "seed": 9}), overwrite=False, resume=True)
+    trainer.prepare_folder(out, tiny_config, overwrite=True, resume=False)
+    assert not (out / "thesis.txt").exists()
+    with pytest.raises(ConfigError, match="no run to resume"):
+        trainer.prepare_folder(tmp_path / "nothing", tiny_config, overwrite=False, resume=True)
+
+
+def test_run_on_physics_writes_everything(tmp_path, tiny_config, few_prompts):
+    torch.manual_seed(0)
+    result = trainer.start(tiny_config, base_student.load(), tmp_path / "run", console=QUIET)
+    run = tmp_path / "run"
+    assert set(result["rows"]) == {"base", "afd", "teacher"}
+    assert result["rows"]["teacher"]["residual_px"] < 0.2 < result["rows"]["base"]["residual_px"]
+    assert -1 <= result["rows"]["afd"]["reward_physics_correlation"] <= 1
+    assert [r["step"] for r in trainer.read_rows(run / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [r["step"] for r in trainer.read_rows(run / "evaluations.jsonl")] == [0, 2, 4]
+    assert list((run / "tensorboard").iterdir())
+    html = write_report(run).read_text()
+    assert "physics residual" in html and html.count("<svg") == 2
+    before, after = base_student.load(), base_student.load(run / "student.safetensors")
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+def test_nan_stops_before_a_checkpoint(tmp_path, tiny_config, few_prompts, monkeypatch):
+    from afd_fast.trainer import TrainingError
+
+    real = trainer.train_step
+    monkeypatch.setattr(
+        trainer, "train_step", lambda s, c, *a: real(s, c, *a) | ({"loss": float("nan")} if s.step == 3 else {})
+    )
+    with pytest.raises(TrainingError, match="loss not finite"):
+        trainer.start(tiny_config, base_student.load(), tmp_path / "run", console=QUIET)
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-000002.pt"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["demo", "studnet_lr=1"], "did you mean 'student_lr'"),
+        (["train", "demmo"], "did you mean 'demo'"),
+        (["demo", "--teacher", "folder:/nowhere"], "neither manifest"),
+        (["demo", "--teacher", "oracle"], '"physics" or "folder:PATH"'),
+        (["report", "/nowhere"], "no finished run"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, arguments, message):
+    process = command(*arguments, cwd=tmp_path)
+    output = process.communicate()[0]
+    assert process.returncode == 2 and message in output and "Traceback" not in output, output
+
+
+def test_empty_prompt_list(tmp_path):
+    (tmp_path / "manifest.csv").write_text("prompt,video\n")
+    process = command("demo", "--teacher", f"folder:{tmp_path}", "--out", tmp_path / "run")
+    output = process.communicate()[0]
+    assert process.returncode == 2 and "manifest is empty" in output
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_env_names_versions():
+    process = command("env")
+    output = process.communicate()[0]
+    assert process.returncode == 0 and torch.__version__.split("+")[0] in output and "nft_loss" in output
