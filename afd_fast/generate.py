@@ -112,7 +112,9 @@ def generate(
         noise = torch.stack([torch.randn(shape, generator=g, **options) for g in generators])
         decoder, pixels = decode.stream(), []
         begin = mark = first = clock.now()
-        for number, latents in enumerate(_counted(stream(student, text, noise, config, generator=generators), stats, clock)):
+        for number, latents in enumerate(
+            _counted(stream(student, text, noise, config, generator=generators), stats, clock)
+        ):
             with _on(side):
                 if side is not None:
                     latents.record_stream(side)

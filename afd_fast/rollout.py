@@ -76,7 +76,9 @@ class _Noise:
         if isinstance(generator, (list, tuple)) and len(generator) != like.shape[0]:
             raise ValueError(f"{len(generator)} generators for a batch of {like.shape[0]}")
         if renoise is not None and renoise.ndim not in (5, 6):
-            raise ValueError(f"renoise must be [draws, B*f, C, H, W] or [draws, B, C, f, H, W], got {tuple(renoise.shape)}")
+            raise ValueError(
+                f"renoise must be [draws, B*f, C, H, W] or [draws, B, C, f, H, W], got {tuple(renoise.shape)}"
+            )
         self.like, self.generator, self.renoise, self.draws = like, generator, renoise, 0
 
     def draw(self, frames: int) -> Tensor:
@@ -90,7 +92,9 @@ class _Noise:
             if noise.ndim == 4:
                 noise = noise.unflatten(0, (batch, -1)).transpose(1, 2)
             if tuple(noise.shape) != (batch, channels, frames, height, width):
-                raise ValueError(f"renoise draw is {tuple(noise.shape)}, want {(batch, channels, frames, height, width)}")
+                raise ValueError(
+                    f"renoise draw is {tuple(noise.shape)}, want {(batch, channels, frames, height, width)}"
+                )
             return noise.to(self.like)
         options = {"dtype": self.like.dtype, "device": self.like.device}
         shape = (frames, channels, height, width)
@@ -194,7 +198,11 @@ def stream(
     given = 0 if initial_latent is None else initial_latent.shape[2]
     if given:
         rows = initial_latent.shape[0]
-        if initial_latent.shape[1] != noise.shape[1] or initial_latent.shape[3:] != noise.shape[3:] or rows not in (1, noise.shape[0]):
+        if (
+            initial_latent.shape[1] != noise.shape[1]
+            or initial_latent.shape[3:] != noise.shape[3:]
+            or rows not in (1, noise.shape[0])
+        ):
             raise ValueError(f"initial_latent {tuple(initial_latent.shape)} does not fit noise {tuple(noise.shape)}")
         if rows < noise.shape[0] and getattr(text, "batch", 1) != 1:
             raise ValueError(f"one initial_latent for a batch of {noise.shape[0]} needs one prompt, got {text.batch}")
@@ -208,10 +216,14 @@ def stream(
     steps = step_table(config.steps, config.shift)
     first_steps = step_table(config.first_chunk_steps, config.shift) if config.first_chunk_steps else steps
     source = _Noise(noise, generator, renoise)
-    merge = merged_lora(model) if config.merge_lora and not grad_last_step and hasattr(model, "modules") else nullcontext()
+    merge = (
+        merged_lora(model) if config.merge_lora and not grad_last_step and hasattr(model, "modules") else nullcontext()
+    )
 
     def chunks():
-        with merge:  # also undone when the consumer stops early; grad modes are set inside the calls, never over a yield
+        with (
+            merge
+        ):  # also undone when the consumer stops early; grad modes are set inside the calls, never over a yield
             sampler = _Sampler(model, text, noise, config, frames, source, grad_last_step)
             sampler.start(initial_latent if initial_latent is None else initial_latent.to(noise), history)
             previous = None  # (latents, first frame) of the chunk whose cache pass is still due

@@ -160,7 +160,9 @@ def main(argv=None):
             writer = csv.writer(file)
             for index, *values, _, difference in rows:
                 for variant, value in zip(("official", "ours"), values):
-                    writer.writerow([f"forward_chunk{index}", variant, args.size, args.batch, str(dtype), unit, value, difference])
+                    writer.writerow(
+                        [f"forward_chunk{index}", variant, args.size, args.batch, str(dtype), unit, value, difference]
+                    )
 
 
 if __name__ == "__main__":

@@ -116,7 +116,9 @@ class Bench:
             flop = flops(self.c, 3 * self.tokens, (start + 3) * self.tokens)
             self.rows.add("forward", f"chunk{index}", f"B1 3x{self.tokens}", call, flop=flop)
         for index in (5, 6):
-            four = lambda s=3 * index: [self.model(x[:, :, s : s + 3], table, text, cache=cache, start_frame=s) for _ in range(4)]
+            four = lambda s=3 * index: [
+                self.model(x[:, :, s : s + 3], table, text, cache=cache, start_frame=s) for _ in range(4)
+            ]
             flop = 4 * flops(self.c, 3 * self.tokens, 3 * (index + 1) * self.tokens)
             self.rows.add("four_steps", f"chunk{index}", f"B1 4 x 3x{self.tokens}", four, flop=flop)
 
@@ -140,7 +142,9 @@ class Bench:
             self._rollout("rollout", "graphs", 1, 21, model=GraphedStudent(self.model))
             self._rollout("rollout", "framewise_graphs", 1, 21, RolloutConfig(chunk=1), GraphedStudent(self.model))
         text, noise = self.text(1), self.noise(1, 21)
-        self.rows.add("first_chunk", "latency", f"B1 F3 {self.h}x{self.w}", lambda: next(stream(self.model, text, noise)))
+        self.rows.add(
+            "first_chunk", "latency", f"B1 F3 {self.h}x{self.w}", lambda: next(stream(self.model, text, noise))
+        )
 
     def batch(self):
         for batch in (1, 2, 4, 8):
@@ -175,7 +179,13 @@ class Bench:
         """Each fused operator, the reference, and torch.compile of the reference."""
         c, length = self.c, 3 * self.tokens
         make = lambda *s: torch.randn(s, device=DEVICE, dtype=DTYPE)
-        x, y, k, table, w = make(1, length, c.dim), make(1, length, c.dim), make(1, length, c.dim), make(1, 1, 6, c.dim), make(c.dim)
+        x, y, k, table, w = (
+            make(1, length, c.dim),
+            make(1, length, c.dim),
+            make(1, length, c.dim),
+            make(1, 1, 6, c.dim),
+            make(c.dim),
+        )
         shift, scale, gate = table.unbind(2)[:3]
         cos, sin = self.model.rope(0, 3, self.h // 2, self.w // 2)
         cases = {
@@ -203,7 +213,9 @@ class Bench:
         vae = AutoencoderKLWan(**small).to(DEVICE, DTYPE)
         latents = self.noise(1, 21)
         for chunk in (1, 3):
-            self.rows.add("vae", f"chunk{chunk}", f"F21 {self.h}x{self.w}", lambda n=chunk: WanDecoder(vae, chunk=n)(latents))
+            self.rows.add(
+                "vae", f"chunk{chunk}", f"F21 {self.h}x{self.w}", lambda n=chunk: WanDecoder(vae, chunk=n)(latents)
+            )
 
 
 CASES = ("forward", "rollout", "batch", "window", "length", "attention", "operators", "vae")

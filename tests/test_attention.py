@@ -45,7 +45,12 @@ def test_wide_tensors_go_to_sdpa():
 
 def test_explicit_requests_never_fall_back():
     assert [choose_backend(b, 9, True, EVERYTHING.__contains__) for b in BACKENDS] == list(BACKENDS)
-    for backend, package in (("fa3", "flash-attn-3"), ("fa4", "flash-attn-4"), ("fa2", "flash-attn"), ("cudnn", "cuDNN")):
+    for backend, package in (
+        ("fa3", "flash-attn-3"),
+        ("fa4", "flash-attn-4"),
+        ("fa2", "flash-attn"),
+        ("cudnn", "cuDNN"),
+    ):
         with pytest.raises(ImportError, match=package):
             choose_backend(backend, 9, True, {"sdpa"}.__contains__)
     with pytest.raises(ValueError, match="compute capability 8"):
@@ -94,7 +99,10 @@ def test_two_segments_merge_by_lse():
     """What the LSE is for: softmax over a split history."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 8, dtype=torch.float64) for n in (3, 9, 9))
-    (a, la), (b, lb) = attention(q, k[:, :4], v[:, :4], return_lse=True), attention(q, k[:, 4:], v[:, 4:], return_lse=True)
+    (a, la), (b, lb) = (
+        attention(q, k[:, :4], v[:, :4], return_lse=True),
+        attention(q, k[:, 4:], v[:, 4:], return_lse=True),
+    )
     wa = torch.sigmoid(la - lb).transpose(1, 2)[..., None]
     assert (wa * a + (1 - wa) * b - attention(q, k, v)).abs().max() < 1e-14
 

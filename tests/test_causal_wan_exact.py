@@ -51,7 +51,9 @@ def recomputed(model, x, clean, t, text, chunk, window=None, sink=0):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunk, window, sink", [(3, None, 0), (1, None, 0), (3, 6, 0), (3, 7, 1), (1, 4, 2), (1, 1, 0)])
+@pytest.mark.parametrize(
+    "chunk, window, sink", [(3, None, 0), (1, None, 0), (3, 6, 0), (3, 7, 1), (1, 4, 2), (1, 1, 0)]
+)
 def test_chunked_is_teacher_forced_is_recomputed(model, chunk, window, sink):
     """With a window the ring wraps up to twelve times; it equals a recomputation without any cache."""
     x, clean, t, text = inputs(model, frames=12)

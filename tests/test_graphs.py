@@ -59,7 +59,9 @@ def student():
 
 def inputs(student, seed, batch=2, frames=9):
     g = torch.Generator().manual_seed(seed)
-    noise, draws = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((batch, 16, frames, 4, 6), (9, batch, 16, 3, 4, 6)))
+    noise, draws = (
+        torch.randn(*s, generator=g, dtype=torch.float64) for s in ((batch, 16, frames, 4, 6), (9, batch, 16, 3, 4, 6))
+    )
     with torch.no_grad():
         return student.encode_text(torch.randn(batch, 12, 24, generator=g, dtype=torch.float64)), noise, draws
 
@@ -98,7 +100,9 @@ def test_another_shape_or_batch(student):
         expected = rollout(student, text, noise, renoise=draws)
         assert (rollout(graphed, text, noise, renoise=draws) - expected).abs().max() < 1e-13
     one = text[:1]
-    assert (rollout(graphed, one, noise, renoise=draws) - rollout(student, one, noise, renoise=draws)).abs().max() < 1e-13
+    assert (
+        rollout(graphed, one, noise, renoise=draws) - rollout(student, one, noise, renoise=draws)
+    ).abs().max() < 1e-13
 
 
 def test_other_calls_run_the_model(student):

@@ -8,7 +8,9 @@ from afd_fast.models.kv_cache import KVCache
 
 
 def make(frames=6, **options):
-    cache = KVCache(layers=2, batch=2, frames=frames, height=1, width=2, heads=1, head_dim=2, dtype=torch.float32, **options)
+    cache = KVCache(
+        layers=2, batch=2, frames=frames, height=1, width=2, heads=1, head_dim=2, dtype=torch.float32, **options
+    )
     for layer in cache._layers:
         layer.k.fill_(float("nan"))
         layer.v.fill_(float("nan"))
@@ -32,7 +34,12 @@ def held(cache, layer=0):
 
 @pytest.mark.parametrize(
     "window, sink, expected",
-    [(6, 0, [6, 7, 8, 9, 10, 11]), (6, 1, [0, 7, 8, 9, 10, 11]), (7, 3, [0, 1, 2, 8, 9, 10, 11]), (None, 0, list(range(12)))],
+    [
+        (6, 0, [6, 7, 8, 9, 10, 11]),
+        (6, 1, [0, 7, 8, 9, 10, 11]),
+        (7, 3, [0, 1, 2, 8, 9, 10, 11]),
+        (None, 0, list(range(12))),
+    ],
 )
 def test_ring_keeps_sink_and_recent(window, sink, expected):
     cache = make(frames=12, window=window, sink=sink)

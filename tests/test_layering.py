@@ -12,7 +12,7 @@ LAYERS = [
     {"reference"},
     {"ops"},
     {"models"},
-    {"rollout", "config", "recipes", "video_io", "teachers"},
+    {"rollout", "generate", "config", "recipes", "video_io", "teachers"},
     {"training", "evaluation", "data"},
     {"trainer", "base_student"},
     {"report"},

@@ -195,7 +195,9 @@ def test_grad_of_the_last_step_only(model):
     for p in model.parameters():
         p.grad = None
     out.square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if "cross_attn.k.b" not in n)
+    assert all(
+        p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if "cross_attn.k.b" not in n
+    )
 
 
 def test_toy_student_still_rolls_out():

@@ -19,7 +19,9 @@ B, FRAMES, TOKENS = 2, 3, 5
 
 
 def rand(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape))).to(
+        dtype
+    )
 
 
 def norm_cases(dtype, width=12, frames=FRAMES, batch=B):
@@ -90,20 +92,33 @@ def test_equations():
     stream, normed = ops.residual_norm(x, y, gate, scale=scale, shift=shift)
     expected = x + y * rows(gate)
     n = (expected - expected.mean(-1, keepdim=True)) / (expected.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
-    assert (stream - expected).abs().max() < 1e-14 and (normed - (n * (1 + rows(scale)) + rows(shift))).abs().max() < 1e-13
+    assert (stream - expected).abs().max() < 1e-14 and (
+        normed - (n * (1 + rows(scale)) + rows(shift))
+    ).abs().max() < 1e-13
     cos, sin = reference.rope_tables(16, (7, 9), 3, 4, dtype=torch.float64)
     z = torch.view_as_complex(rand(1, 24, 1, 8, 2))
     turned = reference.apply_rope(torch.view_as_real(z).flatten(-2), cos, sin)
     assert (turned - torch.view_as_real(z * torch.complex(cos, sin)[:, None]).flatten(-2)).abs().max() < 1e-14
     frame, row, column = 8, 1, 2
-    angles = [frame * 10000 ** -(i / 4) for i in range(4)] + [row * 100.0**-i for i in range(2)] + [column * 100.0**-i for i in range(2)]
+    angles = (
+        [frame * 10000 ** -(i / 4) for i in range(4)]
+        + [row * 100.0**-i for i in range(2)]
+        + [column * 100.0**-i for i in range(2)]
+    )
     index = (frame - 7) * 12 + row * 4 + column
     assert (cos[index] - torch.tensor(angles, dtype=torch.float64).cos()).abs().max() < 1e-14
 
 
 @pytest.mark.parametrize("name", norm_cases(torch.float64))
 def test_gradcheck(name):
-    args = [a if a is None else a.detach().clone()[:, :5].requires_grad_() if a.ndim == 3 and a.shape[1] == 15 else a.detach().clone().requires_grad_() for a in norm_cases(torch.float64, width=4, frames=1)[name]]
+    args = [
+        a
+        if a is None
+        else a.detach().clone()[:, :5].requires_grad_()
+        if a.ndim == 3 and a.shape[1] == 15
+        else a.detach().clone().requires_grad_()
+        for a in norm_cases(torch.float64, width=4, frames=1)[name]
+    ]
     assert torch.autograd.gradcheck(lambda *a: call(name, a, ops), args)
 
 
@@ -132,7 +147,9 @@ def test_opcheck_rope():
 def test_compiles_forward_and_backward(name):
     torch._dynamo.reset()
     args = [a if a is None else a.detach().clone().requires_grad_() for a in norm_cases(torch.float32)[name]]
-    compiled = torch.compile(lambda *a: sum(o.square().sum() for o in call(name, a, ops)), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda *a: sum(o.square().sum() for o in call(name, a, ops)), backend="aot_eager", fullgraph=True
+    )
     leaves = [a for a in args if a is not None]
     grads = torch.autograd.grad(compiled(*args), leaves)
     expected = torch.autograd.grad(sum(o.square().sum() for o in call(name, args, ops)), leaves)
@@ -149,7 +166,9 @@ def test_cache_write(start, window, sink):
     slots = window or 8
     caches = [torch.full((B, slots * TOKENS, 2, 6), float("nan"), dtype=torch.float64) for _ in range(2)]
     with torch.no_grad():
-        out = ops.qk_norm_rope_write(q, k, v, wq, wk, cos, sin, *caches, tokens=TOKENS, start_frame=start, window=window, sink=sink)
+        out = ops.qk_norm_rope_write(
+            q, k, v, wq, wk, cos, sin, *caches, tokens=TOKENS, start_frame=start, window=window, sink=sink
+        )
         expected_q, expected_k = ops.qk_norm_rope(q, k, wq, wk, cos, sin)
     assert torch.equal(out, expected_q)
     written = [reference.ring_slot(start + f, window, sink) for f in range(FRAMES)]
@@ -184,7 +203,18 @@ def test_refusals():
 def test_kernels_in_the_interpreter():
     """Runs the `interpreted_` tests below in a process where Triton interprets instead of compiling."""
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "interpreted"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__)),
+        "-k",
+        "interpreted",
+    ]
     result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     assert re.search(r"\d\d+ passed", result.stdout)
@@ -254,7 +284,9 @@ def test_interpreted_cache_write(kernels, start, window, sink):
     packed = torch.cat([q, k, v], -1)  # one fused projection: q, k, v are strided slices of it
     out = kernels.qk_norm_rope_write(*packed.chunk(3, -1), *rest, *mine, TOKENS, start, window, sink, 1e-6, True)
     with torch.no_grad():
-        expected = ops.qk_norm_rope_write(q, k, v, *rest, *theirs, tokens=TOKENS, start_frame=start, window=window or None, sink=sink)
+        expected = ops.qk_norm_rope_write(
+            q, k, v, *rest, *theirs, tokens=TOKENS, start_frame=start, window=window or None, sink=sink
+        )
     torch.testing.assert_close(out, expected)
     for a, b in zip(mine, theirs):
         torch.testing.assert_close(a, b, equal_nan=True)
@@ -265,7 +297,9 @@ def test_interpreted_cache_write(kernels, start, window, sink):
 def test_interpreted_edges(kernels):
     """Size 1, a view with a batch stride, nothing at all."""
     x, scale = rand(1, 1, 1, dtype=torch.float32), rand(1, 1, 1, dtype=torch.float32, seed=1)
-    torch.testing.assert_close(kernels.norm_modulate(x, scale, scale, 1e-6, True), reference.norm_modulate(x, scale, scale))
+    torch.testing.assert_close(
+        kernels.norm_modulate(x, scale, scale, 1e-6, True), reference.norm_modulate(x, scale, scale)
+    )
     x, y, gate, _, _, scale, shift = norm_cases(torch.float32)["gate_modulate"]
     cut = slice(0, TOKENS)
     outs = kernels.residual_norm(x[:, cut], y[:, cut], gate[:, :1], None, None, scale[:, :1], shift[:, :1], 1e-6, True)
@@ -295,14 +329,19 @@ def compile_sm90(kernel, **constants):
     divisible = [n for n, t in signature.items() if t.startswith("*") or n == "D" or re.fullmatch(r"\w+_[blf]", n)]
     index = kernel.arg_names.index
     source = ASTSource(
-        kernel, signature, {(index(n),): v for n, v in constants.items()}, {(index(n),): [["tt.divisibility", 16]] for n in divisible}
+        kernel,
+        signature,
+        {(index(n),): v for n, v in constants.items()},
+        {(index(n),): [["tt.divisibility", 16]] for n in divisible},
     )
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["cubin"]
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        run = lambda *options: subprocess.run([tools, *options, file.name], capture_output=True, text=True, check=True).stdout
+        run = lambda *options: (
+            subprocess.run([tools, *options, file.name], capture_output=True, text=True, check=True).stdout
+        )
         usage, sass = run("--dump-resource-usage"), run("-sass")
     names = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
     return {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}, collections.Counter(names)

@@ -90,7 +90,15 @@ def test_original_folder_with_shards(state, tmp_path):
     names = list(state)
     save_file({k: state[k] for k in names[:20]}, tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors")
     save_file({k: state[k] for k in names[20:]}, tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors")
-    sizes = {"dim": 128, "ffn_dim": 96, "num_heads": 1, "num_layers": 2, "text_dim": 24, "freq_dim": 32, "model_type": "t2v"}
+    sizes = {
+        "dim": 128,
+        "ffn_dim": 96,
+        "num_heads": 1,
+        "num_layers": 2,
+        "text_dim": 24,
+        "freq_dim": 32,
+        "model_type": "t2v",
+    }
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     same(load_student(tmp_path), state)
 
@@ -111,7 +119,10 @@ class TestLoRA:
     def lora(self, state):
         g = torch.Generator().manual_seed(1)
         return {
-            name: (torch.randn(4, state[name + ".weight"].shape[1], generator=g), torch.randn(state[name + ".weight"].shape[0], 4, generator=g))
+            name: (
+                torch.randn(4, state[name + ".weight"].shape[1], generator=g),
+                torch.randn(state[name + ".weight"].shape[0], 4, generator=g),
+            )
             for name in ("blocks.0.self_attn.q", "blocks.1.ffn.2", "blocks.1.cross_attn.o")
         }
 
@@ -135,7 +146,9 @@ class TestLoRA:
 
         from peft import LoraConfig, get_peft_model
 
-        peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, lora_alpha=2, target_modules=["q", "v", "ffn.0"]))
+        peft_model = get_peft_model(
+            copy.deepcopy(model), LoraConfig(r=4, lora_alpha=2, target_modules=["q", "v", "ffn.0"])
+        )
         for name, p in peft_model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p)
@@ -265,5 +278,8 @@ def test_tiny_with_a_config(tmp_path):
 
 
 def test_prefixes_in_any_order():
-    names = ["model.module._orig_mod.head.modulation", "_fsdp_wrapped_module.model._checkpoint_wrapped_module.head.modulation"]
+    names = [
+        "model.module._orig_mod.head.modulation",
+        "_fsdp_wrapped_module.model._checkpoint_wrapped_module.head.modulation",
+    ]
     assert [list(clean_keys({n: torch.ones(1)})) for n in names] == [["head.modulation"]] * 2

@@ -243,7 +243,9 @@ class CausalWan(nn.Module):
         if x.dtype != self.dtype:
             raise TypeError(f"x is {x.dtype}, the weights are {self.dtype}: convert one of them")
         if text.keys[0].dtype != self.dtype:
-            raise TypeError(f"the text was encoded in {text.keys[0].dtype}, the weights are {self.dtype}: encode it again")
+            raise TypeError(
+                f"the text was encoded in {text.keys[0].dtype}, the weights are {self.dtype}: encode it again"
+            )
         if text.batch not in (1, x.shape[0]):
             raise ValueError(f"{text.batch} prompts for a batch of {x.shape[0]}")
         return x.shape[2]

@@ -92,7 +92,9 @@ class GraphedStudent:
             self._text = (text, self._text[1])
         return self._text[1]
 
-    def __call__(self, x: Tensor, t, text: WanText, *, cache: KVCache | None = None, start_frame: int = 0, **options) -> Tensor:
+    def __call__(
+        self, x: Tensor, t, text: WanText, *, cache: KVCache | None = None, start_frame: int = 0, **options
+    ) -> Tensor:
         """`CausalWan.forward`; a rollout's calls are replayed."""
         ours = any(t is kept for kept in self._conditionings.values())
         if torch.is_grad_enabled() or options or cache is not self._cache or not ours or cache.is_shared:
@@ -109,7 +111,9 @@ class GraphedStudent:
         cache.history(start_frame, end)  # the host's side of the forward, which a replay leaves out: its checks,
         if key not in self._graphs:
             forward = lambda: self.model(static, t, text, cache=cache, start_frame=start_frame)
-            rope = self.model.rope(start_frame, end, cache.height, cache.width)  # kept: a recording holds addresses only
+            rope = self.model.rope(
+                start_frame, end, cache.height, cache.width
+            )  # kept: a recording holds addresses only
             self._graphs[key] = (*self.recorder.record(forward), rope)
         cache.mark(start_frame, end)  # and its bookkeeping
         out, replay, _ = self._graphs[key]

@@ -44,7 +44,9 @@ class KVCache:
         device=None,
     ):
         if min(batch, frames, height, width) < 1:
-            raise ValueError(f"cache sizes must be positive, got batch {batch}, frames {frames}, {height}x{width} tokens")
+            raise ValueError(
+                f"cache sizes must be positive, got batch {batch}, frames {frames}, {height}x{width} tokens"
+            )
         if sink < 0 or (sink and window is None) or (window is not None and sink >= window):
             raise ValueError(f"sink={sink} needs a window larger than it, got window={window}")
         self.batch, self.height, self.width, self.tokens = batch, height, width, height * width
@@ -98,7 +100,9 @@ class KVCache:
             raise ValueError(f"start_frame must be >= 0 and the chunk non-empty, got frames {start}..{end}")
         room = self.slots if self.window is None else self.window - self.sink
         if self.window is not None and end > self.window and end - start > room:
-            raise ValueError(f"a chunk of {end - start} frames does not fit a window of {self.window} with sink {self.sink}")
+            raise ValueError(
+                f"a chunk of {end - start} frames does not fit a window of {self.window} with sink {self.sink}"
+            )
         if end > self.slots and (self.window is None or self.slots < self.window):
             raise ValueError(f"frames {start}..{end} do not fit a cache of {self.slots} frames: make a larger one")
         runs: list[tuple[int, int]] = []

@@ -21,7 +21,9 @@ def merge_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 def _lora_layers(model: nn.Module) -> list[nn.Module]:
     """PEFT's LoRA layers with an active, unmerged adapter."""
     layers = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer") and hasattr(m, "scaling")]
-    return [m for m in layers if not m.disable_adapters and not m.merged and any(n in m.lora_A for n in m.active_adapters)]
+    return [
+        m for m in layers if not m.disable_adapters and not m.merged and any(n in m.lora_A for n in m.active_adapters)
+    ]
 
 
 @contextlib.contextmanager

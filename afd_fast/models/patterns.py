@@ -47,7 +47,9 @@ class BlockCausal(_Roped):
         if sink and (window is None or sink >= window):
             raise ValueError(f"sink={sink} needs a window larger than it, got window={window}")
         if window is not None and max(b - a for a, b in blocks) > window - sink:
-            raise ValueError(f"a block of {max(b - a for a, b in blocks)} frames does not fit window {window}, sink {sink}")
+            raise ValueError(
+                f"a block of {max(b - a for a, b in blocks)} frames does not fit window {window}, sink {sink}"
+            )
 
     def frames(self, x: Tensor, ranges) -> list[Tensor]:
         return [x[:, a * self.tokens : b * self.tokens] for a, b in ranges]

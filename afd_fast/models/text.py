@@ -67,7 +67,9 @@ class TextEncoder:
         lengths = tokens["attention_mask"].sum(1).tolist()
         for prompt, length in zip(prompts, lengths):
             if length > self.text_len:
-                raise ValueError(f"a prompt has {length} tokens, more than text_len={self.text_len}: {prompt[:60]!r}...")
+                raise ValueError(
+                    f"a prompt has {length} tokens, more than text_len={self.text_len}: {prompt[:60]!r}..."
+                )
         ids, mask = (tokens[k].to(self.encoder.device) for k in ("input_ids", "attention_mask"))
         hidden = self.encoder(ids, attention_mask=mask).last_hidden_state
         result = {p: h[:n].clone() for p, h, n in zip(prompts, hidden, lengths)}

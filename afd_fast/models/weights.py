@@ -96,7 +96,9 @@ def _read(path: Path) -> dict:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{path} is not a plain file of tensors: refused, since loading it could run code ({reason})") from None
+        raise ValueError(
+            f"{path} is not a plain file of tensors: refused, since loading it could run code ({reason})"
+        ) from None
 
 
 def _select(contents: dict, weights: str, path: Path) -> dict[str, Tensor]:
@@ -170,7 +172,9 @@ def infer_config(state: dict[str, Tensor]) -> CausalWanConfig:
             "out_dim": state["head.head.weight"].shape[0] // 4,
         }
     except (KeyError, ValueError) as error:
-        raise ValueError(f"these are not a Wan transformer's weights: no {error}; first keys {sorted(state)[:4]}") from None
+        raise ValueError(
+            f"these are not a Wan transformer's weights: no {error}; first keys {sorted(state)[:4]}"
+        ) from None
     if dim % 128:
         raise ValueError(f"the weights have width {dim}, not a multiple of 128: pass config=CausalWanConfig(...)")
     return CausalWanConfig(dim=dim, num_heads=dim // 128, num_layers=layers, in_dim=in_dim, **sizes)
@@ -260,7 +264,11 @@ def _check_state(model: CausalWan, state: dict[str, Tensor], path: Path) -> None
         problems.append(f"missing: {listed(missing)}")
     if extra := set(state) - set(expected):
         problems.append(f"unexpected: {listed(extra)}")
-    wrong = [f"{k} {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in expected.items() if k in state and state[k].shape != v.shape]
+    wrong = [
+        f"{k} {tuple(state[k].shape)}, not {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in state and state[k].shape != v.shape
+    ]
     if wrong:
         problems.append(f"of other shapes: {listed(wrong)}")
     if dtypes := {v.dtype for v in state.values() if not v.is_floating_point()}:

@@ -87,7 +87,9 @@ def _resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def _sdpa(q, k, v, lse):
     if not lse:
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2), None
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(
+            1, 2
+        ), None
     if q.device.type == "cpu":
         args = (a.transpose(1, 2) for a in (q, k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)
@@ -109,7 +111,13 @@ def _flash_function(backend: str):
 
 def _flash(backend, q, k, v, lse):
     # the three packages disagree, between versions too, on whether a tuple comes back and on the flag's name
-    options = {} if not lse else {"fa2": {"return_attn_probs": True}, "fa3": {"return_attn_probs": True}, "fa4": {"return_lse": True}}[backend]
+    options = (
+        {}
+        if not lse
+        else {"fa2": {"return_attn_probs": True}, "fa3": {"return_attn_probs": True}, "fa4": {"return_lse": True}}[
+            backend
+        ]
+    )
     result = _flash_function(backend)(q, k, v, **options)
     return (result[0], result[1]) if isinstance(result, tuple) else (result, None)
 

@@ -40,7 +40,9 @@ def _rows(name: str, x: Tensor, *rows: Tensor | None) -> None:
         if row is None:
             continue
         if row.ndim != 3 or row.shape[0] not in (1, x.shape[0]) or row.shape[2] != x.shape[2]:
-            raise ValueError(f"{name}: modulation {tuple(row.shape)} does not fit x {tuple(x.shape)}, want [B|1, F|1, D]")
+            raise ValueError(
+                f"{name}: modulation {tuple(row.shape)} does not fit x {tuple(x.shape)}, want [B|1, F|1, D]"
+            )
         if x.shape[1] % row.shape[1]:
             raise ValueError(f"{name}: {x.shape[1]} tokens do not divide into {row.shape[1]} frames")
 
@@ -63,7 +65,10 @@ def _write_cpu(q, k, v, wq, wk, cos, sin, k_cache, v_cache, tokens, start_frame,
     first = 0
     for f in range(1, frames + 1):  # one copy per run of neighbouring slots: one, two when the ring wraps
         if f == frames or slots[f] != slots[f - 1] + 1:
-            source, target = slice(first * tokens, f * tokens), slice(slots[first] * tokens, (slots[f - 1] + 1) * tokens)
+            source, target = (
+                slice(first * tokens, f * tokens),
+                slice(slots[first] * tokens, (slots[f - 1] + 1) * tokens),
+            )
             k_cache[:, target] = k[:, source]
             v_cache[:, target] = v[:, source]
             first = f
@@ -72,7 +77,9 @@ def _write_cpu(q, k, v, wq, wk, cos, sin, k_cache, v_cache, tokens, start_frame,
 
 _norm_modulate = _operator(
     "norm_modulate(Tensor x, Tensor scale, Tensor shift, float eps, bool official) -> Tensor",
-    lambda x, scale, shift, eps, official: reference.norm_modulate(x, scale, shift, eps=eps, official_rounding=official),
+    lambda x, scale, shift, eps, official: reference.norm_modulate(
+        x, scale, shift, eps=eps, official_rounding=official
+    ),
     lambda x, scale, shift, eps, official: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 _residual_norm = _operator(
@@ -103,7 +110,9 @@ _qk_norm_rope_write = _operator(
 )
 
 
-def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, official_rounding: bool = True) -> Tensor:
+def norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, official_rounding: bool = True
+) -> Tensor:
     """LayerNorm(x) (1 + scale) + shift. x: [B, L, D]; scale, shift: [B|1, F|1, D]. See the reference."""
     _rows("norm_modulate", x, scale, shift)
     if _wants_grad(x, scale, shift):
@@ -127,7 +136,11 @@ def residual_norm(
 
     Raises ValueError unless exactly one of (weight, bias) and (scale, shift) is given, and for shapes.
     """
-    if ((weight is None) != (bias is None)) or ((scale is None) != (shift is None)) or (weight is None) == (scale is None):
+    if (
+        ((weight is None) != (bias is None))
+        or ((scale is None) != (shift is None))
+        or (weight is None) == (scale is None)
+    ):
         raise ValueError("residual_norm needs either weight and bias or scale and shift")
     if x.shape != y.shape:
         raise ValueError(f"residual_norm: x {tuple(x.shape)} and y {tuple(y.shape)} differ")

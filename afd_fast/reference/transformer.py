@@ -32,7 +32,9 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return (x.unflatten(1, (scale.shape[1], -1)) * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
 
 
-def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, official_rounding: bool = True) -> Tensor:
+def norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, official_rounding: bool = True
+) -> Tensor:
     """LayerNorm without affine, then `modulate` (causal_model.py:306-310). Shapes as there; returns [B, L, D]."""
     if official_rounding:
         return modulate(F.layer_norm(x, x.shape[-1:], eps=eps), scale, shift)
@@ -144,7 +146,9 @@ def visible_frames(end: int, window: int | None = None, sink: int = 0) -> list[t
     return [(0, sink), recent] if sink else [recent]
 
 
-def split_blocks(frames: int, chunk: int | tuple[int, ...], independent_first_frame: bool = False) -> list[tuple[int, int]]:
+def split_blocks(
+    frames: int, chunk: int | tuple[int, ...], independent_first_frame: bool = False
+) -> list[tuple[int, int]]:
     """Frame ranges of the blocks that are generated together: `chunk` frames each, the first alone when
     `independent_first_frame`, or exactly the sizes of a tuple. Raises ValueError when they do not fill `frames`."""
     if isinstance(chunk, int):

@@ -77,7 +77,9 @@ def _rms_row(X, WEIGHT, D, eps, OFFICIAL: tl.constexpr, WIDE: tl.constexpr, BLOC
 
 
 @triton.jit(do_not_specialize=["L"])
-def rms_norm_kernel(X, WEIGHT, OUT, L, D, x_b, x_l, eps, OFFICIAL: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(
+    X, WEIGHT, OUT, L, D, x_b, x_l, eps, OFFICIAL: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row of x / rms(x) * weight."""
     row = tl.program_id(0).to(tl.int64)
     i_b, i_l = _sample_token(L)
