@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from afd_fast.models.toy import ToyConfig, ToyStudent
 from afd_fast.training import pretrain
 
-STEPS = 4000
+STEPS = 3000
 
 
 def load(path: Path | None = None) -> ToyStudent:

@@ -38,11 +38,16 @@ def inputs():
 
 
 def drawn(config, x0):
-    """t and noise as the step draws them."""
+    """t [B, F], one level a chunk, and noise as the step draws them."""
     g = generator(0, 0, "update")
     grid = torch.tensor(config.steps, dtype=torch.float64) / 1000
-    t = grid[torch.randint(len(grid), (4,), generator=g)]
+    t = grid[torch.randint(len(grid), (4, 4), generator=g)].repeat_interleave(3, 1)
     return t, torch.randn(x0.shape, generator=g, dtype=torch.float64)
+
+
+def wide(a):
+    """[B] or [B, F] against [B, C, F, H, W]."""
+    return a.view(-1, 1, 1, 1, 1) if a.ndim == 1 else a[:, None, :, None, None]
 
 
 def test_loss_and_gradient_are_equation_4_and_5():
@@ -52,12 +57,11 @@ def test_loss_and_gradient_are_equation_4_and_5():
     parameters = list(trainable(state.student).values())
     gradient = torch.autograd.grad(loss, parameters)
 
-    wide = lambda a: a.view(-1, 1, 1, 1, 1)
     x_t = (1 - wide(t)) * x0 + wide(t) * noise
     text = state.student.encode_text(tokenize(PROMPTS))
-    v = student_velocity(state.student, x_t, t[:, None].expand(-1, 12), text, x0, 3)
+    v = student_velocity(state.student, x_t, t, text, x0, 3)
     with torch.no_grad(), disabled(state.student):
-        v_ref = student_velocity(state.student, x_t, t[:, None].expand(-1, 12), text, x0, 3)
+        v_ref = student_velocity(state.student, x_t, t, text, x0, 3)
     error, gap = v - (noise - x0), v - v_ref
     expected_loss = error.square().sum() + 0.05 * (wide(r) * gap.square()).sum()
     expected_dv = 2 * CONFIG.beta * (2 * wide(r) - 1) * error + 2 * 0.05 * wide(r) * gap
@@ -83,11 +87,8 @@ def test_lagged_policy_gradient_has_the_trust_region_term():
     loss, _ = student_loss(state, config, x0, r, PROMPTS, generator(0, 0, "update"))
     parameters = list(trainable(state.student).values())
     gradient = torch.autograd.grad(loss, parameters)
-    wide = lambda a: a.view(-1, 1, 1, 1, 1)
     x_t = (1 - wide(t)) * x0 + wide(t) * noise
-    run = lambda: student_velocity(
-        state.student, x_t, t[:, None].expand(-1, 12), state.student.encode_text(tokenize(PROMPTS)), x0, 3
-    )
+    run = lambda: student_velocity(state.student, x_t, t, state.student.encode_text(tokenize(PROMPTS)), x0, 3)
     v = run()
     with torch.no_grad(), state.ema.applied(state.student):
         old = run()

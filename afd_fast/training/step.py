@@ -76,16 +76,17 @@ def student_loss(
 ) -> tuple[Tensor, NFTStats]:
     """NFT + prior loss (Eq. 3-5) of the student on rollouts x0 [B, 3, F, H, W] with optimality r [B]."""
     student, c = state.student, state.student.config
+    shape = (len(x0), c.frames // c.chunk)  # every chunk has its own noise level
     if config.t_sampling == "grid":
         grid = torch.tensor(warped_steps(config.steps, config.shift), dtype=x0.dtype) / 1000
-        t = grid[torch.randint(len(grid), (len(x0),), generator=rng)]  # [B]
+        t = grid[torch.randint(len(grid), shape, generator=rng)]
     else:
-        t = torch.rand(len(x0), generator=rng, dtype=x0.dtype) * 0.96 + 0.04
+        t = torch.rand(shape, generator=rng, dtype=x0.dtype) * 0.96 + 0.04
+    t = t.repeat_interleave(c.chunk, 1)  # [B, F]
     noise = torch.randn(x0.shape, generator=rng, dtype=x0.dtype)
-    x_t = ops.forward_noise(x0, t, noise=noise)
-    t_frames = t[:, None].expand(-1, c.frames)
+    x_t = ops.forward_noise(x0, t, noise=noise, frame_dim=2)
     ids = tokenize(prompts, c.text_len)
-    velocity = lambda: student_velocity(student, x_t, t_frames, student.encode_text(ids), x0, c.chunk)
+    velocity = lambda: student_velocity(student, x_t, t, student.encode_text(ids), x0, c.chunk)
     with torch.no_grad():
         with disabled(student):
             v_ref = velocity()
@@ -94,7 +95,16 @@ def student_loss(
             with state.ema.applied(student), merged(student):
                 v_old = velocity()
     return ops.nft_loss(
-        velocity(), x0, r, t, noise=noise, v_old=v_old, v_ref=v_ref, recipe=loss_recipe(config), return_stats=True
+        velocity(),
+        x0,
+        r,
+        t,
+        noise=noise,
+        v_old=v_old,
+        v_ref=v_ref,
+        frame_dim=2,
+        recipe=loss_recipe(config),
+        return_stats=True,
     )
 
 
