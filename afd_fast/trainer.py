@@ -29,9 +29,9 @@ from afd_fast.config import ConfigError, TrainConfig, from_dict, to_dict
 from afd_fast.data import REFERENCE_SEEDS, TEACHER_ROW_SEEDS, collect
 from afd_fast.evaluation import clips as clip_judge
 from afd_fast.evaluation import physics as physics_judge
+from afd_fast.models.lora import merged_lora
 from afd_fast.models.toy import ToyStudent, decode_video
 from afd_fast.training import checkpoint
-from afd_fast.training.lora import merged
 from afd_fast.training.state import generator, new_state
 from afd_fast.training.step import sample_policy, train_step
 from afd_fast.video_io import deliver
@@ -265,7 +265,7 @@ class Trainer:
             "environment": environment(),
         }
         self._save_samples()
-        with self.state.ema.applied(self.state.student), merged(self.state.student):
+        with self.state.ema.applied(self.state.student), merged_lora(self.state.student):
             weights = {
                 name.replace(".base_layer", ""): p.contiguous()
                 for name, p in self.state.student.state_dict().items()

@@ -1,9 +1,10 @@
 import torch
 
+from afd_fast.models.lora import merged_lora
 from afd_fast.models.toy import ToyConfig, ToyDiscriminator, ToyStudent, tokenize
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.teachers.physics import all_prompts, split_prompts
-from afd_fast.training.lora import add_lora, disabled, lora_layers, merged, trainable
+from afd_fast.training.lora import add_lora, disabled, lora_layers, trainable
 from afd_fast.training.state import EMA, LORA_TARGETS, generator
 from afd_fast.training.update import student_velocity
 
@@ -88,7 +89,7 @@ def test_merged_lora_equals_unmerged_and_restores_exactly():
     x, t, text, clean = batch(model)
     plain = student_velocity(model, x, t, text, clean, 3)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with merged(model):
+    with merged_lora(model):
         torch.testing.assert_close(student_velocity(model, x, t, text, clean, 3), plain, atol=1e-11, rtol=0)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(student_velocity(model, x, t, text, clean, 3), plain)

@@ -1,8 +1,9 @@
-"""LoRA through peft, with what AFD needs of it: the frozen reference, and merged weights that restore exactly."""
+"""LoRA through peft: adapters on, the trained parameters, and the frozen reference (adapters off).
+
+Merged weights for rollouts are `afd_fast.models.lora.merged_lora`."""
 
 from contextlib import contextmanager
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -36,25 +37,4 @@ def disabled(model: nn.Module):
         yield
     finally:
         for layer in layers:
-            layer._disable_adapters = False
-
-
-@contextmanager
-def merged(model: nn.Module):
-    """Adapters folded into the weights inside the block, for rollouts; afterwards the very same tensors are back.
-
-    peft's own merge / unmerge adds and subtracts, which drifts in low precision.
-    """
-    layers = lora_layers(model)
-    weights = [layer.get_base_layer().weight.data for layer in layers]
-    with torch.no_grad():
-        for layer, weight in zip(layers, weights):
-            delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
-            layer.get_base_layer().weight.data = weight + delta
-            layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, weights):
-            layer.get_base_layer().weight.data = weight
             layer._disable_adapters = False

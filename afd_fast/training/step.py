@@ -15,13 +15,13 @@ from torch import Tensor
 
 from afd_fast import ops
 from afd_fast.config import TrainConfig
+from afd_fast.models.lora import merged_lora
 from afd_fast.models.toy import decode_video, tokenize
 from afd_fast.reference.advantage import reward_to_r
 from afd_fast.reference.adversarial import approximate_gradient_penalty
-from afd_fast.reference.flow import warped_steps
 from afd_fast.reference.nft import NFTRecipe, NFTStats, nft_recipe
-from afd_fast.rollout import RolloutConfig, rollout
-from afd_fast.training.lora import disabled, merged, trainable
+from afd_fast.rollout import RolloutConfig, rollout, step_table
+from afd_fast.training.lora import disabled, trainable
 from afd_fast.training.state import TrainState, generator
 from afd_fast.training.update import student_velocity
 from afd_fast.video_io import deliver
@@ -46,7 +46,7 @@ def sample_policy(
     student, c = state.student, state.student.config
     noise = torch.randn(len(prompts), 3, c.frames, c.height, c.width, generator=rng)
     weights = state.ema.applied(student) if average else contextlib.nullcontext()
-    with torch.no_grad(), weights, merged(student):
+    with torch.no_grad(), weights:
         text = student.encode_text(tokenize(prompts, c.text_len))
         return rollout(student, text, noise, rollout_config(config, c.chunk), generator=rng)
 
@@ -78,7 +78,7 @@ def student_loss(
     student, c = state.student, state.student.config
     shape = (len(x0), c.frames // c.chunk)  # every chunk has its own noise level
     if config.t_sampling == "grid":
-        grid = torch.tensor(warped_steps(config.steps, config.shift), dtype=x0.dtype) / 1000
+        grid = torch.tensor([sigma for _, sigma in step_table(config.steps, config.shift)], dtype=x0.dtype)
         t = grid[torch.randint(len(grid), shape, generator=rng)]
     else:
         t = torch.rand(shape, generator=rng, dtype=x0.dtype) * 0.96 + 0.04
@@ -92,7 +92,7 @@ def student_loss(
             v_ref = velocity()
         v_old = None
         if config.v_old == "ema":
-            with state.ema.applied(student), merged(student):
+            with state.ema.applied(student), merged_lora(student):
                 v_old = velocity()
     return ops.nft_loss(
         velocity(),
