@@ -251,11 +251,13 @@ class ToyStudent(nn.Module):
 
 class ToyDiscriminator(nn.Module):
     """D(video, prompt): frames and frame differences stacked as channels (temporal kernels of full length; on
-    a CPU an order of magnitude faster than 3-D convolutions), strided 2-D convolutions, a prompt projection."""
+    a CPU an order of magnitude faster than 3-D convolutions), strided 2-D convolutions, FiLM by the prompt.
+
+    Without the FiLM (a projection head alone) it learns to tell teacher from student and ignores the prompt.
+    """
 
     def __init__(self, config: ToyConfig = ToyConfig(), width: int = 48, dim: int = 64):
         super().__init__()
-        self.dim = dim
         channels = 3 * (2 * config.frames - 1)
         self.convs = nn.Sequential(
             nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2),
@@ -264,13 +266,15 @@ class ToyDiscriminator(nn.Module):
         )  # fmt: skip
         features = 2 * width * (config.height // 8) * (config.width // 8)
         self.features = nn.Sequential(nn.Linear(features, 2 * dim), nn.LeakyReLU(0.2))
+        self.prompt, self.prompt_norm = PromptEmbedding(dim), nn.LayerNorm(dim)
+        self.film = nn.Linear(dim, 4 * dim)
         self.head, self.project = nn.Linear(2 * dim, 1), nn.Linear(2 * dim, dim)
-        self.prompt = PromptEmbedding(dim)
 
     def score(self, videos: Tensor, prompts: list[str]) -> Tensor:
         """How much videos [B, 3, F, H, W] in [0, 1] look like the teacher's for their prompts: [B], higher is better."""
         x = (videos * 2 - 1).transpose(1, 2)  # [B, F, 3, H, W]
         stacked = torch.cat([x, x[:, 1:] - x[:, :-1]], 1).flatten(1, 2)
-        h = self.features(self.convs(stacked))
-        _, pooled = self.prompt(tokenize(prompts).to(x.device))
-        return self.head(h)[:, 0] + (self.project(h) * pooled).sum(1) / self.dim**0.5
+        prompt = self.prompt_norm(self.prompt(tokenize(prompts).to(x.device))[1])  # [B, dim]
+        scale, shift = self.film(prompt).chunk(2, -1)
+        h = self.features(self.convs(stacked)) * (1 + scale) + shift
+        return self.head(F.leaky_relu(h, 0.2))[:, 0] + (self.project(h) * prompt).mean(1)

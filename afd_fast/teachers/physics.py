@@ -24,7 +24,7 @@ COLORS = {
     "cyan": (0.1, 0.9, 0.95), "orange": (1.0, 0.5, 0.1),
 }  # fmt: skip
 RADII = {"small": 0.11, "large": 0.16}
-BOUNCES = {"low": 0.35, "high": 0.75}  # elasticity in the true world
+BOUNCES = {"low": 0.6, "high": 0.8}  # elasticity in the true world
 MOTIONS = ("dropped", "thrown left", "thrown right", "tossed up")
 GRAMMAR = re.compile(
     rf"a ({'|'.join(RADII)}) ({'|'.join(COLORS)}) ball ({'|'.join(MOTIONS)}), ({'|'.join(BOUNCES)}) bounce"
@@ -126,18 +126,17 @@ def render(centres: np.ndarray, radius: float, color, size: int = SIZE) -> np.nd
     return ((BACKGROUND + cover * (rgb - BACKGROUND)) * 255 + 0.5).astype(np.uint8)
 
 
-def sample_clips(prompts, rng: np.random.Generator, gravity=None, bounciness=(1.0, 1.0)) -> Tensor:
+def sample_clips(prompts, rng: np.random.Generator, gravity=None, elasticity=None) -> Tensor:
     """One clip per prompt -> uint8 [B, 3, F, H, W].
 
-    gravity: (low, high) to draw from, None is the true world. bounciness: (low, high) of a factor on the
-    elasticity the prompt asks for.
+    gravity: (low, high) to draw from; elasticity: the same for each bounce word. None is the true world.
     """
     clips = []
     for prompt in prompts:
         scene = parse(prompt)
         state = initial_state(scene, rng)
         g = GRAVITY if gravity is None else rng.uniform(*gravity)
-        e = scene.elasticity * rng.uniform(*bounciness)
+        e = scene.elasticity if elasticity is None else rng.uniform(*elasticity[scene.bounce])
         clips.append(render(simulate(scene.radius, state, g, e), scene.radius, COLORS[scene.color]))
     return torch.from_numpy(np.stack(clips))
 

@@ -11,7 +11,8 @@ from afd_fast.models.toy import ToyConfig, ToyStudent, encode_video, tokenize
 from afd_fast.reference.flow import forward_noise, x0_from_velocity
 from afd_fast.teachers.physics import all_prompts, sample_clips
 
-WRONG_GRAVITY, WRONG_BOUNCINESS = (0.3, 3.3), (0.0, 1.1)  # the truth is 3.0 and 1
+WRONG_GRAVITY = (0.3, 3.3)  # the truth is 3.0
+WRONG_ELASTICITY = {"low": (0.0, 0.385), "high": (0.0, 0.825)}  # the truth is 0.6 and 0.8
 Report = Callable[[int, int, float], None]  # step, of, loss
 
 
@@ -19,7 +20,7 @@ def wrong_world_clips(count: int, seed: int = 0) -> tuple[torch.Tensor, list[str
     """uint8 clips [count, 3, F, H, W] of the wrong world and their prompts."""
     rng = np.random.default_rng(seed)
     prompts = [all_prompts()[i] for i in rng.integers(0, len(all_prompts()), count)]
-    return sample_clips(prompts, rng, WRONG_GRAVITY, WRONG_BOUNCINESS), prompts
+    return sample_clips(prompts, rng, WRONG_GRAVITY, WRONG_ELASTICITY), prompts
 
 
 def pretrain(
