@@ -75,7 +75,7 @@ class NFTRecipe:
     @property
     def key(self) -> str:
         """The recipe as text, what an operator's schema can carry; `recipe_from_key` reads it."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self) | {"factor": self.factor})
 
     @property
     def factor(self) -> float:
@@ -127,6 +127,7 @@ def recipe_from_key(key: str) -> NFTRecipe:
     """Inverse of `NFTRecipe.key`."""
     found = json.loads(key)
     clip = found["adv_clip"]
+    del found["factor"]
     return NFTRecipe(**found | {"adv_clip": tuple(clip) if isinstance(clip, list) else clip})
 
 
