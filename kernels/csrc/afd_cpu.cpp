@@ -4,6 +4,9 @@
 #include <vector>
 
 #include "afd_core.h"
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -43,11 +46,27 @@ INLINE Pair load(const void* p, int type, int64_t i) {
   return {__builtin_shuffle(a, b, I{0, 2, 4, 6, 8, 10, 12, 14}), __builtin_shuffle(a, b, I{1, 3, 5, 7, 9, 11, 13, 15})};
 }
 
-template <bool SPLIT>
+// A result much larger than the cache goes around it: an ordinary store would first read the line it overwrites.
+template <bool STREAM>
+INLINE void write(void* p, const void* from, int bytes) {
+#ifdef __SSE2__
+  if (STREAM) {
+    for (int k = 0; k < bytes; k += 16) {
+      __m128i x;
+      memcpy(&x, (const char*)from + k, 16);
+      _mm_stream_si128((__m128i*)((char*)p + k), x);
+    }
+    return;
+  }
+#endif
+  memcpy(p, from, bytes);
+}
+
+template <bool SPLIT, bool STREAM = false>
 INLINE void store(void* p, int type, int64_t i, Pair f) {
   if (SPLIT && type == AFD_BF16) {
     U u = round_bf16(f.x[0]) >> 16 | round_bf16(f.x[1]);
-    memcpy((uint16_t*)p + i, &u, sizeof u);
+    write<STREAM>((uint16_t*)p + i, &u, sizeof u);
     return;
   }
   F a = f.x[0], b = f.x[1];
@@ -55,8 +74,8 @@ INLINE void store(void* p, int type, int64_t i, Pair f) {
     a = __builtin_shuffle(f.x[0], f.x[1], I{0, 8, 1, 9, 2, 10, 3, 11});
     b = __builtin_shuffle(f.x[0], f.x[1], I{4, 12, 5, 13, 6, 14, 7, 15});
   }
-  memcpy((float*)p + i, &a, sizeof a);
-  memcpy((float*)p + i + W, &b, sizeof b);
+  write<STREAM>((float*)p + i, &a, sizeof a);
+  write<STREAM>((float*)p + i + W, &b, sizeof b);
 }
 
 INLINE F magnitude(F f) { return (F)((U)f & 0x7FFFFFFF); }
@@ -77,6 +96,7 @@ struct Run {  // elements with one t and sigma
   char* grad;
   int64_t n;
   int32_t y_type;
+  bool stream;
   float t;
   AfdConstants k;
   F acc[AFD_SLOTS];
@@ -117,7 +137,7 @@ INLINE void step(const AfdCall& c, Run& u, int64_t i) {
     AfdElement<F> x = afd_element<OLD, F>(v, w, old, ref, u.k);
     G.x[half] = x.grad;
     if (SUMS) {
-      F pos = x.a + x.d, size = magnitude(pos);
+      F pos = OLD ? x.a + x.d : x.a, size = magnitude(pos);
       u.acc[0] += size;
       u.acc[2] += pos * pos;
       u.acc[4] += x.gap * x.gap;
@@ -134,7 +154,8 @@ INLINE void step(const AfdCall& c, Run& u, int64_t i) {
       }
     }
   }
-  if (GRAD) store<SPLIT>(u.grad, type(c.grad_type), i, G);
+  if (GRAD && u.stream) store<SPLIT, true>(u.grad, type(c.grad_type), i, G);
+  if (GRAD && !u.stream) store<SPLIT>(u.grad, type(c.grad_type), i, G);
 }
 
 template <int TYPE, bool OLD, bool GRAD, bool SUMS>
@@ -155,6 +176,7 @@ INLINE void run(const AfdCall& given, const Run& start, double* part) {
     copy(old, tail.old, c.old_type); copy(ref, tail.ref, c.ref_type);
     if (u.mask) memcpy(mask, u.mask + i, rest), tail.mask = mask;
     tail.grad = grad;
+    tail.stream = false;
     step<TYPE, OLD, GRAD, SUMS>(c, tail, 0);
     if (GRAD) memcpy(u.grad + i * size_of(c.grad_type), grad, rest * size_of(c.grad_type));
     for (int k = 0; k < AFD_SLOTS; k++) u.acc[k] = tail.acc[k];
@@ -193,6 +215,7 @@ static void sweep(const AfdCall& c, bool grad, bool sums) {
   int64_t B = c.samples;
   std::vector<int64_t> first(B + 1, 0);
   Runner* runner = choose(c, grad, sums);
+  bool stream = c.samples * c.count * size_of(c.grad_type) > (16 << 20);
   auto length = [&](int64_t b) { return (c.cu ? c.cu[b + 1] - c.cu[b] : 1) * c.count; };
   for (int64_t b = 0; b < B; b++) first[b + 1] = first[b] + (length(b) + AFD_TILE - 1) / AFD_TILE;
 #pragma omp parallel for schedule(static) num_threads(c.threads)
@@ -214,6 +237,7 @@ static void sweep(const AfdCall& c, bool grad, bool sums) {
       u.mask = c.mask ? c.mask + row * c.mask_stride + i : nullptr;
       u.grad = (char*)(grad ? from(c.grad, c.grad_type, c.grad_stride) : nullptr);
       u.y_type = c.source == AFD_SEED ? (int)AFD_F32 : c.y_type;
+      u.stream = stream && (uintptr_t)u.grad % 16 == 0;
       u.n = stop - i; u.t = c.t[k]; u.k = afd_constants(c, b, c.sigma ? c.sigma[k] : c.t[k]);
       double add[AFD_SLOTS] = {};
       runner(c, u, add);
