@@ -37,7 +37,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext):
         if MISSING:
-            line = f"native kernels skipped, the CPU runs the PyTorch reference: no {' and no '.join(MISSING)}"
+            line = f"native kernels skipped, the CPU runs the PyTorch reference: {' and '.join(MISSING)} not found"
             if CUDA:
                 raise SystemExit(f"AFD_BUILD_CUDA=1 needs {' and '.join(MISSING)} (cmake >= 3.24: pip install cmake)")
             return say(line)

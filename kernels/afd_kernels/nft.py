@@ -43,74 +43,80 @@ def _place(cu_ptr, pid, tiles, samples, width: tl.int64, PACKED: tl.constexpr, C
 
 @triton.jit
 def _part(
-    v_ptr, x0_ptr, y_ptr, old_ptr, ref_ptr, mask_ptr, grad_ptr, t_ptr, sigma_ptr, e, n, left, start, period, inner,
-    frames, beta, cd, cs, cr, scale, X0: tl.constexpr, REF_X0: tl.constexpr, SOURCE: tl.constexpr,
-    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SIGMA: tl.constexpr,
-    PER_FRAME: tl.constexpr, GRAD: tl.constexpr,
+    v_ptr, x0_ptr, y_ptr, old_ptr, ref_ptr, mask_ptr, grad_ptr, t_ptr, sigma_ptr, e, n, left, start, inner,
+    frames, beta, cd, cs, cr, X0: tl.constexpr, REF_X0: tl.constexpr, SOURCE: tl.constexpr, HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SIGMA: tl.constexpr, PER_FRAME: tl.constexpr,
+    GRAD: tl.constexpr,
 ):  # fmt: skip
     """A quarter of a tile -> the nine slots, elementwise. SOURCE: 0 noise, 1 seed, 2 x_t."""
-    inside = n < left
-    m = inside
-    if HAS_MASK:
-        m = inside & (tl.load(mask_ptr + n, mask=inside, other=0) != 0)
-    t = level(t_ptr, start, period, inner, frames, n, m, PER_FRAME)
+    m = n < left
+    t = level(t_ptr, start, inner, frames, n, m, PER_FRAME)
     sigma = t
     if HAS_SIGMA:
-        sigma = level(sigma_ptr, start, period, inner, frames, n, m, PER_FRAME)
+        sigma = level(sigma_ptr, start, inner, frames, n, m, PER_FRAME)
     v = tl.load(v_ptr + n, mask=m, other=0.0).to(tl.float32)
     x0 = tl.load(x0_ptr + n, mask=m, other=0.0).to(tl.float32)
     y = e
     if SOURCE != 1:
         y = tl.load(y_ptr + n, mask=m, other=0.0).to(tl.float32)
-    if X0:
-        if SOURCE != 2:  # rounded as the network saw it
-            y = ((1.0 - t) * x0 + t * y).to(x0_ptr.dtype.element_ty).to(tl.float32)
-        w = y - x0
-        s = -sigma
-    else:
-        if SOURCE == 2:
-            w = (x0 - y) / t
-        else:
-            w = x0 - y
-        s = 1.0
-    if SOURCE == 1:
-        w = tl.where(m, w, 0.0)
     old = v
     if HAS_OLD:
         old = tl.load(old_ptr + n, mask=m, other=0.0).to(tl.float32)
     ref = v
     if HAS_REF:
         ref = tl.load(ref_ptr + n, mask=m, other=0.0).to(tl.float32)
-    a = s * old + w
-    d = s * (beta * (v - old))
-    gap = v - ref
+    keep = m
+    if HAS_MASK:  # what does not count is zero everywhere: it adds nothing and its gradient is zero
+        keep = tl.load(mask_ptr + n, mask=m, other=0) != 0
+        v = tl.where(keep, v, 0.0)
+        old = tl.where(keep, old, 0.0)
+        ref = tl.where(keep, ref, 0.0)
+    if X0:
+        if SOURCE != 2:  # rounded as the network saw it
+            y = ((1.0 - t) * x0 + t * y).to(x0_ptr.dtype.element_ty).to(tl.float32)
+        w = y - x0
+        s = -sigma
+    else:
+        w = x0 - y
+        if SOURCE == 2:
+            w = w / t
+        s = 1.0
+    if SOURCE == 1 or HAS_MASK:
+        w = tl.where(keep, w, 0.0)
+    gap_scale = 1.0
     if REF_X0:
-        gap = sigma * gap
+        gap_scale = sigma
+    a = s * old + w
+    d = v * 0.0
+    if HAS_OLD:
+        d = (s * beta) * (v - old)
+    gap = gap_scale * (v - ref)
     if GRAD:
-        g = s * (cd * a + cs * d)
+        g = (s * cd) * a
+        if HAS_OLD:
+            g += (s * cs) * d
         if HAS_REF:
-            if REF_X0:
-                g += cr * (sigma * gap)
-            else:
-                g += cr * gap
-        tl.store(grad_ptr + n, (g * scale).to(grad_ptr.dtype.element_ty), mask=inside)
+            g += (gap_scale * cr) * gap
+        tl.store(grad_ptr + n, g.to(grad_ptr.dtype.element_ty), mask=m)
     pos = a + d
     neg = a - d
     size = tl.abs(pos)
     drift = v - old
-    return (size, size - tl.abs(neg), pos * pos, neg * neg, gap * gap, m.to(tl.float32), drift * drift, v * v, ref * ref)
+    return (size, size - tl.abs(neg), pos * pos, neg * neg, gap * gap, keep.to(tl.float32), drift * drift, v * v, ref * ref)
 
 
 @triton.jit
-def _add(a, b, c, d):
-    return (a + b) + (c + d)
+def _plus(a, b):
+    return (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7],
+            a[8] + b[8])  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["seed"])
 def sweep_kernel(
     v_ptr, x0_ptr, y_ptr, old_ptr, ref_ptr, mask_ptr, grad_ptr, part_ptr, t_ptr, sigma_ptr, rows_ptr, go_ptr, cu_ptr,
     seed: tl.int64, count: tl.int64, v_stride: tl.int64, x0_stride: tl.int64, y_stride: tl.int64, old_stride: tl.int64,
-    ref_stride: tl.int64, mask_stride: tl.int64, grad_stride: tl.int64, samples, tiles, frames, inner, beta,
+    ref_stride: tl.int64, mask_stride: tl.int64, grad_stride: tl.int64, samples: tl.int32, tiles: tl.int32,
+    frames: tl.int32, inner: tl.int32, beta: tl.float32,
     X0: tl.constexpr, REF_X0: tl.constexpr, SOURCE: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SIGMA: tl.constexpr, PER_FRAME: tl.constexpr, GRAD: tl.constexpr,
     SCALED: tl.constexpr, GUARD: tl.constexpr, SUMS: tl.constexpr, PACKED: tl.constexpr, CU_BLOCK: tl.constexpr,
@@ -127,11 +133,13 @@ def sweep_kernel(
         left = left * (scale != 1.0).to(tl.int64)
     cd, cs, cr = 0.0, 0.0, 0.0
     if GRAD:
-        cd = tl.load(rows_ptr + 8 * samples + sample)
-        cs = tl.load(rows_ptr + 9 * samples + sample)
-        cr = tl.load(rows_ptr + 10 * samples + sample)
+        cd = tl.load(rows_ptr + 8 * samples + sample) * scale
+        cs = tl.load(rows_ptr + 9 * samples + sample) * scale
+        cr = tl.load(rows_ptr + 10 * samples + sample) * scale
     period = inner * frames
-    start = (first % period).to(tl.int32)
+    start = 0
+    if PER_FRAME:
+        start = (first % period).to(tl.int32)
     v = v_ptr + row * v_stride + first
     x0 = x0_ptr + row * x0_stride + first
     y = y_ptr + row * y_stride + first
@@ -145,23 +153,23 @@ def sweep_kernel(
     e0, e1, e2, e3 = 0.0, 0.0, 0.0, 0.0
     if SOURCE == 1:
         e0, e1, e2, e3 = normal4(seed, tile, sample, q)
-    a = _part(v, x0, y, old, ref, mask, grad, t, sigma, e0, q, left, start, period, inner, frames, beta, cd, cs, cr,
-              scale, X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD)  # fmt: skip
-    b = _part(v, x0, y, old, ref, mask, grad, t, sigma, e1, q + 1024, left, start, period, inner, frames, beta, cd, cs,
-              cr, scale, X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD)  # fmt: skip
-    c = _part(v, x0, y, old, ref, mask, grad, t, sigma, e2, q + 2048, left, start, period, inner, frames, beta, cd, cs,
-              cr, scale, X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD)  # fmt: skip
-    d = _part(v, x0, y, old, ref, mask, grad, t, sigma, e3, q + 3072, left, start, period, inner, frames, beta, cd, cs,
-              cr, scale, X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD)  # fmt: skip
+    a = _part(v, x0, y, old, ref, mask, grad, t, sigma, e0, q, left, start, inner, frames, beta, cd, cs, cr,
+              X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD)  # fmt: skip
+    a = _plus(a, _part(v, x0, y, old, ref, mask, grad, t, sigma, e1, q + 1024, left, start, inner, frames, beta, cd, cs, cr,
+                       X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD))  # fmt: skip
+    a = _plus(a, _part(v, x0, y, old, ref, mask, grad, t, sigma, e2, q + 2048, left, start, inner, frames, beta, cd, cs, cr,
+                       X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD))  # fmt: skip
+    a = _plus(a, _part(v, x0, y, old, ref, mask, grad, t, sigma, e3, q + 3072, left, start, inner, frames, beta, cd, cs, cr,
+                       X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD))  # fmt: skip
     programs = tl.num_programs(0).to(tl.int64)
     for k in tl.static_range(9):
         if (SUMS >> k) & 1:
-            tl.store(part_ptr + k * programs + pid, tl.sum(_add(a[k], b[k], c[k], d[k])))
+            tl.store(part_ptr + k * programs + pid, tl.sum(a[k]))
 
 
 @triton.jit
 def reduce_kernel(
-    part_ptr, sums_ptr, cu_ptr, count: tl.int64, programs: tl.int64, samples, tiles, SUMS: tl.constexpr,
+    part_ptr, sums_ptr, cu_ptr, count: tl.int64, programs: tl.int64, samples: tl.int32, tiles: tl.int32, SUMS: tl.constexpr,
     PACKED: tl.constexpr, CU_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums[slot, sample] = sum of part[slot, tiles of the sample], float64."""
@@ -193,8 +201,8 @@ def _row(rows_ptr, samples, k: tl.constexpr, o, m, x):
 
 @triton.jit
 def finish_kernel(
-    sums_ptr, r_ptr, valid_ptr, chosen_ptr, cu_ptr, loss_ptr, totals_ptr, rows_ptr, count: tl.int64, samples, beta,
-    ref_coef, factor, floor, ADAPTIVE: tl.constexpr, SAMPLE_MEAN: tl.constexpr, BATCH_MEAN: tl.constexpr,
+    sums_ptr, r_ptr, valid_ptr, chosen_ptr, cu_ptr, loss_ptr, totals_ptr, rows_ptr, count: tl.int64,
+    samples: tl.int32, beta: tl.float32, ref_coef: tl.float32, factor: tl.float32, floor: tl.float32, ADAPTIVE: tl.constexpr, SAMPLE_MEAN: tl.constexpr, BATCH_MEAN: tl.constexpr,
     BY_R: tl.constexpr, EMPTY_ALL: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_CHOSEN: tl.constexpr, HAS_MASK: tl.constexpr, SUMS: tl.constexpr,
     STATS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,

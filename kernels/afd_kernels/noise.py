@@ -63,19 +63,19 @@ def normal4(seed, tile, sample, q):
 
 
 @triton.jit
-def level(table, start, period, inner, frames, n, m, PER_FRAME: tl.constexpr):
+def level(table, start, inner, frames, n, m, PER_FRAME: tl.constexpr):
     """t or sigma of the elements n of a tile; start: the tile's first element modulo the period of the frames."""
     if PER_FRAME:
-        frame = ((start + n) // inner) % frames
+        frame = ((start + n).to(tl.uint32) // inner.to(tl.uint32)) % frames.to(tl.uint32)  # a third cheaper unsigned
         return tl.load(table + frame, mask=m, other=1.0)
     else:
         return tl.load(table)
 
 
 @triton.jit
-def _noised(x0, y, out, table, e, n, left, start, period, inner, frames, SEED: tl.constexpr, PER_FRAME: tl.constexpr):
+def _noised(x0, y, out, table, e, n, left, start, inner, frames, SEED: tl.constexpr, PER_FRAME: tl.constexpr):
     m = n < left
-    t = level(table, start, period, inner, frames, n, m, PER_FRAME)
+    t = level(table, start, inner, frames, n, m, PER_FRAME)
     if SEED:
         eps = e
     else:
@@ -88,7 +88,7 @@ def _noised(x0, y, out, table, e, n, left, start, period, inner, frames, SEED: t
 @triton.jit(do_not_specialize=["seed"])
 def forward_noise_kernel(
     x0_ptr, y_ptr, out_ptr, t_ptr, seed: tl.int64, count: tl.int64, x0_stride: tl.int64, y_stride: tl.int64,
-    tiles, frames, inner, SEED: tl.constexpr, PER_FRAME: tl.constexpr,
+    tiles: tl.int32, frames: tl.int32, inner: tl.int32, SEED: tl.constexpr, PER_FRAME: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     sample = (pid // tiles).to(tl.int64)
@@ -96,7 +96,9 @@ def forward_noise_kernel(
     first = tile.to(tl.int64) * 4096
     left = count - first
     period = inner * frames
-    start = (first % period).to(tl.int32)
+    start = 0
+    if PER_FRAME:
+        start = (first % period).to(tl.int32)
     x0 = x0_ptr + sample * x0_stride + first
     y = y_ptr + sample * y_stride + first
     out = out_ptr + sample * count + first
@@ -105,10 +107,10 @@ def forward_noise_kernel(
     e0, e1, e2, e3 = 0.0, 0.0, 0.0, 0.0
     if SEED:
         e0, e1, e2, e3 = normal4(seed, tile, sample, q)
-    _noised(x0, y, out, table, e0, q, left, start, period, inner, frames, SEED, PER_FRAME)
-    _noised(x0, y, out, table, e1, q + 1024, left, start, period, inner, frames, SEED, PER_FRAME)
-    _noised(x0, y, out, table, e2, q + 2048, left, start, period, inner, frames, SEED, PER_FRAME)
-    _noised(x0, y, out, table, e3, q + 3072, left, start, period, inner, frames, SEED, PER_FRAME)
+    _noised(x0, y, out, table, e0, q, left, start, inner, frames, SEED, PER_FRAME)
+    _noised(x0, y, out, table, e1, q + 1024, left, start, inner, frames, SEED, PER_FRAME)
+    _noised(x0, y, out, table, e2, q + 2048, left, start, inner, frames, SEED, PER_FRAME)
+    _noised(x0, y, out, table, e3, q + 3072, left, start, inner, frames, SEED, PER_FRAME)
 
 
 def forward_noise(x0: Tensor, t: Tensor, noise: Tensor | None, seed: int | None, inner: int) -> Tensor:
