@@ -66,16 +66,13 @@ class NFTRecipe:
         low, high = self.clip_range
         if not low < 0 < high:
             raise ValueError(f"adv_clip must span zero, got {self.adv_clip}")
+        # the recipe as text, what an operator's schema can carry; made here so that a compiled graph only reads it
+        object.__setattr__(self, "key", json.dumps(asdict(self) | {"factor": self.factor}))
 
     @property
     def clip_range(self) -> tuple[float, float]:
         """(low, high) of the advantages."""
         return (-self.adv_clip, self.adv_clip) if isinstance(self.adv_clip, (int, float)) else tuple(self.adv_clip)
-
-    @property
-    def key(self) -> str:
-        """The recipe as text, what an operator's schema can carry; `recipe_from_key` reads it."""
-        return json.dumps(asdict(self) | {"factor": self.factor})
 
     @property
     def factor(self) -> float:
@@ -114,6 +111,8 @@ def nft_recipe(name: str, **overrides) -> NFTRecipe:
         raise ValueError(
             f"unknown recipe {name!r}" + (f", did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(RECIPES)}"
         )
+    if not overrides:
+        return RECIPES[name]
     known = [f.name for f in fields(NFTRecipe) if f.name != "name"]
     for key in overrides:
         if key not in known:
