@@ -53,7 +53,9 @@ class CMakeBuild(build_ext):
             if done.returncode:
                 tail = done.stdout.strip().splitlines()[-1:] or ["no output"]
                 return say(f"native kernels skipped, the CPU runs the PyTorch reference: {step[1]} failed: {tail[0]}")
-        say(f"native kernels built for the CPU{' and sm_90a' if CUDA else ' (no CUDA kernels: AFD_BUILD_CUDA is not 1)'}")
+        say(
+            f"native kernels built for the CPU{' and sm_90a' if CUDA else ' (no CUDA kernels: AFD_BUILD_CUDA is not 1)'}"
+        )
 
 
 options = {}

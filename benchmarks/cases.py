@@ -31,7 +31,10 @@ def _inputs(shape, dtype, device, names):
     tensors = {name: n() for name in names}
     tensors["v"].requires_grad_() if "v" in tensors else None
     batch = shape[0]
-    return tensors | {"r": torch.rand(batch, device=device, generator=g), "t": 0.1 + 0.8 * torch.rand(batch, device=device, generator=g)}
+    return tensors | {
+        "r": torch.rand(batch, device=device, generator=g),
+        "t": 0.1 + 0.8 * torch.rand(batch, device=device, generator=g),
+    }
 
 
 def _loss(shape, dtype, device, recipe, names, peer, seed, out, sweeps, check) -> Case:

@@ -53,14 +53,20 @@ def measure(name, shape, dtype, device, variants, seconds) -> list[dict]:
     case = CASES[name](shape, DTYPES[dtype], device, check)
     copy = copy_of(case.bytes_moved, device)
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device != "cpu" else None
-    eager_err = error(case.variants["eager"](), case.exact) if case.exact is not None and name != "forward_noise" else float("nan")
+    eager_err = (
+        error(case.variants["eager"](), case.exact)
+        if case.exact is not None and name != "forward_noise"
+        else float("nan")
+    )
     copies, rows = [], []
     for variant in [v for v in variants if v in case.variants]:
         f = case.variants[variant]
         err = error(f(), case.exact) if not (name == "forward_noise" and variant != "fused") else float("nan")
         bound = 2 * (eager_err if eager_err == eager_err else 0) + 2 * torch.finfo(DTYPES[dtype]).eps
         if variant != "eager" and err > bound:
-            raise SystemExit(f"{name}/{variant} {shape} {dtype}: error {err:.2e} above {bound:.2e}; nothing is timed on a red test")
+            raise SystemExit(
+                f"{name}/{variant} {shape} {dtype}: error {err:.2e} above {bound:.2e}; nothing is timed on a red test"
+            )
         peak = float("nan")
         if device != "cpu":
             torch.cuda.synchronize()
@@ -107,7 +113,9 @@ def main() -> None:
     p.add_argument("--seconds", type=float, default=1.0, help="for each variant")
     p.add_argument("--csv", type=Path)
     a = p.parse_args()
-    print(f"{'case':18}{'variant':11}{'shape':20}{'dtype':6}{'ms':>10}{'GB/s':>9}{'of copy':>9}{'max err':>10}{'MiB':>9}")
+    print(
+        f"{'case':18}{'variant':11}{'shape':20}{'dtype':6}{'ms':>10}{'GB/s':>9}{'of copy':>9}{'max err':>10}{'MiB':>9}"
+    )
     for name, shape, batch, dtype in ((n, s, b, d) for n in a.case for s in a.shape for b in a.batch for d in a.dtype):
         rows = measure(name, (batch, *SHAPES[shape]), dtype, a.device, a.variant, a.seconds)
         for r in rows:

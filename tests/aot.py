@@ -34,7 +34,9 @@ def compile_kernel(kernel, types: dict, constants: dict, *, capability=90, align
     """types: argument -> Triton type; constants: constexpr arguments; aligned: arguments divisible by 16."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    aligned = [n for n in names if signature[n].startswith("*") or signature[n] == "i64"] if aligned is None else aligned
+    aligned = (
+        [n for n in names if signature[n].startswith("*") or signature[n] == "i64"] if aligned is None else aligned
+    )
     source = ASTSource(
         kernel, signature, {(names.index(n),): v for n, v in constants.items()},
         {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n in signature},
@@ -43,9 +45,9 @@ def compile_kernel(kernel, types: dict, constants: dict, *, capability=90, align
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        dump = lambda flag: subprocess.run(
-            [BIN / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
-        ).stdout
+        dump = lambda flag: (
+            subprocess.run([BIN / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+        )
         usage, sass = dump("--dump-resource-usage"), dump("-sass")
     number = lambda key: int(re.search(key + r":(\d+)", usage)[1])
     loads, stores, local, count, back = collections.Counter(), collections.Counter(), 0, 0, False

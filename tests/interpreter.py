@@ -27,7 +27,17 @@ def install() -> None:
     interpreter._mended = True
     convert, binary = interpreter._convert_float, interpreter.InterpreterBuilder.binary_op
     reduce, patch = interpreter.ReduceScanOpInterface.apply, interpreter._patch_lang_tensor
-    arithmetic = {np.add, np.subtract, np.multiply, np.divide, np.minimum, np.maximum, np.less, np.less_equal, np.greater}
+    arithmetic = {
+        np.add,
+        np.subtract,
+        np.multiply,
+        np.divide,
+        np.minimum,
+        np.maximum,
+        np.less,
+        np.less_equal,
+        np.greater,
+    }
 
     def convert_float(data, source, target, mode):
         if source == tl.float32 and target == tl.bfloat16:

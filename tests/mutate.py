@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Mutation test of the Triton kernels: one-token mutants under the interpreter; how many does a small suite notice?
 
 python tests/mutate.py [every]     (tens of minutes; every=3 takes each third mutant; not part of the default tests)
@@ -41,7 +42,11 @@ def mutants(source: str):
         for index, node in enumerate(ast.walk(function)) if jit else ():
             change = None
             if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-                change = ("op", OPERATORS[type(node.op)](), f"{type(node.op).__name__} -> {OPERATORS[type(node.op)].__name__}")
+                change = (
+                    "op",
+                    OPERATORS[type(node.op)](),
+                    f"{type(node.op).__name__} -> {OPERATORS[type(node.op)].__name__}",
+                )
             elif isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
                 new = COMPARISONS[type(node.ops[0])]
                 change = ("ops", [new()], f"{type(node.ops[0]).__name__} -> {new.__name__}")
@@ -108,7 +113,11 @@ def expectations():
         yield i, ops._sums(i), ops._gradient(1.0, i._replace(v=i.v.float()))
     t, x0 = torch.rand(3, 5), torch.randn(3, 5000)
     yield x0, t, flow.forward_noise(x0.view(3, 10, 5, 100), t.view(3, 1, 5, 1), seed=-9).view(3, 5000)
-    yield x0, t, flow.forward_noise(x0.view(3, 10, 5, 100), t.view(3, 1, 5, 1), noise=x0.view(3, 10, 5, 100)).view(3, 5000)
+    yield (
+        x0,
+        t,
+        flow.forward_noise(x0.view(3, 10, 5, 100), t.view(3, 1, 5, 1), noise=x0.view(3, 10, 5, 100)).view(3, 5000),
+    )
 
 
 EXPECTED = list(expectations())
@@ -155,7 +164,7 @@ def main() -> None:
         sys.path.insert(0, name)
         suite(*load(folder, 0, {}))
         print(f"the suite passes on the kernels themselves in {time.time() - start:.1f} s", flush=True)
-        todo = [(f, d, s) for f in ("noise.py", "nft.py") for d, s in mutants((PACKAGE / f).read_text())]
+        todo = [(f, d, s) for f in ("noise.py", "nft.py", "_finish.py") for d, s in mutants((PACKAGE / f).read_text())]
         todo = todo[:: int(sys.argv[1]) if len(sys.argv) > 1 else 1]
         survivors = []
         for number, (file, description, source) in enumerate(todo, 1):
@@ -165,7 +174,9 @@ def main() -> None:
                 print("survives:", survivors[-1], flush=True)
             except Exception:
                 pass
-        print(f"{len(todo)} mutants, {len(todo) - len(survivors)} killed, {len(survivors)} survive, {time.time() - start:.0f} s")
+        print(
+            f"{len(todo)} mutants, {len(todo) - len(survivors)} killed, {len(survivors)} survive, {time.time() - start:.0f} s"
+        )
 
 
 if __name__ == "__main__":

@@ -113,7 +113,9 @@ FINISH = dict(
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_everything_compiles(capability, dtype):
-    full = OFF | dict(X0=True, REF_X0=True, SOURCE=1, HAS_OLD=True, HAS_MASK=True, HAS_SIGMA=True, GRAD=True, SCALED=True, SUMS=511)
+    full = OFF | dict(
+        X0=True, REF_X0=True, SOURCE=1, HAS_OLD=True, HAS_MASK=True, HAS_SIGMA=True, GRAD=True, SCALED=True, SUMS=511
+    )
     for kernel, flags in (
         (kernels.sweep_kernel, full), (kernels.sweep_kernel, OFF | dict(SOURCE=2, GRAD=True, GUARD=True, SCALED=True)),
         (kernels.reduce_kernel, dict(SUMS=511, PACKED=True, CU_BLOCK=8)), (kernels.finish_kernel, FINISH),

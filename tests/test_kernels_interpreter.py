@@ -75,7 +75,11 @@ def check(i, scale=3.0, watch=True):
     with sanitize() as report:
         kernels.nft_loss_redo(torch.tensor(1.0), found[2], *i, grad)
     report.check()
-    assert torch.equal(grad, kept) and not report.regions["grad_ptr"].writes.any() and not report.regions["v_ptr"].reads.any()
+    assert (
+        torch.equal(grad, kept)
+        and not report.regions["grad_ptr"].writes.any()
+        and not report.regions["v_ptr"].reads.any()
+    )
     kernels.nft_loss_redo(go, found[2], *i, grad)
     assert torch.equal(grad, alone)
 
@@ -141,7 +145,9 @@ def test_weight_floor():
     assert (kernels.nft_loss(*half)[2][8] == 0).all()  # c+ - c-: nothing is left of rounding at zero advantage
 
 
-@pytest.mark.parametrize("shape,frames,inner", [((2, 5000), 1, 5000), ((1, 3), 1, 3), ((3, 4097), 1, 4097), ((2, 5000), 5, 100)])
+@pytest.mark.parametrize(
+    "shape,frames,inner", [((2, 5000), 1, 5000), ((1, 3), 1, 3), ((3, 4097), 1, 4097), ((2, 5000), 5, 100)]
+)
 @pytest.mark.parametrize("seed", [0, -7, 2**63 - 1])
 def test_noise_bits(shape, frames, inner, seed):
     t, x0 = torch.rand(shape[0], frames), torch.randn(*shape)
@@ -156,7 +162,9 @@ def test_noise_bits(shape, frames, inner, seed):
     with sanitize() as report:
         found = noise_kernels.forward_noise(x0, t, noise, None, inner)
     report.check(read_once=["x0_ptr", "y_ptr"], written_once=["out_ptr"])
-    assert torch.equal(found, flow.forward_noise(x0.view(view), t.view(-1, 1, frames, 1), noise=noise.view(view)).view(shape))
+    assert torch.equal(
+        found, flow.forward_noise(x0.view(view), t.view(-1, 1, frames, 1), noise=noise.view(view)).view(shape)
+    )
 
 
 @triton.jit

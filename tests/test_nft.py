@@ -43,7 +43,7 @@ def test_public_trainers(name):
     data = np.load(GOLDEN / f"{name}.npz")
     beta = json.loads(str(data["meta"]))["beta"]
     for case in data["cases"]:
-        get = lambda f: torch.from_numpy(data[f"{case}.{f}"]) if f"{case}.{f}" in data else None
+        get = lambda f: torch.from_numpy(data[f"{case}.{f}"]) if f"{case}.{f}" in data else None  # noqa: B023
         v = get("v_theta").requires_grad_()
         loss = afd_fast.nft_loss(
             v, get("x0"), get("r"), get("t"), noise=get("noise"), x_t=get("xt"), v_old=get("v_old"), v_ref=get("v_ref"),
@@ -104,7 +104,7 @@ def test_gradcheck():
         v = inputs.pop("v")
         # the adaptive weights are detached: differentiate with them frozen, as every trainer does
         recipe = afd_fast.nft_recipe(recipe, weighting="none")
-        assert torch.autograd.gradcheck(lambda v: afd_fast.nft_loss(v=v, **inputs, recipe=recipe), (v,))
+        assert torch.autograd.gradcheck(lambda v: afd_fast.nft_loss(v=v, **inputs, recipe=recipe), (v,))  # noqa: B023
 
 
 def test_stats():

@@ -64,7 +64,13 @@ def test_forward_noise_rounds_once(dtype):
     t = t if dtype == torch.float64 else t.float()
     exact = (1 - t.double())[:, None, None] * x0.double() + t.double()[:, None, None] * noise.double()
     x_t = afd_fast.forward_noise(x0, t, noise=noise)
-    assert x_t.dtype == dtype and ((x_t.double() - exact).abs() <= torch.finfo(dtype).eps * (0.51 * exact.abs() + 1e-6) + 1e-7 * (dtype != torch.float64)).all()
+    assert (
+        x_t.dtype == dtype
+        and (
+            (x_t.double() - exact).abs()
+            <= torch.finfo(dtype).eps * (0.51 * exact.abs() + 1e-6) + 1e-7 * (dtype != torch.float64)
+        ).all()
+    )
 
 
 def test_forward_noise_layouts_and_gradient():
@@ -72,11 +78,15 @@ def test_forward_noise_layouts_and_gradient():
     expected = afd_fast.forward_noise(x0, t, noise=noise, frame_dim=2)
     moved = lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert torch.equal(afd_fast.forward_noise(moved(x0), t, noise=moved(noise), frame_dim=2), expected)
-    assert torch.equal(afd_fast.forward_noise(moved(x0), t, seed=4, frame_dim=-2), afd_fast.forward_noise(x0, t, seed=4, frame_dim=2))
+    assert torch.equal(
+        afd_fast.forward_noise(moved(x0), t, seed=4, frame_dim=-2), afd_fast.forward_noise(x0, t, seed=4, frame_dim=2)
+    )
     tracked = x0.clone().requires_grad_()
     afd_fast.forward_noise(tracked, t, noise=noise, frame_dim=2).sum().backward()
     torch.testing.assert_close(tracked.grad, (1 - t)[:, None, :, None].expand_as(x0))
-    assert afd_fast.forward_noise(x0, 0.0, noise=noise).equal(x0) and afd_fast.forward_noise(x0, 1.0, noise=noise).equal(noise)
+    assert afd_fast.forward_noise(x0, 0.0, noise=noise).equal(x0) and afd_fast.forward_noise(
+        x0, 1.0, noise=noise
+    ).equal(noise)
     assert afd_fast.forward_noise(torch.empty(0, 3), 0.5, seed=1).shape == (0, 3)
 
 

@@ -26,7 +26,10 @@ def run(inputs, scale=1.0, **kwargs):
 
 
 def widened(inputs):
-    wide = {k: x.detach().double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for k, x in inputs.items()}
+    wide = {
+        k: x.detach().double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for k, x in inputs.items()
+    }
     wide["v"].requires_grad_()
     return wide
 
@@ -50,7 +53,9 @@ def backend(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [0, 1, 7, 16, 4093, 4096, 4097, 8191])
-@pytest.mark.parametrize("recipe,source", [("afd", "noise"), ("afd", "seed"), ("diffusionnft", "x_t"), ("astrolabe", "seed")])
+@pytest.mark.parametrize(
+    "recipe,source", [("afd", "noise"), ("afd", "seed"), ("diffusionnft", "x_t"), ("astrolabe", "seed")]
+)
 def test_sizes(backend, dtype, size, recipe, source):
     inputs = make((3, size), dtype)
     noise = inputs.pop("noise")
@@ -71,7 +76,9 @@ def test_empty_batch(backend, recipe):
 
 @pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
 @pytest.mark.parametrize("source", ["noise", "seed"])
-@pytest.mark.parametrize("frame_dim,t_shape", [(1, (2, 6)), (2, (2, 3)), (None, (2, 1, 3, 1, 1)), (None, (1, 6, 3, 1, 5))])
+@pytest.mark.parametrize(
+    "frame_dim,t_shape", [(1, (2, 6)), (2, (2, 3)), (None, (2, 1, 3, 1, 1)), (None, (1, 6, 3, 1, 5))]
+)
 def test_per_frame_t(backend, recipe, source, frame_dim, t_shape):
     inputs = make((2, 6, 3, 4, 5)) | {"t": 0.1 + 0.8 * torch.rand(t_shape), "frame_dim": frame_dim}
     if source == "seed":
@@ -79,7 +86,9 @@ def test_per_frame_t(backend, recipe, source, frame_dim, t_shape):
     inputs["sigma"] = 0.1 + 0.8 * torch.rand(2)  # one value a sample beside t's several
     (loss, grad), (exact_loss, exact) = run(inputs, recipe=recipe), run(widened(inputs), recipe=recipe)
     assert abs(loss - exact_loss) <= 1e-5 * abs(exact_loss) and error(grad, exact) <= bound(exact, torch.float32)
-    x_t = afd_fast.forward_noise(inputs["x0"], inputs["t"], noise=inputs["noise"], seed=inputs.get("seed"), frame_dim=frame_dim)
+    x_t = afd_fast.forward_noise(
+        inputs["x0"], inputs["t"], noise=inputs["noise"], seed=inputs.get("seed"), frame_dim=frame_dim
+    )
     exact = afd_fast.reference.flow.forward_noise(
         inputs["x0"].double(), inputs["t"].double(), noise=None if source == "seed" else inputs["noise"].double(),
         seed=inputs.get("seed"), frame_dim=frame_dim,

@@ -133,9 +133,7 @@ def _fake_loss(*args):
     return new(), new(3), new(len(ROWS), i.r.shape[0])
 
 
-_loss = operator(
-    f"nft_loss({_ARGS}) -> (Tensor, Tensor, Tensor)", cpu=_cpu_loss, cuda="nft:nft_loss", fake=_fake_loss
-)
+_loss = operator(f"nft_loss({_ARGS}) -> (Tensor, Tensor, Tensor)", cpu=_cpu_loss, cuda="nft:nft_loss", fake=_fake_loss)
 _loss_with_grad = operator(
     f"nft_loss_with_grad({_ARGS}, Tensor(a!) grad) -> (Tensor, Tensor, Tensor)",
     cpu=_cpu_loss_with_grad, cuda="nft:nft_loss_with_grad", fake=_fake_loss,
@@ -264,7 +262,9 @@ def _check_out(out: Tensor | None, v: Tensor) -> None:
     if torch.compiler.is_compiling():
         raise ValueError("out= is for eager calls: a compiled graph plans its own memory")
     if out.shape != v.shape or out.dtype != v.dtype or out.device != v.device:
-        raise ValueError(f"out must be like v: {tuple(v.shape)} {v.dtype} on {v.device}, got {tuple(out.shape)} {out.dtype}")
+        raise ValueError(
+            f"out must be like v: {tuple(v.shape)} {v.dtype} on {v.device}, got {tuple(out.shape)} {out.dtype}"
+        )
     if out.requires_grad or out.data_ptr() == v.data_ptr() != 0:
         raise ValueError("out must be a buffer of its own, without requires_grad")
 

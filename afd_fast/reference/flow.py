@@ -45,7 +45,12 @@ def expand_t(t: Tensor | float, like: Tensor, frame_dim: int | None = None) -> T
 
 def check_t(t: Tensor) -> None:
     """ValueError when any t lies outside [0, 1]; reads the tensor only on the CPU (no device sync, no trace)."""
-    if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel() and not bool(((t >= 0) & (t <= 1)).all()):
+    if (
+        t.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and t.numel()
+        and not bool(((t >= 0) & (t <= 1)).all())
+    ):
         raise ValueError(f"t must lie in [0, 1] (divide network timesteps by 1000), got {t.min():g} .. {t.max():g}")
 
 

@@ -109,7 +109,9 @@ def nft_recipe(name: str, **overrides) -> NFTRecipe:
     if name not in RECIPES:
         near = get_close_matches(name, RECIPES, 1)
         raise ValueError(
-            f"unknown recipe {name!r}" + (f", did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(RECIPES)}"
+            f"unknown recipe {name!r}"
+            + (f", did you mean {near[0]!r}?" if near else "")
+            + f" Known: {', '.join(RECIPES)}"
         )
     if not overrides:
         return RECIPES[name]
@@ -117,7 +119,9 @@ def nft_recipe(name: str, **overrides) -> NFTRecipe:
     for key in overrides:
         if key not in known:
             near = get_close_matches(key, known, 1)
-            raise ValueError(f"NFTRecipe has no field {key!r}" + (f", did you mean {near[0]!r}?" if near else f": {known}"))
+            raise ValueError(
+                f"NFTRecipe has no field {key!r}" + (f", did you mean {near[0]!r}?" if near else f": {known}")
+            )
     return replace(RECIPES[name], **overrides)
 
 
@@ -299,14 +303,18 @@ def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
     if mask.device != like.device:
         raise ValueError(f"element_mask is on {mask.device}, v on {like.device}")
     if mask.ndim != like.ndim or any(a not in (1, b) for a, b in zip(mask.shape, like.shape)):
-        raise ValueError(f"element_mask {tuple(mask.shape)} must have as many axes as v {tuple(like.shape)} and broadcast")
+        raise ValueError(
+            f"element_mask {tuple(mask.shape)} must have as many axes as v {tuple(like.shape)} and broadcast"
+        )
     return (mask != 0).expand(like.shape)
 
 
 def packed_rows(t, sigma, x0: Tensor, cu_seqlens: Tensor, seed, frame_dim):
     """t and sigma per row of packed samples, and the sample [T] of each row."""
     if seed is not None or frame_dim is not None:
-        raise ValueError("packed samples (cu_seqlens=) take noise= or x_t=, and one t per sample: no seed=, no frame_dim=")
+        raise ValueError(
+            "packed samples (cu_seqlens=) take noise= or x_t=, and one t per sample: no seed=, no frame_dim="
+        )
     batch = len(cu_seqlens) - 1
     rows = torch.repeat_interleave(torch.arange(batch, device=x0.device), cu_seqlens.diff(), output_size=x0.shape[0])
     spread = []
@@ -373,7 +381,9 @@ def nft_loss(
     return loss, NFTStats(*(x.detach() for x in stats))
 
 
-def nft_grad(v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: str | NFTRecipe = "afd", **inputs) -> Tensor:
+def nft_grad(
+    v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: str | NFTRecipe = "afd", **inputs
+) -> Tensor:
     """d nft_loss / d v in closed form, in the working dtype; arguments as `nft_loss`."""
     recipe = nft_recipe(recipe) if isinstance(recipe, str) else recipe
     p = prepare(v.detach(), x0, r, t, recipe=recipe, **inputs)
