@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 import afd_fast
+from afd_fast.ops.nft import Inputs
 from afd_fast.reference import flow
 from afd_fast.reference import nft as reference
-from benchmarks import peers
+from benchmarks import one_launch, peers
 
 SHAPES = {"wan": (21, 16, 60, 104), "sd3": (16, 64, 64), "tiny": (4, 8, 8), "flat": (1 << 20,)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -71,7 +72,18 @@ def nft_afd_seed(shape, dtype, device, check=True) -> Case:
 def nft_diffusionnft(shape, dtype, device, check=True) -> Case:
     """Adaptive weights, noised state given: five tensors read, then five read and one written."""
     names = ("v", "x0", "x_t", "v_old", "v_ref")
-    return _loss(shape, dtype, device, "diffusionnft", names, peers.diffusionnft, False, False, 11, check)
+    case = _loss(shape, dtype, device, "diffusionnft", names, peers.diffusionnft, False, False, 11, check)
+    if device != "cpu" and one_launch.library():
+        i = _inputs(shape, dtype, device, names)
+        count = i["v"][0].numel()
+        inputs = Inputs(
+            v=i["v"].detach(), x0=i["x0"], r=i["r"], t=i["t"][:, None].contiguous(), noise=None, seed=None, x_t=i["x_t"],
+            v_old=i["v_old"], v_ref=i["v_ref"], sigma=None, sample_mask=None, ref_mask=None, element_mask=None,
+            cu_seqlens=None, inner=count, recipe=afd_fast.nft_recipe("diffusionnft").key, stats=False,
+        )  # fmt: skip
+        grad = torch.empty_like(inputs.v)
+        case.variants["one_launch"] = lambda: (one_launch.nft_loss_with_grad(inputs, grad), grad)[1]
+    return case
 
 
 def forward_noise(shape, dtype, device, check=True) -> Case:

@@ -108,7 +108,7 @@ def main() -> None:
     p.add_argument("--shape", nargs="*", default=list(SHAPES), choices=SHAPES)
     p.add_argument("--batch", nargs="*", type=int, default=[1, 16])
     p.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
-    p.add_argument("--variant", nargs="*", default=["fused", "compile", "reference", "eager"])
+    p.add_argument("--variant", nargs="*", default=["fused", "one_launch", "compile", "reference", "eager"])
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--seconds", type=float, default=1.0, help="for each variant")
     p.add_argument("--csv", type=Path)

@@ -38,6 +38,7 @@ struct AfdCall {
 AFD_HD float afd_mul(float a, float b) { return __fmul_rn(a, b); }
 AFD_HD float afd_add(float a, float b) { return __fadd_rn(a, b); }
 AFD_HD float afd_sqrt(float a) { return __fsqrt_rn(a); }
+AFD_HD double afd_sqrt64(double a) { return sqrt(a); }
 AFD_HD float afd_float(uint32_t u) { return __uint_as_float(u); }
 AFD_HD uint32_t afd_bits(float f) { return __float_as_uint(f); }
 AFD_HD uint32_t afd_mulhi(uint32_t a, uint32_t b) { return __umulhi(a, b); }
@@ -45,6 +46,7 @@ AFD_HD uint32_t afd_mulhi(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 AFD_HD float afd_mul(float a, float b) { return a * b; }
 AFD_HD float afd_add(float a, float b) { return a + b; }
 AFD_HD float afd_sqrt(float a) { return __builtin_sqrtf(a); }
+AFD_HD double afd_sqrt64(double a) { return __builtin_sqrt(a); }
 AFD_HD float afd_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 AFD_HD uint32_t afd_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 AFD_HD uint32_t afd_mulhi(uint32_t a, uint32_t b) { return (uint32_t)(((uint64_t)a * b) >> 32); }
@@ -117,46 +119,61 @@ AFD_HD AfdElement<F> afd_element(F v, F w, F old, F ref, const AfdConstants& k) 
   return {a, d, gap, grad + k.reference * gap};
 }
 
-// Per-sample sums -> loss, totals, rows. has_sums: whether the loss is known yet, or only the coefficients are wanted.
-AFD_HD void afd_finish(const AfdCall& c, bool has_sums) {
-  int64_t B = c.samples;
-  double valid = 0, chosen = 0, policy = 0, prior = 0, signal = 0;
-  for (int64_t b = 0; b < B; b++) {
+struct AfdBatch { double per_sample, per_chosen; bool all; };  // what the masks of the whole batch say
+struct AfdTerms { double policy, prior, signal; };
+
+AFD_HD AfdBatch afd_batch(const AfdCall& c) {
+  double valid = 0, chosen = 0;
+  for (int64_t b = 0; b < c.samples; b++) {
     double m = c.valid ? c.valid[b] : 1.0;
     valid += m;
     chosen += c.chosen ? m * c.chosen[b] : m;
   }
   bool all = c.empty_all && !(chosen > 0);
-  double per_sample = c.batch_mean ? 1 / (valid > 1 ? valid : 1) : 1, base = all ? valid : chosen;
-  double per_chosen = c.batch_mean ? 1 / (base > 1 ? base : 1) : 1;
-  for (int64_t b = 0; b < B; b++) {
-    double r = c.r[b], m = c.valid ? c.valid[b] : 1.0, weight = m * per_sample;
-    double rho = (all || !c.chosen ? m : m * c.chosen[b]) * per_chosen * (c.ref_by_r ? r : 1.0);
-    double kept = c.mask ? c.sums[5 * B + b] : (double)(c.cu ? (c.cu[b + 1] - c.cu[b]) * c.count : c.count);
-    if (kept < 1) kept = 1;
-    double size = c.sample_mean ? kept : 1, w_pos = 1, w_neg = 1;
-    if (c.adaptive) {
-      double raw = c.sums[b] / kept, other = raw - c.sums[B + b] / kept;
-      w_pos = raw > c.floor ? raw : c.floor;
-      w_neg = other > c.floor ? other : c.floor;
-      if (raw != raw) w_pos = w_neg = raw;  // NaN is passed on
-    }
-    double k = 2 * (double)c.beta * c.factor / size * weight / (2 * w_pos * w_neg), gap = w_pos - w_neg;
-    c.rows[8 * B + b] = (float)(k * ((2 * r - 1) * (w_pos + w_neg) - gap));
-    c.rows[9 * B + b] = (float)(k * ((w_pos + w_neg) - (2 * r - 1) * gap));
-    c.rows[10 * B + b] = (float)(2 * c.ref_coef / size * rho);
-    if (!has_sums) continue;
-    double pos = c.sums[2 * B + b] / size / w_pos, neg = c.sums[3 * B + b] / size / w_neg, q = c.sums[4 * B + b] / size;
-    policy += weight * c.factor * (r * pos + (1 - r) * neg);
-    prior += rho * q;
-    signal += (2 * r - 1) * (pos + neg) / 2;
-    double row[8] = {pos, neg, w_pos, w_neg, q, c.sums[6 * B + b] / kept, c.sums[7 * B + b], c.sums[8 * B + b]};
-    for (int i = 6; i < 8; i++) row[i] = (double)__builtin_sqrt(row[i]);
-    for (int i = 0; i < 8; i++) c.rows[i * B + b] = (float)row[i];
+  double base = all ? valid : chosen;
+  return {c.batch_mean ? 1 / (valid > 1 ? valid : 1) : 1, c.batch_mean ? 1 / (base > 1 ? base : 1) : 1, all};
+}
+
+// One sample's sums (slot k at sums[k * stride]) -> its rows and its terms of the loss.
+// has_sums: whether the loss is known yet, or only the coefficients are wanted.
+AFD_HD AfdTerms afd_sample(const AfdCall& c, const AfdBatch& batch, int64_t b, const double* sums, int64_t stride,
+                           bool has_sums) {
+  int64_t B = c.samples;
+  double r = c.r[b], m = c.valid ? c.valid[b] : 1.0, weight = m * batch.per_sample;
+  double rho = (batch.all || !c.chosen ? m : m * c.chosen[b]) * batch.per_chosen * (c.ref_by_r ? r : 1.0);
+  double kept = c.mask ? sums[5 * stride] : (double)(c.cu ? (c.cu[b + 1] - c.cu[b]) * c.count : c.count);
+  if (kept < 1) kept = 1;
+  double size = c.sample_mean ? kept : 1, w_pos = 1, w_neg = 1;
+  if (c.adaptive) {
+    double raw = sums[0] / kept, other = raw - sums[stride] / kept;
+    w_pos = raw > c.floor ? raw : c.floor;
+    w_neg = other > c.floor ? other : c.floor;
+    if (raw != raw) w_pos = w_neg = raw;  // NaN is passed on
   }
-  if (!has_sums) return;
-  *c.loss = (float)(policy + c.ref_coef * prior);
-  c.totals[0] = (float)policy;
-  c.totals[1] = (float)prior;
-  c.totals[2] = (float)(B ? signal / B : 0);
+  double k = 2 * (double)c.beta * c.factor / size * weight / (2 * w_pos * w_neg), gap = w_pos - w_neg;
+  c.rows[8 * B + b] = (float)(k * ((2 * r - 1) * (w_pos + w_neg) - gap));
+  c.rows[9 * B + b] = (float)(k * ((w_pos + w_neg) - (2 * r - 1) * gap));
+  c.rows[10 * B + b] = (float)(2 * c.ref_coef / size * rho);
+  if (!has_sums) return {0, 0, 0};
+  double pos = sums[2 * stride] / size / w_pos, neg = sums[3 * stride] / size / w_neg, q = sums[4 * stride] / size;
+  double row[8] = {pos, neg, w_pos, w_neg, q, sums[6 * stride] / kept, afd_sqrt64(sums[7 * stride]), afd_sqrt64(sums[8 * stride])};
+  for (int i = 0; i < 8; i++) c.rows[i * B + b] = (float)row[i];
+  return {weight * c.factor * (r * pos + (1 - r) * neg), rho * q, (2 * r - 1) * (pos + neg) / 2};
+}
+
+AFD_HD void afd_total(const AfdCall& c, AfdTerms sum) {
+  *c.loss = (float)(sum.policy + c.ref_coef * sum.prior);
+  c.totals[0] = (float)sum.policy;
+  c.totals[1] = (float)sum.prior;
+  c.totals[2] = (float)(c.samples ? sum.signal / c.samples : 0);
+}
+
+AFD_HD void afd_finish(const AfdCall& c, bool has_sums) {
+  AfdBatch batch = afd_batch(c);
+  AfdTerms sum = {0, 0, 0};
+  for (int64_t b = 0; b < c.samples; b++) {
+    AfdTerms x = afd_sample(c, batch, b, c.sums + b, c.samples, has_sums);
+    sum.policy += x.policy; sum.prior += x.prior; sum.signal += x.signal;
+  }
+  if (has_sums) afd_total(c, sum);
 }
