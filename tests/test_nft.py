@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import afd_fast
+from afd_fast.ops import native
 from afd_fast.reference import nft as reference
 from afd_fast.reference.nft import RECIPES
 
@@ -93,7 +94,11 @@ def test_value_is_flat_and_gradient_signed_without_v_old():
     low, high = run(inputs | {"r": torch.zeros(3)}), run(inputs | {"r": torch.ones(3)})
     torch.testing.assert_close(low[0], high[0])
     torch.testing.assert_close(low[1], -high[1])
-    assert run(inputs | {"r": torch.full((3,), 0.5)})[1].abs().max() == 0  # not rounding noise: exactly nothing
+    half = {"r": torch.full((3,), 0.5)}
+    assert run(inputs | half)[1].abs().max() < 1e-15
+    if native.library():  # the kernels leave no rounding noise: exactly nothing
+        low = make(dtype=torch.float32) | {"v_old": None, "v_ref": None} | half
+        assert run(low)[1].abs().max() == 0
 
 
 def test_gradcheck():

@@ -389,14 +389,12 @@ def nft_grad(
     p = prepare(v.detach(), x0, r, t, recipe=recipe, **inputs)
     size = p.count if recipe.sample_reduction == "mean" else 1
     scale = 2 * recipe.beta * recipe.factor / size * p.sample_weight
-    w_pos, w_neg = (_weight(e, p, recipe) for e in _branches(p, recipe))
-    c_pos, c_neg = scale * p.r / w_pos, scale * (1 - p.r) / w_neg
-    if recipe.space == "v":
-        sign, middle = 1.0, p.v_old - p.target
-    else:
-        sign, middle = -p.sigma, (p.target - p.sigma * p.v_old) - p.x0
-    drift = sign * recipe.beta * (p.v - p.v_old)  # e+- = middle +- drift, so nothing cancels at zero advantage
-    grad = sign * (p.spread(c_pos - c_neg) * middle + p.spread(c_pos + c_neg) * drift)
+    e_pos, e_neg = _branches(p, recipe)
+    sign = 1.0 if recipe.space == "v" else -p.sigma
+    grad = sign * (
+        p.spread(scale * p.r / _weight(e_pos, p, recipe)) * e_pos
+        - p.spread(scale * (1 - p.r) / _weight(e_neg, p, recipe)) * e_neg
+    )
     if p.v_ref is not None:
         gap = p.v - p.v_ref if recipe.ref_space == "v" else p.sigma**2 * (p.v - p.v_ref)
         grad = grad + p.spread(2 * recipe.ref_coef / size * p.ref_weight) * gap
