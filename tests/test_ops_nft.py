@@ -6,6 +6,7 @@ import torch
 import afd_fast
 from afd_fast.ops import layout, native
 from afd_fast.ops import nft as ops
+from afd_fast.ops._register import is_wide
 from afd_fast.ops.noise import wrap_seed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -240,6 +241,13 @@ def test_module_and_backends():
     table = afd_fast.ops.backends()
     assert set(table) == {"nft_loss", "forward_noise", "bt_loss"}
     assert ("C++" in table["nft_loss"]) == (native.library() is not None)
+
+
+def test_float64_rewards_do_not_change_the_implementation():
+    i = _inputs(torch.bfloat16)
+    assert not is_wide(i._replace(r=i.r.double())) and is_wide(_inputs(torch.float64))
+    one = torch.ones((), dtype=torch.float64)
+    assert not is_wide((one, torch.zeros(11, 2), *i)) and is_wide((one, torch.zeros(11, 2, dtype=torch.float64), *i))
 
 
 def test_seed_wraps_to_64_bits():

@@ -15,14 +15,18 @@ def operator(schema: str, *, cpu, cuda: str, fake):
     qualified = f"afd_fast::{name}"
 
     def launch(*args):
-        wide = any(isinstance(x, torch.Tensor) and x.ndim and x.dtype == torch.float64 for x in args[:4])
-        return cpu(*args) if wide else launcher(cuda)(*args)
+        return cpu(*args) if is_wide(args) else launcher(cuda)(*args)
 
     torch.library.define(qualified, "(" + signature)
     torch.library.impl(qualified, "CPU", cpu)
     torch.library.impl(qualified, "CUDA", launch)
     torch.library.register_fake(qualified, fake)
     return getattr(torch.ops.afd_fast, name).default
+
+
+def is_wide(args) -> bool:
+    """Whether the first tensor that is not a scalar is float64: the student's velocity, x0, or what came of them."""
+    return next(x for x in args if isinstance(x, torch.Tensor) and x.ndim).dtype == torch.float64
 
 
 @functools.cache
