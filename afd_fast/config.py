@@ -19,7 +19,7 @@ class TrainConfig:
 
     name: str = "demo"
     seed: int = 0
-    iterations: int = 200
+    iterations: int = 300
     # data
     teacher: str = "physics"  # "physics" or "folder:PATH" (a folder with manifest.csv or manifest.jsonl)
     teacher_clips: int = 4  # finished videos bought per prompt
@@ -33,11 +33,11 @@ class TrainConfig:
     recipe: str = "diffusionnft"  # a name of afd_fast.nft_recipe
     v_old: str = "ema"  # "ema": the lagged policy collects and interpolates; "self": stop-gradient of v (Eq. 4)
     beta: float = 0.1
-    prior_weight: float = 1e-3  # lambda_prior
+    prior_weight: float = 3e-3  # lambda_prior
     adv_clip: float = 5.0
-    global_std: bool = True
+    global_std: bool = False  # True (Table 3) lets the spread of D between prompts shrink every advantage
     t_sampling: str = "grid"  # "grid": the sampler's own steps; "uniform": U(0, 1)
-    student_lr: float = 7e-4
+    student_lr: float = 3e-3
     lr_decay: bool = True  # cosine to 5 %
     weight_decay: float = 1e-4
     grad_norm: float = 1.0
@@ -52,7 +52,7 @@ class TrainConfig:
     r1: float = 0.1
     # bookkeeping
     eval_every: int = 50
-    eval_rollouts: int = 8  # per held-out prompt
+    eval_rollouts: int = 16  # per held-out prompt
     checkpoint_every: int = 50
     shuffle_rewards: bool = False  # the control: advantages permuted across the batch
 

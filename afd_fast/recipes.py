@@ -13,7 +13,7 @@ def demo() -> TrainConfig:
 
 def demo_eq4() -> TrainConfig:
     """The paper's Eq. 4 read literally: v_old = stop-grad(v), velocity space, sums, no adaptive weight."""
-    return replace(TrainConfig(), name="demo_eq4", recipe="afd", v_old="self")
+    return replace(TrainConfig(), name="demo_eq4", recipe="afd", v_old="self", student_lr=2e-3, prior_weight=1e-3)
 
 
 def demo_lagged() -> TrainConfig:

@@ -172,7 +172,7 @@ class Trainer:
         with torch.no_grad():
             scores = self.state.discriminator.score(clips, prompts)
             row["held_out_accuracy"] = (self.state.discriminator.score(teacher, prompts) > scores).float().mean().item()
-        if self.data.judged:
+        if self.data.judged and self.config.eval_rollouts > 1:
             residual = physics_judge.physics_residual(clips.numpy(), prompts)
             centred = [a.reshape(-1, len(self.data.held_out)) for a in (scores.numpy(), -residual)]
             centred = [(a - a.mean(0)).ravel() for a in centred]

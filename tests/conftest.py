@@ -15,7 +15,7 @@ def tiny_config():
     """Four iterations, one of them warm-up: seconds, not minutes."""
     return TrainConfig(
         name="tiny", iterations=4, disc_warmup=1, teacher_clips=1, prompts_per_step=3, rollouts_per_prompt=2,
-        eval_every=2, eval_rollouts=1, checkpoint_every=2, lora_rank=4,
+        eval_every=2, eval_rollouts=2, checkpoint_every=2, lora_rank=4,
     )  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def test_step_feeds_back_the_tracker_and_trains_both(monkeypatch):
     videos = ((seen["x0"] + 1) / 2).clamp(0, 1).mul(255).round().div(255)
     with torch.no_grad():
         scores = state.discriminator.score(videos, prompts)
-    advantage = PerPromptStatTracker().update(prompts, scores)
+    advantage = PerPromptStatTracker(config.global_std).update(prompts, scores)
     torch.testing.assert_close(seen["r"].double(), (advantage.clamp(-5, 5) / 10 + 0.5), atol=1e-5, rtol=0)
     assert metrics["r_std"] > 0 and state.step == 1
     assert any(not torch.equal(p, weights[k]) for k, p in trainable(state.student).items())

@@ -23,7 +23,7 @@ from afd_fast.video_io import write_video
 
 TINY = [
     "iterations=6", "disc_warmup=1", "teacher_clips=1", "prompts_per_step=3", "rollouts_per_prompt=2", "eval_every=3",
-    "eval_rollouts=1", "checkpoint_every=2", "lora_rank=4",
+    "eval_rollouts=2", "checkpoint_every=2", "lora_rank=4",
 ]  # fmt: skip
 QUIET = Console(quiet=True)
 

@@ -1,12 +1,20 @@
 """The operators. Each name is the reference's, found again in kernels/, tests/ and benchmarks/."""
 
-from afd_fast.reference.adversarial import bt_loss
-from afd_fast.reference.flow import forward_noise
-from afd_fast.reference.nft import NFTStats, nft_loss
+import importlib.util
 
-__all__ = ["NFTStats", "bt_loss", "forward_noise", "nft_loss"]
+from afd_fast.ops import native
+from afd_fast.ops.nft import nft_loss
+from afd_fast.ops.noise import forward_noise
+from afd_fast.reference.adversarial import bt_loss
+from afd_fast.reference.nft import NFTStats
+
+__all__ = ["NFTStats", "backends", "bt_loss", "forward_noise", "nft_loss"]
 
 
 def backends() -> dict[str, str]:
-    """Which implementation serves each operator on this machine."""
-    return {name: "reference (PyTorch)" for name in ("bt_loss", "forward_noise", "nft_loss")}
+    """Operator -> what serves it on this machine, by device and dtype."""
+    cpp = "C++ for float32 and bfloat16, PyTorch for the rest" if native.library() else (
+        "PyTorch (the C++ library is not built: pip install -e . with cmake and a C++ compiler on the PATH)")  # fmt: skip
+    triton = "Triton" if importlib.util.find_spec("triton") else "none (pip install triton)"
+    served = f"CPU: {cpp}; CUDA: {triton}, PyTorch for float64"
+    return {"nft_loss": served, "forward_noise": served, "bt_loss": "PyTorch"}

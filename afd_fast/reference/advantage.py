@@ -63,7 +63,9 @@ class PerPromptStatTracker:
             seen.extend(values[rows])
             if len(seen) == 1 and not self._warned:
                 self._warned = True
-                warnings.warn("a prompt has a single rollout: its advantage is 0; use K >= 2 rollouts a prompt", stacklevel=2)
+                warnings.warn(
+                    "a prompt has a single rollout: its advantage is 0; use K >= 2 rollouts a prompt", stacklevel=2
+                )
             history = np.stack(seen)
             scale = std if self.global_std else history.std(axis=0) + 1e-4
             advantages[rows] = (values[rows] - history.mean(axis=0)) / scale

@@ -44,22 +44,36 @@ def expand_t(t: Tensor | float, like: Tensor, frame_dim: int | None = None) -> T
 
 
 def check_t(t: Tensor) -> None:
-    """ValueError when any t lies outside [0, 1]; reads the tensor only on the CPU (no device sync)."""
-    if t.device.type == "cpu" and t.numel() and not bool(((t >= 0) & (t <= 1)).all()):
+    """ValueError when any t lies outside [0, 1]; reads the tensor only on the CPU (no device sync, no trace)."""
+    if (
+        t.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and t.numel()
+        and not bool(((t >= 0) & (t <= 1)).all())
+    ):
         raise ValueError(f"t must lie in [0, 1] (divide network timesteps by 1000), got {t.min():g} .. {t.max():g}")
 
 
-def resolve_noise(x0: Tensor, noise: Tensor | None, seed: int | None) -> Tensor:
-    """The noise tensor itself, or the counter-based one of `seed`; exactly one must be given."""
+def check_noise(x0: Tensor, noise: Tensor | None, seed: int | None) -> None:
+    """ValueError or TypeError unless exactly one of noise (like x0) and seed (an integer) is given."""
     if (noise is None) == (seed is None):
         raise ValueError("give exactly one of noise= (a tensor) and seed= (an integer)")
     if noise is None:
-        return normal_noise(x0.shape, seed, device=x0.device)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+        return
+    if not noise.is_floating_point():
+        raise TypeError(f"noise must be floating point, got {noise.dtype}")
     if noise.shape != x0.shape:
         raise ValueError(f"noise must have x0's shape {tuple(x0.shape)}, got {tuple(noise.shape)}")
     if noise.device != x0.device:
         raise ValueError(f"noise is on {noise.device}, x0 on {x0.device}")
-    return noise
+
+
+def resolve_noise(x0: Tensor, noise: Tensor | None, seed: int | None) -> Tensor:
+    """The noise tensor itself, or the counter-based one of `seed`; exactly one must be given."""
+    check_noise(x0, noise, seed)
+    return normal_noise(x0.shape, seed, device=x0.device) if noise is None else noise
 
 
 def forward_noise(

@@ -6,13 +6,15 @@ With v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v, errors e
 
     L = reduce_B c/d [ r mean(e+^2) / W+ + (1 - r) mean(e-^2) / W- ] + ref_coef * reduce_B rho ||v - v_ref||^2
 
-Ten public trainers and the paper are this with other constants (`RECIPES`). With v_old = stop-grad(v), the
+Public trainers and the paper are this with other constants (`RECIPES`). With v_old = stop-grad(v), the
 paper's reading, the *value* does not depend on r; the gradient is 2 beta (2r - 1)(v - v*) + 2 lambda r (v - v_ref).
 
 Legend: B samples; a sample is every axis but the first; s sums or averages it (`sample_reduction`).
 """
 
-from dataclasses import dataclass, fields, replace
+import functools
+import json
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -64,6 +66,8 @@ class NFTRecipe:
         low, high = self.clip_range
         if not low < 0 < high:
             raise ValueError(f"adv_clip must span zero, got {self.adv_clip}")
+        # the recipe as text, what an operator's schema can carry; made here so that a compiled graph only reads it
+        object.__setattr__(self, "key", json.dumps(asdict(self) | {"factor": self.factor}))
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -80,7 +84,7 @@ _NFT = NFTRecipe(
     "diffusionnft", beta=1.0, space="x0", weighting="adaptive", divide_by_beta=True, scale="adv_clip",
     sample_reduction="mean", batch_reduction="mean", ref_weight="uniform",
 )  # fmt: skip
-# Source of every line: research on the public trainers, commits in CHANGELOG.md.
+# Commits of the public trainers: CHANGELOG.md.
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -105,14 +109,29 @@ def nft_recipe(name: str, **overrides) -> NFTRecipe:
     if name not in RECIPES:
         near = get_close_matches(name, RECIPES, 1)
         raise ValueError(
-            f"unknown recipe {name!r}" + (f", did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(RECIPES)}"
+            f"unknown recipe {name!r}"
+            + (f", did you mean {near[0]!r}?" if near else "")
+            + f" Known: {', '.join(RECIPES)}"
         )
+    if not overrides:
+        return RECIPES[name]
     known = [f.name for f in fields(NFTRecipe) if f.name != "name"]
     for key in overrides:
         if key not in known:
             near = get_close_matches(key, known, 1)
-            raise ValueError(f"NFTRecipe has no field {key!r}" + (f", did you mean {near[0]!r}?" if near else f": {known}"))
+            raise ValueError(
+                f"NFTRecipe has no field {key!r}" + (f", did you mean {near[0]!r}?" if near else f": {known}")
+            )
     return replace(RECIPES[name], **overrides)
+
+
+@functools.lru_cache(256)
+def recipe_from_key(key: str) -> NFTRecipe:
+    """Inverse of `NFTRecipe.key`."""
+    found = json.loads(key)
+    clip = found["adv_clip"]
+    del found["factor"]
+    return NFTRecipe(**found | {"adv_clip": tuple(clip) if isinstance(clip, list) else clip})
 
 
 class NFTStats(NamedTuple):
@@ -120,7 +139,7 @@ class NFTStats(NamedTuple):
 
     policy_loss: Tensor  # scalar, without the prior
     prior_loss: Tensor  # scalar, before ref_coef
-    pos_loss: Tensor  # s(e+^2) / W+
+    pos_loss: Tensor  # s(e+^2) / W+; with an element mask everything counts the kept elements only
     neg_loss: Tensor  # s(e-^2) / W-
     weight_pos: Tensor  # W+
     weight_neg: Tensor  # W-
@@ -132,7 +151,7 @@ class NFTStats(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """Inputs in the working dtype, broadcast-ready."""
+    """Inputs in the working dtype, broadcast-ready; elements outside the mask are zero everywhere."""
 
     v: Tensor
     x0: Tensor
@@ -143,79 +162,169 @@ class _Prepared(NamedTuple):
     r: Tensor  # [B]
     sample_weight: Tensor  # [B], the batch reduction's weights
     ref_weight: Tensor  # [B], rho times the batch reduction's weights
+    count: Tensor  # [B], elements that count, at least 1
+    rows: Tensor | None  # [T] sample of each packed row; None when the first axis is the batch
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[B] -> broadcastable against v."""
+        return (x if self.rows is None else x[self.rows]).view(-1, *[1] * (self.v.ndim - 1))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Like v -> [B]."""
+        x = x.reshape(x.shape[0], x[0].numel() if len(x) else 0).sum(1)
+        return x if self.rows is None else torch.zeros_like(self.r).index_add(0, self.rows, x)
 
 
-def _check(v, x0, r, optional, r_name="r"):
-    for name, tensor in (("v", v), ("x0", x0), *optional.items()):
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
-        if tensor.shape != v.shape:
-            raise ValueError(f"{name} must have v's shape {tuple(v.shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != v.device:
-            raise ValueError(f"{name} is on {tensor.device}, v on {v.device}")
+def readable(x: Tensor) -> bool:
+    """Whether values may be looked at for an error message: on the CPU (no device sync), outside a trace."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
+
+
+def check_nft(v, x0, r, tensors: dict, masks: dict, cu_seqlens=None, check_nan=False) -> None:
+    """Every error of bad `nft_loss` input that needs no arithmetic. tensors: like v; masks: [B]; None is skipped."""
+    given = {name: x for name, x in ({"v": v, "x0": x0} | tensors).items() if x is not None}
+    for name, x in given.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.shape != v.shape:
+            raise ValueError(f"{name} must have v's shape {tuple(v.shape)}, got {tuple(x.shape)}")
+        if x.device != v.device:
+            raise ValueError(f"{name} is on {x.device}, v on {v.device}")
     if v.ndim < 1:
         raise ValueError("v must have a batch axis")
     if not isinstance(r, Tensor) or not r.is_floating_point():
-        raise TypeError(f"{r_name} must be a floating-point tensor [B], got {getattr(r, 'dtype', type(r).__name__)}")
-    if r.ndim != 1 or r.shape[0] != v.shape[0]:
+        raise TypeError(f"r must be a floating-point tensor [B], got {getattr(r, 'dtype', type(r).__name__)}")
+    batch = v.shape[0]
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError("cu_seqlens must be an int32 or int64 tensor [B + 1]")
+        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+            raise ValueError(f"cu_seqlens must be [B + 1], got {tuple(cu_seqlens.shape)}")
+        if cu_seqlens.device != v.device:
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, v on {v.device}")
+        if readable(cu_seqlens):
+            steps = cu_seqlens.diff()
+            if int(cu_seqlens[0]) or int(cu_seqlens[-1]) != batch or bool((steps < 0).any()):
+                raise ValueError(f"cu_seqlens must rise from 0 to {batch} = the rows of v, got {cu_seqlens.tolist()}")
+        batch = len(cu_seqlens) - 1
+    if r.ndim != 1 or r.shape[0] != batch:
         raise ValueError(
-            f"{r_name} must be [B] = ({v.shape[0]},), got {tuple(r.shape)}: a [B, 1] r broadcasts to [B, B] and loses the credit"
+            f"r must be [B] = ({batch},), got {tuple(r.shape)}: a [B, 1] r broadcasts to [B, B] and loses the credit"
         )
-    if r.device != v.device:
-        raise ValueError(f"{r_name} is on {r.device}, v on {v.device}")
-    if r.device.type == "cpu" and r.numel() and not bool(((r >= 0) & (r <= 1)).all()):
-        raise ValueError(f"{r_name} must lie in [0, 1] (use reward_to_r), got {r.min():g} .. {r.max():g}")
+    for name, x in ({"r": r} | masks).items():
+        if x is not None and x.shape != r.shape:
+            raise ValueError(f"{name} must be [B] = ({batch},), got {tuple(x.shape)}")
+        if x is not None and x.device != v.device:
+            raise ValueError(f"{name} is on {x.device}, v on {v.device}")
+    if readable(r) and not bool(((r >= 0) & (r <= 1)).all()):
+        raise ValueError(f"r must lie in [0, 1] (use reward_to_r), got {r.min():g} .. {r.max():g}")
+    if check_nan:
+        for name, x in (given | {"r": r}).items():
+            bad = x.detach().reshape(x.shape[0], -1).isnan().any(1).nonzero().flatten().tolist()
+            if bad:
+                raise ValueError(f"{name} has NaN in {'rows' if cu_seqlens is not None else 'samples'} {bad}")
 
 
-def _mask(mask: Tensor | None, like: Tensor, name: str) -> Tensor:
-    if mask is None:
-        return torch.ones_like(like)
-    if mask.shape != like.shape:
-        raise ValueError(f"{name} must be [B] = {tuple(like.shape)}, got {tuple(mask.shape)}")
-    return mask.to(like.dtype)
+def choose_source(noise, seed: int | None, x_t, recipe: NFTRecipe) -> tuple:
+    """(noise, seed, x_t) with the one that the recipe's target is built from, the others None."""
+    if noise is not None and seed is not None:
+        raise ValueError("give exactly one of noise= (a tensor) and seed= (an integer)")
+    if noise is None and seed is None and x_t is None:
+        raise ValueError("the noised state is missing: give noise=, seed= or x_t=")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    if x_t is not None and (recipe.space == "x0" or (noise is None and seed is None)):
+        return None, None, x_t
+    return noise, seed, None
 
 
-def prepare(v, x0, r, t, *, noise, seed, x_t, v_old, v_ref, sigma, sample_mask, ref_mask, frame_dim, recipe) -> _Prepared:
+def check_target(t: Tensor, x_t: Tensor | None, recipe: NFTRecipe) -> None:
+    """ValueError where x_t / t is asked for at t = 0."""
+    if recipe.space == "v" and x_t is not None and readable(t) and bool((t <= 0).any()):
+        raise ValueError("a velocity-space recipe cannot recover the noise from x_t at t = 0: give noise= or seed=")
+
+
+def prepare(
+    v, x0, r, t, *, noise=None, seed=None, x_t=None, v_old=None, v_ref=None, sigma=None, sample_mask=None,
+    ref_mask=None, frame_dim=None, recipe, element_mask=None, cu_seqlens=None, check_nan=False,
+) -> _Prepared:  # fmt: skip
     """Validate the public arguments and bring them to the working dtype (float64 stays, else float32)."""
-    _check(v, x0, r, {"x_t": x_t, "v_old": v_old, "v_ref": v_ref})
+    check_nft(
+        v, x0, r, {"noise": noise, "x_t": x_t, "v_old": v_old, "v_ref": v_ref},
+        {"sample_mask": sample_mask, "ref_mask": ref_mask}, cu_seqlens, check_nan,
+    )  # fmt: skip
+    noise, seed, x_t = choose_source(noise, seed, x_t, recipe)
     work = torch.promote_types(v.dtype, torch.float32)
+    rows, shape = None, x0.shape
+    if cu_seqlens is not None:
+        t, sigma, rows = packed_rows(t, sigma, x0, cu_seqlens, seed, frame_dim)
     t = expand_t(t, x0, frame_dim)
     check_t(t)
     t = t.to(work)
-    if x_t is None or noise is not None or seed is not None:
-        eps = resolve_noise(x0, noise, seed).to(work)
-    else:
-        eps = None
-    clean = x0.to(work)
+    check_target(t, x_t, recipe)
     if recipe.space == "x0" or recipe.ref_space == "x0":
         sigma = t if sigma is None else expand_t(sigma, x0, frame_dim).to(work)
+    else:
+        sigma = None
+    clean = x0.to(work)
+    eps = None if x_t is not None else resolve_noise(x0, noise, seed).to(work)
     if recipe.space == "v":
-        if eps is None and t.device.type == "cpu" and bool((t <= 0).any()):
-            raise ValueError("a velocity-space recipe cannot recover the noise from x_t at t = 0: give noise= or seed=")
-        target = eps - clean if eps is not None else (x_t.to(work) - clean) / t
+        target = eps - clean if x_t is None else (x_t.to(work) - clean) / t
     elif x_t is not None:
         target = x_t.to(work)
     else:  # rounded as the network saw it
         target = ((1 - t) * clean + t * eps).to(x0.dtype).to(work)
+    old = (v if v_old is None else v_old).detach().to(work)
+    ref = None if v_ref is None else v_ref.detach().to(work)
     r = r.to(work)
-    valid = _mask(sample_mask, r, "sample_mask")
-    per_sample = valid / (valid.sum().clamp(min=1) if recipe.batch_reduction == "mean" else 1)
-    chosen = valid * _mask(ref_mask, r, "ref_mask")
+    wide = v.to(work)
+    count = torch.full_like(r, x0[0].numel() if len(x0) else 0)
+    if rows is not None:
+        count = cu_seqlens.diff().to(work) * count[:1]
+    if element_mask is not None:
+        keep = expand_mask(element_mask, x0)
+        wide, clean, old, target = (torch.where(keep, x, 0) for x in (wide, clean, old, target))
+        ref = None if ref is None else torch.where(keep, ref, 0)
+        count = keep.expand(shape).reshape(shape[0], -1).sum(1).to(work)
+        count = count if rows is None else torch.zeros_like(r).index_add(0, rows, count)
+    valid = torch.ones_like(r) if sample_mask is None else sample_mask.to(work)
+    chosen = valid if ref_mask is None else valid * ref_mask.to(work)
     if recipe.ref_empty == "all":
         chosen = torch.where(chosen.sum() > 0, chosen, valid)
-    rho = chosen / (chosen.sum().clamp(min=1) if recipe.batch_reduction == "mean" else 1)
-    if recipe.ref_weight == "r":
-        rho = rho * r
-    old = v.detach() if v_old is None else v_old.detach()
-    ref = None if v_ref is None else v_ref.detach().to(work)
-    return _Prepared(v.to(work), clean, old.to(work), ref, target, sigma, r, per_sample, rho)
+    mean = recipe.batch_reduction == "mean"
+    rho = chosen / (chosen.sum().clamp(min=1) if mean else 1)
+    weight = valid / (valid.sum().clamp(min=1) if mean else 1)
+    rho = rho * r if recipe.ref_weight == "r" else rho
+    return _Prepared(wide, clean, old, ref, target, sigma, r, weight, rho, count.clamp(min=1), rows)
 
 
-def _reduce(x: Tensor, recipe: NFTRecipe) -> Tensor:
-    x = x.reshape(x.shape[0], -1)
-    return x.mean(1) if recipe.sample_reduction == "mean" else x.sum(1)
+def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """element_mask as a boolean view of like's shape."""
+    if mask.device != like.device:
+        raise ValueError(f"element_mask is on {mask.device}, v on {like.device}")
+    if mask.ndim != like.ndim or any(a not in (1, b) for a, b in zip(mask.shape, like.shape)):
+        raise ValueError(
+            f"element_mask {tuple(mask.shape)} must have as many axes as v {tuple(like.shape)} and broadcast"
+        )
+    return (mask != 0).expand(like.shape)
+
+
+def packed_rows(t, sigma, x0: Tensor, cu_seqlens: Tensor, seed, frame_dim):
+    """t and sigma per row of packed samples, and the sample [T] of each row."""
+    if seed is not None or frame_dim is not None:
+        raise ValueError(
+            "packed samples (cu_seqlens=) take noise= or x_t=, and one t per sample: no seed=, no frame_dim="
+        )
+    batch = len(cu_seqlens) - 1
+    rows = torch.repeat_interleave(torch.arange(batch, device=x0.device), cu_seqlens.diff(), output_size=x0.shape[0])
+    spread = []
+    for name, x in (("t", t), ("sigma", sigma)):
+        if isinstance(x, Tensor) and x.ndim:
+            if x.shape != (batch,):
+                raise ValueError(f"{name} must be a number or [B] = ({batch},) with cu_seqlens=, got {tuple(x.shape)}")
+            x = x[rows]
+        spread.append(x)
+    return (*spread, rows)
 
 
 def _branches(p: _Prepared, recipe: NFTRecipe) -> tuple[Tensor, Tensor]:
@@ -228,11 +337,11 @@ def _branches(p: _Prepared, recipe: NFTRecipe) -> tuple[Tensor, Tensor]:
     return (p.target - p.sigma * positive) - p.x0, (p.target - p.sigma * negative) - p.x0
 
 
-def _weight(e: Tensor, recipe: NFTRecipe) -> Tensor:
+def _weight(e: Tensor, p: _Prepared, recipe: NFTRecipe) -> Tensor:
     """W [B], detached."""
     if recipe.weighting == "none":
-        return e.new_ones(e.shape[0])
-    return e.detach().abs().reshape(e.shape[0], -1).mean(1).clamp(min=recipe.weight_floor)
+        return torch.ones_like(p.r)
+    return (p.sum(e.detach().abs()) / p.count).clamp(min=recipe.weight_floor)
 
 
 def nft_loss(
@@ -241,82 +350,52 @@ def nft_loss(
     r: Tensor,
     t: Tensor | float,
     *,
-    noise: Tensor | None = None,
-    seed: int | None = None,
-    x_t: Tensor | None = None,
-    v_old: Tensor | None = None,
-    v_ref: Tensor | None = None,
-    sigma: Tensor | float | None = None,
-    sample_mask: Tensor | None = None,
-    ref_mask: Tensor | None = None,
-    frame_dim: int | None = None,
     recipe: str | NFTRecipe = "afd",
     return_stats: bool = False,
+    **inputs,
 ) -> Tensor | tuple[Tensor, NFTStats]:
-    """The NFT + prior loss of a flow-matching student on its own rollouts (AFD Eq. 4-5). Only v gets a gradient.
-
-    Args:
-        v: [B, ...] the student's velocity at x_t.
-        x0: [B, ...] the rollouts.
-        r: [B] optimality in [0, 1] (`reward_to_r`).
-        t: noise level in [0, 1]; a number, [B], or [B, F] with frame_dim.
-        noise / seed / x_t: where the noised state came from: eps itself, the seed of `forward_noise`, or x_t.
-            x0-space recipes need one of the three, velocity-space recipes noise or seed (or x_t with t > 0).
-        v_old: velocity of the data-collecting policy; None is stop-grad(v), the paper's reading.
-        v_ref: velocity of the frozen initial student; None leaves the prior out.
-        sigma: velocity -> x0 coefficient where it is not t (Astrolabe's scheduler table).
-        sample_mask: [B] samples that count; ref_mask: [B] samples in the prior.
-        frame_dim: axis of x0 that t's second axis runs over.
-        recipe: a name of `RECIPES` or an `NFTRecipe`.
-        return_stats: also return `NFTStats`.
-
-    Returns: a scalar in float32 (float64 for float64 v).
-    Raises: TypeError, ValueError as `NFTRecipe`, `forward_noise`, and for r outside [0, 1] or not [B].
-    """
-    if isinstance(recipe, str):
-        recipe = nft_recipe(recipe)
-    p = prepare(
-        v, x0, r, t, noise=noise, seed=seed, x_t=x_t, v_old=v_old, v_ref=v_ref, sigma=sigma,
-        sample_mask=sample_mask, ref_mask=ref_mask, frame_dim=frame_dim, recipe=recipe,
-    )  # fmt: skip
+    """The loss in plain PyTorch, differentiable in v; arguments as the operator `afd_fast.nft_loss`."""
+    recipe = nft_recipe(recipe) if isinstance(recipe, str) else recipe
+    p = prepare(v, x0, r, t, recipe=recipe, **inputs)
+    size = p.count if recipe.sample_reduction == "mean" else 1
     e_pos, e_neg = _branches(p, recipe)
-    w_pos, w_neg = _weight(e_pos, recipe), _weight(e_neg, recipe)
-    pos, neg = _reduce(e_pos.square(), recipe) / w_pos, _reduce(e_neg.square(), recipe) / w_neg
+    w_pos, w_neg = _weight(e_pos, p, recipe), _weight(e_neg, p, recipe)
+    pos, neg = p.sum(e_pos.square()) / size / w_pos, p.sum(e_neg.square()) / size / w_neg
     per_sample = recipe.factor * (p.r * pos + (1.0 - p.r) * neg)
     policy = (p.sample_weight * per_sample).sum()
     prior_each, prior = torch.zeros_like(p.r), torch.zeros_like(policy)
     if p.v_ref is not None:
         gap = p.v - p.v_ref if recipe.ref_space == "v" else p.sigma * (p.v - p.v_ref)
-        prior_each = _reduce(gap.square(), recipe)
+        prior_each = p.sum(gap.square()) / size
         prior = (p.ref_weight * prior_each).sum()
     loss = policy + recipe.ref_coef * prior
     if not return_stats:
         return loss
     with torch.no_grad():
-        flat = lambda x: x.reshape(x.shape[0], -1)
+        signal = (2 * p.r - 1) * (pos + neg) / 2
         stats = NFTStats(
-            policy, prior, pos, neg, w_pos, w_neg, prior_each,
-            flat(p.v - p.v_old).square().mean(1), ((2 * p.r - 1) * (pos + neg) / 2).mean(),
-            flat(p.v).norm(dim=1), torch.zeros_like(p.r) if p.v_ref is None else flat(p.v_ref).norm(dim=1),
+            policy, prior, pos, neg, w_pos, w_neg, prior_each, p.sum((p.v - p.v_old).square()) / p.count,
+            signal.mean() if len(signal) else signal.sum(), p.sum(p.v.square()).sqrt(),
+            torch.zeros_like(p.r) if p.v_ref is None else p.sum(p.v_ref.square()).sqrt(),
         )  # fmt: skip
     return loss, NFTStats(*(x.detach() for x in stats))
 
 
-def nft_grad(v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: str | NFTRecipe = "afd", **inputs) -> Tensor:
+def nft_grad(
+    v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: str | NFTRecipe = "afd", **inputs
+) -> Tensor:
     """d nft_loss / d v in closed form, in the working dtype; arguments as `nft_loss`."""
     recipe = nft_recipe(recipe) if isinstance(recipe, str) else recipe
-    names = ("noise", "seed", "x_t", "v_old", "v_ref", "sigma", "sample_mask", "ref_mask", "frame_dim")
-    p = prepare(v.detach(), x0, r, t, recipe=recipe, **{n: inputs.get(n) for n in names})
-    per_sample = lambda x: x.view(-1, *[1] * (v.ndim - 1))
+    p = prepare(v.detach(), x0, r, t, recipe=recipe, **inputs)
+    size = p.count if recipe.sample_reduction == "mean" else 1
+    scale = 2 * recipe.beta * recipe.factor / size * p.sample_weight
     e_pos, e_neg = _branches(p, recipe)
     sign = 1.0 if recipe.space == "v" else -p.sigma
-    count = v[0].numel() if recipe.sample_reduction == "mean" else 1
-    scale = 2 * recipe.beta * recipe.factor / count * p.sample_weight
     grad = sign * (
-        per_sample(scale * p.r / _weight(e_pos, recipe)) * e_pos
-        - per_sample(scale * (1 - p.r) / _weight(e_neg, recipe)) * e_neg
+        p.spread(scale * p.r / _weight(e_pos, p, recipe)) * e_pos
+        - p.spread(scale * (1 - p.r) / _weight(e_neg, p, recipe)) * e_neg
     )
     if p.v_ref is not None:
         gap = p.v - p.v_ref if recipe.ref_space == "v" else p.sigma**2 * (p.v - p.v_ref)
-        grad = grad + per_sample(2 * recipe.ref_coef / count * p.ref_weight) * gap
+        grad = grad + p.spread(2 * recipe.ref_coef / size * p.ref_weight) * gap
     return grad

@@ -1,0 +1,151 @@
+"""The C++ CPU library (kernels/csrc/afd_cpu.cpp), called through ctypes on data_ptr; float32 and bfloat16.
+
+setup.py builds it where CMake and a C++ compiler are found. Without it, and for other dtypes, the operators run the
+PyTorch reference; `afd_fast.ops.backends()` says which.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from afd_fast.reference.nft import recipe_from_key
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TILE, SLOTS, ROWS = 4096, 9, 11
+NAME = "libafd_cpu.so"
+
+
+class _Call(ctypes.Structure):
+    """AfdCall of kernels/csrc/afd_core.h, field by field."""
+
+    _fields_ = (
+        [(n, ctypes.c_void_p) for n in (
+            "v", "x0", "y", "v_old", "v_ref", "grad", "mask", "t", "sigma", "cu", "r", "valid", "chosen", "rows",
+            "loss", "totals", "sums", "part",
+        )]
+        + [(n, ctypes.c_int64) for n in (
+            "v_stride", "x0_stride", "y_stride", "old_stride", "ref_stride", "grad_stride", "mask_stride",
+            "samples", "count", "frames", "inner", "tiles", "seed",
+        )]
+        + [(n, ctypes.c_int32) for n in (
+            "v_type", "x0_type", "y_type", "old_type", "ref_type", "grad_type", "source", "x0_space", "ref_x0",
+            "adaptive", "sample_mean", "batch_mean", "ref_by_r", "empty_all", "stats", "threads",
+        )]
+        + [(n, ctypes.c_double) for n in ("ref_coef", "factor", "floor")]
+        + [("beta", ctypes.c_float), ("scale", ctypes.c_float)]
+    )  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library beside the Triton kernels; None where it was not built."""
+    spec = importlib.util.find_spec("afd_kernels")
+    places = [] if spec is None else spec.submodule_search_locations
+    path = next((p for p in (Path(place) / NAME for place in places) if p.exists()), None)
+    if path is None:
+        return None
+    lib = ctypes.CDLL(str(path))
+    if lib.afd_abi() != ctypes.sizeof(_Call):
+        raise ImportError(f"{path} was built from other sources: reinstall with `pip install -e .`")
+    return lib
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether the library handles these tensors: it is built, all float32 or bfloat16, on the CPU."""
+    given = [x for x in tensors if x is not None]
+    fits = all(x.dtype in TYPES and x.device.type == "cpu" for x in given)
+    return fits and given[0].numel() > 0 and library() is not None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy, with every sample contiguous."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:])):
+        if size != 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+class _Filled:
+    """A _Call and the tensors that its pointers need alive."""
+
+    def __init__(self):
+        self.c, self.alive = _Call(), []
+
+    def point(self, field: str, x: Tensor | None, dtype: torch.dtype | None = None) -> None:
+        if x is not None:
+            x = (x if dtype is None else x.to(dtype)).contiguous()
+            self.alive.append(x)
+            setattr(self.c, field, x.data_ptr())
+
+    def rows(self, field: str, stem: str, x: Tensor | None, contiguous: bool = False) -> None:
+        if x is not None:
+            x = x.contiguous() if contiguous else _rows(x)
+            self.alive.append(x)
+            setattr(self.c, field, x.data_ptr())
+            setattr(self.c, stem + "_stride", x.stride(0))
+            setattr(self.c, stem + "_type", TYPES[x.dtype])
+
+
+def forward_noise(x0: Tensor, t: Tensor, noise: Tensor | None, seed: int | None, inner: int) -> Tensor:
+    out = torch.empty(x0.shape, dtype=x0.dtype)
+    f = _Filled()
+    f.rows("x0", "x0", x0)
+    f.rows("y", "y", noise)
+    f.rows("grad", "grad", out)
+    f.point("t", t, torch.float32)
+    f.c.samples, f.c.count, f.c.frames, f.c.inner = x0.shape[0], x0[0].numel(), t.shape[1], inner
+    f.c.seed, f.c.source, f.c.threads = seed or 0, int(noise is None), torch.get_num_threads()
+    library().afd_forward_noise(ctypes.byref(f.c))
+    return out
+
+
+def _fill(i, grad: Tensor | None) -> _Filled:
+    """i: afd_fast.ops.nft.Inputs."""
+    f, c, recipe = _Filled(), None, recipe_from_key(i.recipe)
+    c, packed = f.c, i.cu_seqlens is not None
+    for field, stem, x in (("v", "v", i.v), ("x0", "x0", i.x0), ("y", "y", i.noise if i.x_t is None else i.x_t),
+                           ("v_old", "old", i.v_old), ("v_ref", "ref", i.v_ref), ("grad", "grad", grad)):  # fmt: skip
+        f.rows(field, stem, x, contiguous=packed)
+    if i.element_mask is not None:
+        f.point("mask", i.element_mask, torch.uint8)
+        c.mask_stride = i.v[0].numel()
+    for field, x in (("t", i.t), ("sigma", i.sigma), ("r", i.r), ("valid", i.sample_mask), ("chosen", i.ref_mask)):
+        f.point(field, x, torch.float32)
+    f.point("cu", i.cu_seqlens, torch.int64)
+    c.samples, c.count, c.frames, c.inner = i.r.shape[0], i.v[0].numel(), i.t.shape[1], i.inner
+    c.inner = c.count * i.v.shape[0] if packed else i.inner
+    c.seed, c.source = i.seed or 0, 2 if i.x_t is not None else int(i.noise is None)
+    c.x0_space, c.ref_x0, c.adaptive = recipe.space == "x0", recipe.ref_space == "x0", recipe.weighting == "adaptive"
+    c.sample_mean, c.batch_mean = recipe.sample_reduction == "mean", recipe.batch_reduction == "mean"
+    c.ref_by_r, c.empty_all, c.stats = recipe.ref_weight == "r", recipe.ref_empty == "all", i.stats
+    c.ref_coef, c.factor, c.floor, c.beta = recipe.ref_coef, recipe.factor, recipe.weight_floor, recipe.beta
+    c.scale, c.threads = 1.0, torch.get_num_threads()
+    return f
+
+
+def nft_loss(i, grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, totals, rows), and the gradient for grad_output 1 into `grad`."""
+    f = _fill(i, grad)
+    samples = i.r.shape[0]
+    loss, totals, rows = torch.empty(()), torch.empty(3), torch.zeros(ROWS, samples)
+    tiles = i.v.numel() // TILE + samples if i.cu_seqlens is not None else samples * -(-i.v[0].numel() // TILE)
+    for field, x in (("loss", loss), ("totals", totals), ("rows", rows)):
+        f.point(field, x)
+    f.point("sums", torch.empty(SLOTS, samples, dtype=torch.float64))
+    f.point("part", torch.empty(tiles, SLOTS, dtype=torch.float64))
+    library().afd_nft_loss(ctypes.byref(f.c))
+    return loss, totals, rows
+
+
+def nft_gradient(grad_output: Tensor, rows: Tensor, i, grad: Tensor) -> None:
+    """grad_output times the gradient into `grad`."""
+    f = _fill(i, grad)
+    f.point("rows", rows)
+    f.c.scale = float(grad_output)
+    library().afd_nft_gradient(ctypes.byref(f.c))

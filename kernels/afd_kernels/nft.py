@@ -1,0 +1,303 @@
+"""The NFT + prior loss: a sweep that sums and / or writes the gradient, and two small kernels that finish the sums.
+
+Per element, with s = 1 (velocity space) or -sigma (x0 space) and w = x0 - eps or x_t - x0:
+    a = s v_old + w,  d = s beta (v - v_old),  e+- = a +- d
+    dL/dv = s [(c+ - c-) a + (c+ + c-) d] + c_ref m (v - v_ref),  m = 1 or sigma^2
+so nothing cancels at zero advantage. Sums are tree sums of a 4096-element tile in float32, then of a sample's tiles
+in float64, in a fixed order. kernels/csrc/afd_core.h is the same arithmetic in C++.
+
+Slots of the sums: 0 |e+|, 1 |e+| - |e-|, 2 e+^2, 3 e-^2, 4 m (v - v_ref)^2, 5 kept elements, 6 (v - v_old)^2, 7 v^2,
+8 v_ref^2. Rows of the result: afd_fast.ops.nft.ROWS.
+"""
+
+import json
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from afd_kernels._finish import finish_kernel, reduce_kernel
+from afd_kernels._launch import TILE, WARPS, check_size, on, rows
+from afd_kernels.noise import level, normal4
+
+SLOTS, ROWS = 9, 11
+
+
+@triton.jit
+def _place(cu_ptr, pid, tiles, samples, width: tl.int64, PACKED: tl.constexpr, CU_BLOCK: tl.constexpr):
+    """(sample, its tile, first row, rows) of program pid; a program past the last tile gets 0 rows."""
+    if PACKED:
+        o = tl.arange(0, CU_BLOCK)
+        start = tl.load(cu_ptr + o, mask=o < samples, other=0).to(tl.int64)
+        stop = tl.load(cu_ptr + o + 1, mask=o < samples, other=0).to(tl.int64)
+        each = ((stop - start) * width + 4095) // 4096
+        sample = tl.sum((tl.cumsum(each) <= pid).to(tl.int32))
+        tile = pid - tl.sum(tl.where(o < sample, each, 0))
+        first = tl.sum(tl.where(o == sample, start, 0))
+        size = tl.sum(tl.where(o == sample, stop - start, 0))
+        return tl.minimum(sample, samples - 1).to(tl.int64), tile, first, size
+    else:
+        sample = (pid // tiles).to(tl.int64)
+        return sample, pid % tiles, sample, sample * 0 + 1
+
+
+@triton.jit
+def _part(
+    v_ptr, x0_ptr, y_ptr, old_ptr, ref_ptr, mask_ptr, grad_ptr, t_ptr, sigma_ptr, e, n, left, start, inner,
+    frames, beta, cd, cs, cr, X0: tl.constexpr, REF_X0: tl.constexpr, SOURCE: tl.constexpr, HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SIGMA: tl.constexpr, PER_FRAME: tl.constexpr,
+    GRAD: tl.constexpr,
+):  # fmt: skip
+    """A quarter of a tile -> the nine slots, elementwise. SOURCE: 0 noise, 1 seed, 2 x_t."""
+    m = n < left
+    t = level(t_ptr, start, inner, frames, n, m, PER_FRAME)
+    sigma = t
+    if HAS_SIGMA:
+        sigma = level(sigma_ptr, start, inner, frames, n, m, PER_FRAME)
+    v = tl.load(v_ptr + n, mask=m, other=0.0).to(tl.float32)
+    x0 = tl.load(x0_ptr + n, mask=m, other=0.0).to(tl.float32)
+    y = e
+    if SOURCE != 1:
+        y = tl.load(y_ptr + n, mask=m, other=0.0).to(tl.float32)
+    old = v
+    if HAS_OLD:
+        old = tl.load(old_ptr + n, mask=m, other=0.0).to(tl.float32)
+    ref = v
+    if HAS_REF:
+        ref = tl.load(ref_ptr + n, mask=m, other=0.0).to(tl.float32)
+    keep = m
+    if HAS_MASK:  # what does not count is zero everywhere: it adds nothing and its gradient is zero
+        keep = tl.load(mask_ptr + n, mask=m, other=0) != 0
+        v = tl.where(keep, v, 0.0)
+        old = tl.where(keep, old, 0.0)
+        ref = tl.where(keep, ref, 0.0)
+    if X0:
+        if SOURCE != 2:  # rounded as the network saw it
+            y = ((1.0 - t) * x0 + t * y).to(x0_ptr.dtype.element_ty).to(tl.float32)
+        w = y - x0
+        s = -sigma
+    else:
+        w = x0 - y
+        if SOURCE == 2:
+            w = w / t
+        s = 1.0
+    if SOURCE == 1 or HAS_MASK:
+        w = tl.where(keep, w, 0.0)
+    gap_scale = 1.0
+    if REF_X0:
+        gap_scale = sigma
+    a = s * old + w
+    d = v * 0.0
+    if HAS_OLD:
+        d = (s * beta) * (v - old)
+    gap = gap_scale * (v - ref)
+    if GRAD:
+        g = (s * cd) * a
+        if HAS_OLD:
+            g += (s * cs) * d
+        if HAS_REF:
+            g += (gap_scale * cr) * gap
+        tl.store(grad_ptr + n, g.to(grad_ptr.dtype.element_ty), mask=m)
+    pos = a + d
+    neg = a - d
+    size = tl.abs(pos)
+    drift = v - old
+    return (
+        size,
+        size - tl.abs(neg),
+        pos * pos,
+        neg * neg,
+        gap * gap,
+        keep.to(tl.float32),
+        drift * drift,
+        v * v,
+        ref * ref,
+    )
+
+
+@triton.jit
+def _plus(a, b):
+    return (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7],
+            a[8] + b[8])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["seed"])
+def sweep_kernel(
+    v_ptr, x0_ptr, y_ptr, old_ptr, ref_ptr, mask_ptr, grad_ptr, part_ptr, t_ptr, sigma_ptr, rows_ptr, go_ptr, cu_ptr,
+    seed: tl.int64, count: tl.int64, v_stride: tl.int64, x0_stride: tl.int64, y_stride: tl.int64, old_stride: tl.int64,
+    ref_stride: tl.int64, mask_stride: tl.int64, grad_stride: tl.int64, samples: tl.int32, tiles: tl.int32,
+    frames: tl.int32, inner: tl.int32, beta: tl.float32,
+    X0: tl.constexpr, REF_X0: tl.constexpr, SOURCE: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_SIGMA: tl.constexpr, PER_FRAME: tl.constexpr, GRAD: tl.constexpr,
+    SCALED: tl.constexpr, GUARD: tl.constexpr, SUMS: tl.constexpr, PACKED: tl.constexpr, CU_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program = one tile of one sample. SUMS: bit mask of the slots to store. GUARD: do nothing for go = 1."""
+    pid = tl.program_id(0)
+    sample, tile, row, size = _place(cu_ptr, pid, tiles, samples, count, PACKED, CU_BLOCK)
+    first = tile.to(tl.int64) * 4096
+    left = count * size - first
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(go_ptr)
+    if GUARD:
+        left = left * (scale != 1.0).to(tl.int64)
+    cd, cs, cr = 0.0, 0.0, 0.0
+    if GRAD:
+        cd = tl.load(rows_ptr + 8 * samples + sample) * scale
+        cs = tl.load(rows_ptr + 9 * samples + sample) * scale
+        cr = tl.load(rows_ptr + 10 * samples + sample) * scale
+    period = inner * frames
+    start = 0
+    if PER_FRAME:
+        start = (first % period).to(tl.int32)
+    v = v_ptr + row * v_stride + first
+    x0 = x0_ptr + row * x0_stride + first
+    y = y_ptr + row * y_stride + first
+    old = old_ptr + row * old_stride + first
+    ref = ref_ptr + row * ref_stride + first
+    mask = mask_ptr + row * mask_stride + first
+    grad = grad_ptr + row * grad_stride + first
+    t = t_ptr + sample * frames
+    sigma = sigma_ptr + sample * frames
+    q = tl.arange(0, 1024)
+    e0, e1, e2, e3 = 0.0, 0.0, 0.0, 0.0
+    if SOURCE == 1:
+        e0, e1, e2, e3 = normal4(seed, tile, sample, q)
+    a = _part(v, x0, y, old, ref, mask, grad, t, sigma, e0, q, left, start, inner, frames, beta, cd, cs, cr,
+              X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD)  # fmt: skip
+    a = _plus(a, _part(v, x0, y, old, ref, mask, grad, t, sigma, e1, q + 1024, left, start, inner, frames, beta, cd, cs, cr,
+                       X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD))  # fmt: skip
+    a = _plus(a, _part(v, x0, y, old, ref, mask, grad, t, sigma, e2, q + 2048, left, start, inner, frames, beta, cd, cs, cr,
+                       X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD))  # fmt: skip
+    a = _plus(a, _part(v, x0, y, old, ref, mask, grad, t, sigma, e3, q + 3072, left, start, inner, frames, beta, cd, cs, cr,
+                       X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD))  # fmt: skip
+    programs = tl.num_programs(0).to(tl.int64)
+    for k in tl.static_range(9):
+        if (SUMS >> k) & 1:
+            tl.store(part_ptr + k * programs + pid, tl.sum(a[k]))
+
+
+class _Call:
+    """The arguments of one operator call, brought to what the kernels read; one per call, no state kept."""
+
+    def __init__(self, v, x0, r, t, noise, seed, x_t, v_old, v_ref, sigma, sample_mask, ref_mask, element_mask,
+                 cu_seqlens, inner, recipe, stats):  # fmt: skip
+        self.recipe = c = json.loads(recipe)
+        self.samples = r.shape[0]
+        self.packed = cu_seqlens is not None
+        width = v[0].numel() if v.shape[0] else 0  # of a packed row, or a sample
+        self.count, self.tiles = width, triton.cdiv(width, TILE)
+        self.programs = v.numel() // TILE + self.samples if self.packed else self.samples * self.tiles
+        check_size(self.programs, inner * t.shape[1])
+        self.like = v
+        self.v, v_stride = rows(v, v)
+        self.strides = [v_stride]
+        byte_mask = None if element_mask is None else element_mask.contiguous().view(torch.uint8)
+        self.tensors = [self.v]
+        for x in (x0, noise if x_t is None else x_t, v_old, v_ref, byte_mask):
+            x, stride = rows(x.contiguous() if self.packed and x is not None else x, self.v)
+            self.tensors.append(x)
+            self.strides.append(stride)
+        if self.packed:
+            self.tensors[0], self.strides[0] = self.v.contiguous(), width
+        self.t, self.sigma = t.float(), t if sigma is None else sigma.float()
+        self.r, self.inner = r.float().contiguous(), inner
+        self.masks = [None if x is None else (x != 0).view(torch.uint8) for x in (sample_mask, ref_mask)]
+        self.cu = self.r if cu_seqlens is None else cu_seqlens.contiguous()
+        self.seed = seed or 0
+        self.adaptive = c["weighting"] == "adaptive"
+        self.old, self.ref = v_old is not None, v_ref is not None
+        self.flags = dict(
+            X0=c["space"] == "x0", REF_X0=c["ref_space"] == "x0",
+            SOURCE=1 if noise is None and x_t is None else (0 if x_t is None else 2), HAS_OLD=self.old,
+            HAS_REF=self.ref, HAS_MASK=byte_mask is not None, HAS_SIGMA=sigma is not None,
+            PER_FRAME=t.shape[1] > 1,
+        )  # fmt: skip
+        self.place = dict(PACKED=self.packed, CU_BLOCK=triton.next_power_of_2(self.samples) if self.packed else 1)
+        policy = 1 << 2 | self.adaptive << 0 | self.old << 3 | (self.adaptive and self.old) << 1
+        self.policy = policy | self.flags["HAS_MASK"] << 5
+        self.prior = self.ref << 4
+        self.extra = (self.old << 6 | 1 << 7 | self.ref << 8) if stats else 0
+        self.stats = stats
+        empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=v.device)
+        self.part, self.sums = empty(SLOTS, self.programs), empty(SLOTS, self.samples, dtype=torch.float64)
+        self.loss, self.totals, self.rows = empty(), empty(3), empty(ROWS, self.samples)
+
+    def sweep(self, sums: int, grad: Tensor | None = None, go: Tensor | None = None, guard: bool = False,
+              has_ref: bool = True) -> None:  # fmt: skip
+        """Walk the tensors once: store the slots `sums`, and the gradient where there is one to write."""
+        flags = self.flags | {"HAS_REF": self.ref and has_ref}
+        target = self.v if grad is None else grad
+        sweep_kernel[(self.programs,)](
+            *self.tensors, target, self.part, self.t, self.sigma, self.rows, self.t if go is None else go, self.cu,
+            self.seed, self.count, *self.strides, 0 if grad is None else (self.count if self.packed else grad.stride(0)),
+            self.samples, self.tiles, self.t.shape[1], self.inner, self.recipe["beta"], GRAD=grad is not None,
+            SCALED=go is not None, GUARD=guard, SUMS=sums, num_warps=WARPS, enable_fp_fusion=False, **flags,
+            **self.place,
+        )  # fmt: skip
+
+    def finish(self, new: int, known: int) -> None:
+        """Reduce the slots `new`; coefficients, and the loss where the sums `known` are there."""
+        if new:
+            reduce_kernel[(self.samples, SLOTS)](
+                self.part, self.sums, self.cu, self.count, self.programs, self.samples, self.tiles, SUMS=new,
+                num_warps=WARPS, **self.place,
+            )  # fmt: skip
+        c = self.recipe
+        valid, chosen = (self.r if x is None else x for x in self.masks)
+        finish_kernel[(1,)](
+            self.sums, self.r, valid, chosen, self.cu, self.loss, self.totals, self.rows, self.count, self.samples,
+            c["beta"], c["ref_coef"], c["factor"], c["weight_floor"], ADAPTIVE=self.adaptive,
+            SAMPLE_MEAN=c["sample_reduction"] == "mean", BATCH_MEAN=c["batch_reduction"] == "mean",
+            BY_R=c["ref_weight"] == "r", EMPTY_ALL=c["ref_empty"] == "all", HAS_OLD=self.old, HAS_REF=self.ref,
+            HAS_VALID=self.masks[0] is not None, HAS_CHOSEN=self.masks[1] is not None, HAS_MASK=self.flags["HAS_MASK"],
+            SUMS=known, STATS=self.stats, PACKED=self.packed, BLOCK=triton.next_power_of_2(self.samples),
+            num_warps=WARPS,
+        )  # fmt: skip
+
+
+def nft_loss(*args):
+    """Schema of afd_fast::nft_loss: (loss, totals, rows)."""
+    call = _Call(*args)
+    sums = call.policy | call.prior | call.extra
+    with on(call.v):
+        call.sweep(sums)
+        call.finish(sums, sums)
+    return call.loss, call.totals, call.rows
+
+
+def nft_loss_with_grad(*args):
+    """The same, and the gradient for grad_output 1: in the same sweep unless its coefficients need sums first."""
+    call, grad = _Call(*args[:-1]), args[-1]
+    first = (
+        call.policy if call.adaptive or (call.flags["HAS_MASK"] and call.recipe["sample_reduction"] == "mean") else 0
+    )
+    second = (call.policy | call.prior | call.extra) & ~first
+    with on(call.v):
+        if first:
+            call.sweep(first, has_ref=False)
+            call.finish(first, first & ~(1 << 2))
+        else:
+            call.finish(0, 0)
+        call.sweep(second, grad)
+        call.finish(second, first | second)
+    return call.loss, call.totals, call.rows
+
+
+def nft_loss_backward(grad_output, coefficients, *args):
+    """grad_output times the gradient, in v's dtype."""
+    call = _Call(*args)
+    grad = torch.empty(call.like.shape, dtype=call.like.dtype, device=call.like.device)
+    call.rows = coefficients
+    with on(call.v):
+        call.sweep(0, grad, grad_output)
+    return grad
+
+
+def nft_loss_redo(grad_output, coefficients, *args):
+    """Rewrite `grad`, which holds the gradient for grad_output 1, unless that is what grad_output is."""
+    call, grad = _Call(*args[:-1]), args[-1]
+    call.rows = coefficients
+    with on(call.v):
+        call.sweep(0, grad, grad_output, guard=True)

@@ -1,0 +1,179 @@
+// The arithmetic, once: noise, the loss's element and its per-sample finish. g++ compiles it for CPUs (F = a vector of
+// 8 floats), nvcc for sm_90a (F = float). The same equations as kernels/afd_kernels/nft.py and noise.py.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __CUDACC__
+#define AFD_HD __host__ __device__ __forceinline__
+#else
+#define AFD_HD static inline __attribute__((always_inline))
+#endif
+
+enum { AFD_QUARTER = 1024, AFD_TILE = 4096, AFD_SLOTS = 9, AFD_ROWS = 11 };
+enum { AFD_NOISE = 0, AFD_SEED = 1, AFD_XT = 2 };   // where the noised state comes from
+enum { AFD_F32 = 0, AFD_BF16 = 1 };
+
+// One call; plain C so that ctypes can fill it. Strides count elements between samples; null means absent.
+struct AfdCall {
+  const void *v, *x0, *y, *v_old, *v_ref;           // y: noise or x_t, null with AFD_SEED
+  void* grad;
+  const uint8_t* mask;                              // elements that count
+  const float *t, *sigma;                           // [B, F]; sigma null is t
+  const int64_t* cu;                                // packed rows [B + 1]
+  const float *r, *valid, *chosen;                  // [B]; masks as 0 / 1
+  float* rows;                                      // [AFD_ROWS, B]; the gradient reads its last three
+  float *loss, *totals;                             // [1], [3]
+  double* sums;                                     // [AFD_SLOTS, B]
+  double* part;                                     // [tiles, AFD_SLOTS]
+  int64_t v_stride, x0_stride, y_stride, old_stride, ref_stride, grad_stride, mask_stride;
+  int64_t samples, count, frames, inner, tiles, seed; // count: elements of a sample, or of a packed row
+  int32_t v_type, x0_type, y_type, old_type, ref_type, grad_type;
+  int32_t source, x0_space, ref_x0, adaptive, sample_mean, batch_mean, ref_by_r, empty_all, stats, threads;
+  double ref_coef, factor, floor;
+  float beta, scale;
+};
+
+#ifdef __CUDA_ARCH__  // never contracted into FMA: noise has the same bits everywhere
+AFD_HD float afd_mul(float a, float b) { return __fmul_rn(a, b); }
+AFD_HD float afd_add(float a, float b) { return __fadd_rn(a, b); }
+AFD_HD float afd_sqrt(float a) { return __fsqrt_rn(a); }
+AFD_HD double afd_sqrt64(double a) { return sqrt(a); }
+AFD_HD float afd_float(uint32_t u) { return __uint_as_float(u); }
+AFD_HD uint32_t afd_bits(float f) { return __float_as_uint(f); }
+AFD_HD uint32_t afd_mulhi(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+#else  // -ffp-contract=off
+AFD_HD float afd_mul(float a, float b) { return a * b; }
+AFD_HD float afd_add(float a, float b) { return a + b; }
+AFD_HD float afd_sqrt(float a) { return __builtin_sqrtf(a); }
+AFD_HD double afd_sqrt64(double a) { return __builtin_sqrt(a); }
+AFD_HD float afd_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+AFD_HD uint32_t afd_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+AFD_HD uint32_t afd_mulhi(uint32_t a, uint32_t b) { return (uint32_t)(((uint64_t)a * b) >> 32); }
+#endif
+
+struct AfdWords { uint32_t x, y, z, w; };
+
+AFD_HD AfdWords afd_philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+#ifdef __CUDACC__
+#pragma unroll
+#else
+#pragma GCC unroll 10
+#endif
+  for (int i = 0; i < 10; i++) {
+    uint32_t h0 = afd_mulhi(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;
+    uint32_t h1 = afd_mulhi(0xCD9E8D57u, c2), l1 = 0xCD9E8D57u * c2;
+    c0 = h1 ^ c1 ^ k0; c2 = h0 ^ c3 ^ k1; c1 = l1; c3 = l0;
+    k0 += 0x9E3779B9u; k1 += 0xBB67AE85u;
+  }
+  return {c0, c1, c2, c3};
+}
+
+AFD_HD float afd_madd(float a, float b, float c) { return afd_add(afd_mul(a, b), c); }
+
+// Box-Muller from IEEE float32 + - *, a correctly rounded square root and integers (Cephes logf, sinf, cosf).
+AFD_HD void afd_box_muller(uint32_t a, uint32_t b, float& first, float& second) {
+  float u = afd_madd((float)a, 2.3283064365386963e-10f, 1.1641532182693481e-10f);
+  int32_t bits = (int32_t)afd_bits(u), exponent = (bits - 0x3F3504F3) >> 23;
+  float f = afd_add(afd_float((uint32_t)(bits - (int32_t)((uint32_t)exponent << 23))), -1.0f), z = afd_mul(f, f);
+  float p = afd_madd(7.0376836292e-2f, f, -1.1514610310e-1f);
+  p = afd_madd(p, f, 1.1676998740e-1f); p = afd_madd(p, f, -1.2420140846e-1f); p = afd_madd(p, f, 1.4249322787e-1f);
+  p = afd_madd(p, f, -1.6668057665e-1f); p = afd_madd(p, f, 2.0000714765e-1f);
+  p = afd_madd(p, f, -2.4999993993e-1f); p = afd_madd(p, f, 3.3333331174e-1f);
+  float e = (float)exponent, y = afd_mul(afd_mul(p, f), z);
+  y = afd_add(y, afd_mul(e, -2.12194440e-4f));
+  y = afd_add(y, -afd_mul(0.5f, z));
+  float s = afd_mul(-2.0f, afd_add(afd_add(f, y), afd_mul(e, 0.693359375f)));
+  float radius = afd_sqrt(s > 0.0f ? s : 0.0f);
+  uint32_t quadrant = (b + 0x20000000u) >> 30;
+  float x = afd_mul((float)(int32_t)(b - (quadrant << 30)), 1.4629180792671596e-09f), x2 = afd_mul(x, x);
+  float sine = afd_madd(afd_madd(-1.9515295891e-4f, x2, 8.3321608736e-3f), x2, -1.6666654611e-1f);
+  sine = afd_madd(afd_mul(sine, x2), x, x);
+  float cosine = afd_madd(afd_madd(2.443315711809948e-5f, x2, -1.388731625493765e-3f), x2, 4.166664568298827e-2f);
+  cosine = afd_add(afd_mul(afd_mul(cosine, x2), x2), afd_add(1.0f, -afd_mul(0.5f, x2)));
+  bool odd = quadrant & 1;
+  float c = odd ? sine : cosine, d = odd ? cosine : sine;
+  first = afd_mul(radius, afd_float(afd_bits(c) ^ (((quadrant + 1) & 2) << 30)));  // sign flips
+  second = afd_mul(radius, afd_float(afd_bits(d) ^ ((quadrant & 2) << 30)));
+}
+
+// What is constant while t and sigma are: s = 1 (velocity space) or -sigma (x0 space), gap = 1 or sigma.
+struct AfdConstants { float s, step, gap, difference, total, reference; };
+
+AFD_HD AfdConstants afd_constants(const AfdCall& c, int64_t sample, float sigma) {
+  const float* row = c.rows + sample;
+  float s = c.x0_space ? -sigma : 1.0f, gap = c.ref_x0 ? sigma : 1.0f;
+  return {s, s * c.beta, gap, s * row[8 * c.samples] * c.scale, s * row[9 * c.samples] * c.scale,
+          gap * row[10 * c.samples] * c.scale};
+}
+
+// w = x0 - eps or x_t - x0. a = s v_old + w, d = s beta (v - v_old), e+- = a +- d; old is v where there is no v_old.
+// dL/dv = s [(c+ - c-) a + (c+ + c-) d] + c_ref m (v - v_ref): nothing cancels at zero advantage.
+template <class F> struct AfdElement { F a, d, gap, grad; };
+
+template <bool OLD, class F>
+AFD_HD AfdElement<F> afd_element(F v, F w, F old, F ref, const AfdConstants& k) {
+  F a = k.s * old + w, d = F{}, gap = k.gap * (v - ref);
+  if (OLD) d = k.step * (v - old);
+  F grad = OLD ? k.difference * a + k.total * d : k.difference * a;
+  return {a, d, gap, grad + k.reference * gap};
+}
+
+struct AfdBatch { double per_sample, per_chosen; bool all; };  // what the masks of the whole batch say
+struct AfdTerms { double policy, prior, signal; };
+
+AFD_HD AfdBatch afd_batch(const AfdCall& c) {
+  double valid = 0, chosen = 0;
+  for (int64_t b = 0; b < c.samples; b++) {
+    double m = c.valid ? c.valid[b] : 1.0;
+    valid += m;
+    chosen += c.chosen ? m * c.chosen[b] : m;
+  }
+  bool all = c.empty_all && !(chosen > 0);
+  double base = all ? valid : chosen;
+  return {c.batch_mean ? 1 / (valid > 1 ? valid : 1) : 1, c.batch_mean ? 1 / (base > 1 ? base : 1) : 1, all};
+}
+
+// One sample's sums (slot k at sums[k * stride]) -> its rows and its terms of the loss.
+// has_sums: whether the loss is known yet, or only the coefficients are wanted.
+AFD_HD AfdTerms afd_sample(const AfdCall& c, const AfdBatch& batch, int64_t b, const double* sums, int64_t stride,
+                           bool has_sums) {
+  int64_t B = c.samples;
+  double r = c.r[b], m = c.valid ? c.valid[b] : 1.0, weight = m * batch.per_sample;
+  double rho = (batch.all || !c.chosen ? m : m * c.chosen[b]) * batch.per_chosen * (c.ref_by_r ? r : 1.0);
+  double kept = c.mask ? sums[5 * stride] : (double)(c.cu ? (c.cu[b + 1] - c.cu[b]) * c.count : c.count);
+  if (kept < 1) kept = 1;
+  double size = c.sample_mean ? kept : 1, w_pos = 1, w_neg = 1;
+  if (c.adaptive) {
+    double raw = sums[0] / kept, other = raw - sums[stride] / kept;
+    w_pos = raw > c.floor ? raw : c.floor;
+    w_neg = other > c.floor ? other : c.floor;
+    if (raw != raw) w_pos = w_neg = raw;  // NaN is passed on
+  }
+  double k = 2 * (double)c.beta * c.factor / size * weight / (2 * w_pos * w_neg), gap = w_pos - w_neg;
+  c.rows[8 * B + b] = (float)(k * ((2 * r - 1) * (w_pos + w_neg) - gap));
+  c.rows[9 * B + b] = (float)(k * ((w_pos + w_neg) - (2 * r - 1) * gap));
+  c.rows[10 * B + b] = (float)(2 * c.ref_coef / size * rho);
+  if (!has_sums) return {0, 0, 0};
+  double pos = sums[2 * stride] / size / w_pos, neg = sums[3 * stride] / size / w_neg, q = sums[4 * stride] / size;
+  double row[8] = {pos, neg, w_pos, w_neg, q, sums[6 * stride] / kept, afd_sqrt64(sums[7 * stride]), afd_sqrt64(sums[8 * stride])};
+  for (int i = 0; i < 8; i++) c.rows[i * B + b] = (float)row[i];
+  return {weight * c.factor * (r * pos + (1 - r) * neg), rho * q, (2 * r - 1) * (pos + neg) / 2};
+}
+
+AFD_HD void afd_total(const AfdCall& c, AfdTerms sum) {
+  *c.loss = (float)(sum.policy + c.ref_coef * sum.prior);
+  c.totals[0] = (float)sum.policy;
+  c.totals[1] = (float)sum.prior;
+  c.totals[2] = (float)(c.samples ? sum.signal / c.samples : 0);
+}
+
+AFD_HD void afd_finish(const AfdCall& c, bool has_sums) {
+  AfdBatch batch = afd_batch(c);
+  AfdTerms sum = {0, 0, 0};
+  for (int64_t b = 0; b < c.samples; b++) {
+    AfdTerms x = afd_sample(c, batch, b, c.sums + b, c.samples, has_sums);
+    sum.policy += x.policy; sum.prior += x.prior; sum.signal += x.signal;
+  }
+  if (has_sums) afd_total(c, sum);
+}

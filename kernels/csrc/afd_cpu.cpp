@@ -1,0 +1,320 @@
+// The CPU library: C ABI, OpenMP over tiles of 4096 elements, 8-float vectors, one clone per instruction set.
+// Sums are taken in a fixed order whatever the number of threads and the instruction set.
+#include <algorithm>
+#include <vector>
+
+#include "afd_core.h"
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { W = 8 };  // 256-bit vectors: AVX2 holds them, AVX-512 gains nothing at memory speed
+typedef float F __attribute__((vector_size(32)));
+typedef uint32_t U __attribute__((vector_size(32)));
+typedef int32_t I __attribute__((vector_size(32)));
+typedef uint16_t H __attribute__((vector_size(16)));
+
+INLINE int64_t size_of(int type) { return type == AFD_BF16 ? 2 : 4; }
+INLINE const char* at(const void* p, int type, int64_t i) { return (const char*)p + i * size_of(type); }
+
+// To nearest even, in the high half. A NaN whose payload is all ones would overflow: only a float32 input can bring one.
+template <bool CAREFUL>
+INLINE U round_bf16(F f) {
+  U u = (U)f, r = u + 0x7FFF + ((u >> 16) & 1);
+  return (CAREFUL ? (U)(f != f ? (I)(u | 0x400000) : (I)r) : r) & 0xFFFF0000;
+}
+
+// Sixteen elements. SPLIT: the even ones and the odd ones, what a bfloat16 load gives for a shift and a mask.
+struct Pair { F x[2]; };
+
+template <bool SPLIT>
+INLINE Pair load(const void* p, int type, int64_t i) {
+  if (SPLIT && type == AFD_BF16) {
+    U u;
+    memcpy(&u, (const uint16_t*)p + i, sizeof u);
+    return {(F)(u << 16), (F)(u & 0xFFFF0000)};
+  }
+  F a, b;
+  memcpy(&a, (const float*)p + i, sizeof a);
+  memcpy(&b, (const float*)p + i + W, sizeof b);
+  if (!SPLIT) return {a, b};
+  return {__builtin_shuffle(a, b, I{0, 2, 4, 6, 8, 10, 12, 14}), __builtin_shuffle(a, b, I{1, 3, 5, 7, 9, 11, 13, 15})};
+}
+
+// A result much larger than the cache goes around it: an ordinary store would first read the line it overwrites.
+template <bool STREAM>
+INLINE void write(void* p, const void* from, int bytes) {
+#ifdef __SSE2__
+  if (STREAM) {
+    for (int k = 0; k < bytes; k += 16) {
+      __m128i x;
+      memcpy(&x, (const char*)from + k, 16);
+      _mm_stream_si128((__m128i*)((char*)p + k), x);
+    }
+    return;
+  }
+#endif
+  memcpy(p, from, bytes);
+}
+
+template <bool SPLIT, bool STREAM = false, bool CAREFUL = true>
+INLINE void store(void* p, int type, int64_t i, Pair f) {
+  if (SPLIT && type == AFD_BF16) {
+    U u = round_bf16<CAREFUL>(f.x[0]) >> 16 | round_bf16<CAREFUL>(f.x[1]);
+    write<STREAM>((uint16_t*)p + i, &u, sizeof u);
+    return;
+  }
+  F a = f.x[0], b = f.x[1];
+  if (SPLIT) {
+    a = __builtin_shuffle(f.x[0], f.x[1], I{0, 8, 1, 9, 2, 10, 3, 11});
+    b = __builtin_shuffle(f.x[0], f.x[1], I{4, 12, 5, 13, 6, 14, 7, 15});
+  }
+  write<STREAM>((float*)p + i, &a, sizeof a);
+  write<STREAM>((float*)p + i + W, &b, sizeof b);
+}
+
+INLINE F magnitude(F f) { return (F)((U)f & 0x7FFFFFFF); }
+
+CLONES static void noise_tile(float* e, uint32_t tile, uint32_t sample, int64_t seed) {
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)((uint64_t)seed >> 32);
+#pragma GCC ivdep
+  for (int q = 0; q < AFD_QUARTER; q++) {
+    AfdWords r = afd_philox(tile * AFD_QUARTER + q, sample, 0, 0, k0, k1);
+    afd_box_muller(r.x, r.y, e[q], e[q + AFD_QUARTER]);
+    afd_box_muller(r.z, r.w, e[q + 2 * AFD_QUARTER], e[q + 3 * AFD_QUARTER]);
+  }
+}
+
+struct Run {  // elements with one t and sigma
+  const char *v, *x0, *y, *old, *ref;
+  const uint8_t* mask;
+  char* grad;
+  int64_t n;
+  int32_t y_type;
+  bool stream;
+  float t;
+  AfdConstants k;
+  F acc[AFD_SLOTS];
+};
+
+// TYPE: what all tensors are, or ANY; then masks and stats are possible too. OLD: whether there is a v_old.
+enum { ANY = -1, STEP = 2 * W };
+template <int TYPE, bool OLD, bool GRAD, bool SUMS>
+INLINE void step(const AfdCall& c, Run& u, int64_t i) {
+  constexpr bool SPLIT = TYPE != AFD_F32;
+  auto type = [](int of) { return TYPE == ANY ? of : TYPE; };
+  Pair V = load<SPLIT>(u.v, type(c.v_type), i), X = load<SPLIT>(u.x0, type(c.x0_type), i), R = V, G;
+  Pair Y = load<SPLIT>(u.y, SPLIT ? u.y_type : 0, i), O = OLD ? load<SPLIT>(u.old, type(c.old_type), i) : V;
+  if (u.ref) R = load<SPLIT>(u.ref, type(c.ref_type), i);
+  for (const char* p : {u.v, u.x0, u.y, u.ref})  // without: 1.2 of a copy, with: 1.0 (two cores, 32 Mi elements)
+    if (TYPE == AFD_BF16 && p) __builtin_prefetch(p + 2 * i + 768);
+  U bytes = {};
+  if (TYPE == ANY && u.mask) {
+    H pairs;
+    memcpy(&pairs, u.mask + i, sizeof pairs);
+    bytes = __builtin_convertvector(pairs, U);
+  }
+  for (int half = 0; half < 2; half++) {
+    F v = V.x[half], x0 = X.x[half], y = Y.x[half], old = O.x[half], ref = R.x[half], ones = F{} + 1.0f;
+    if (TYPE == ANY && u.mask) {
+      I keep = ((bytes >> 8 * half) & 0xFF) != 0;
+      v = (F)((I)v & keep); x0 = (F)((I)x0 & keep); y = (F)((I)y & keep);
+      old = (F)((I)old & keep); ref = (F)((I)ref & keep); ones = (F)((I)ones & keep);
+    }
+    F w;
+    if (c.x0_space) {
+      if (c.source != AFD_XT) {
+        y = (1.0f - u.t) * x0 + u.t * y;
+        if (type(c.x0_type) == AFD_BF16) y = (F)round_bf16<TYPE == ANY>(y);  // as the network saw it
+      }
+      w = y - x0;
+    } else {
+      w = c.source == AFD_XT ? (x0 - y) / u.t : x0 - y;
+    }
+    AfdElement<F> x = afd_element<OLD, F>(v, w, old, ref, u.k);
+    G.x[half] = x.grad;
+    if (SUMS) {
+      F pos = OLD ? x.a + x.d : x.a;
+      u.acc[2] += pos * pos;
+      u.acc[4] += x.gap * x.gap;
+      F neg = OLD ? x.a - x.d : x.a;
+      if (OLD) u.acc[3] += neg * neg;
+      if (c.adaptive) {
+        u.acc[0] += magnitude(pos);
+        if (OLD) u.acc[1] += magnitude(pos) - magnitude(neg);
+      }
+      if (TYPE == ANY) {
+        u.acc[5] += ones;
+        u.acc[6] += (v - old) * (v - old);
+        u.acc[7] += v * v;
+        u.acc[8] += u.ref ? ref * ref : F{};
+      }
+    }
+  }
+  if (GRAD && u.stream) store<SPLIT, true, TYPE == ANY>(u.grad, type(c.grad_type), i, G);
+  if (GRAD && !u.stream) store<SPLIT, false, TYPE == ANY>(u.grad, type(c.grad_type), i, G);
+}
+
+template <int TYPE, bool OLD, bool GRAD, bool SUMS>
+INLINE void run(const AfdCall& given, const Run& start, double* part) {
+  const AfdCall c = given;  // copies: a store through char* could alias the originals
+  Run u = start;
+  for (F& a : u.acc) a = F{};
+  int64_t i = 0;
+  for (; i + STEP <= u.n; i += STEP) step<TYPE, OLD, GRAD, SUMS>(c, u, i);
+  if (int64_t rest = u.n - i) {  // the last elements, padded with zeros that add nothing
+    alignas(64) char v[64] = {}, x0[64] = {}, y[64] = {}, old[64] = {}, ref[64] = {}, grad[64];
+    alignas(16) uint8_t mask[STEP] = {};
+    Run tail = u;
+    auto copy = [&](char* to, const char*& from, int type) {
+      if (from) memcpy(to, at(from, type, i), rest * size_of(type)), from = to;
+    };
+    copy(v, tail.v, c.v_type); copy(x0, tail.x0, c.x0_type); copy(y, tail.y, u.y_type);
+    copy(old, tail.old, c.old_type); copy(ref, tail.ref, c.ref_type);
+    if (u.mask) memcpy(mask, u.mask + i, rest), tail.mask = mask;
+    tail.grad = grad;
+    tail.stream = false;
+    step<TYPE, OLD, GRAD, SUMS>(c, tail, 0);
+    if (GRAD) memcpy(u.grad + i * size_of(c.grad_type), grad, rest * size_of(c.grad_type));
+    for (int k = 0; k < AFD_SLOTS; k++) u.acc[k] = tail.acc[k];
+  }
+  if (!SUMS) return;
+  for (int k = 0; k < AFD_SLOTS; k++) for (int j = 0; j < W; j++) part[k] += u.acc[k][j];
+  if (!OLD) part[3] = part[2];
+}
+
+typedef void Runner(const AfdCall&, const Run&, double*);
+#define RUNNER(NAME, TYPE, OLD, GRAD, SUMS) \
+  CLONES static void NAME(const AfdCall& c, const Run& u, double* p) { run<TYPE, OLD, GRAD, SUMS>(c, u, p); }
+#define RUNNERS(NAME, TYPE, OLD)          \
+  RUNNER(NAME##_sums, TYPE, OLD, 0, 1)    \
+  RUNNER(NAME##_grad, TYPE, OLD, 1, 0)    \
+  RUNNER(NAME##_both, TYPE, OLD, 1, 1)    \
+  static Runner* const NAME[] = {NAME##_sums, NAME##_grad, NAME##_both};
+RUNNERS(any_old, ANY, true)
+RUNNERS(any_new, ANY, false)
+RUNNERS(f32_old, AFD_F32, true)
+RUNNERS(f32_new, AFD_F32, false)
+RUNNERS(bf16_old, AFD_BF16, true)
+RUNNERS(bf16_new, AFD_BF16, false)
+
+static Runner* choose(const AfdCall& c, bool grad, bool sums) {
+  int type = c.v_type;
+  bool same = c.x0_type == type && (!c.v_old || c.old_type == type) && (!c.v_ref || c.ref_type == type) &&
+              (!grad || c.grad_type == type) && (c.source == AFD_SEED || c.y_type == type);
+  if (c.mask || c.stats || !same) type = ANY;
+  auto table = type == ANY ? c.v_old ? any_old : any_new : type == AFD_F32 ? c.v_old ? f32_old : f32_new
+                                                                          : c.v_old ? bf16_old : bf16_new;
+  return table[!grad ? 0 : !sums ? 1 : 2];
+}
+
+static void sweep(const AfdCall& c, bool grad, bool sums) {
+  int64_t B = c.samples;
+  std::vector<int64_t> first(B + 1, 0);
+  Runner* runner = choose(c, grad, sums);
+  bool stream = c.samples * c.count * size_of(c.grad_type) > (16 << 20);
+  auto length = [&](int64_t b) { return (c.cu ? c.cu[b + 1] - c.cu[b] : 1) * c.count; };
+  for (int64_t b = 0; b < B; b++) first[b + 1] = first[b] + (length(b) + AFD_TILE - 1) / AFD_TILE;
+#pragma omp parallel for schedule(dynamic, 16) num_threads(c.threads)  // a busy core takes fewer
+  for (int64_t tile = 0; tile < first[B]; tile++) {
+    int64_t b = std::upper_bound(first.begin(), first.end(), tile) - first.begin() - 1;
+    int64_t begin = (tile - first[b]) * AFD_TILE, end = std::min<int64_t>(begin + AFD_TILE, length(b));
+    int64_t row = c.cu ? c.cu[b] : b;
+    alignas(64) float eps[AFD_TILE];
+    if (c.source == AFD_SEED) noise_tile(eps, (uint32_t)(tile - first[b]), (uint32_t)b, c.seed);
+    double none[AFD_SLOTS], *part = sums ? c.part + tile * AFD_SLOTS : none;
+    std::fill(part, part + AFD_SLOTS, 0.0);
+    for (int64_t i = begin; i < end;) {
+      int64_t frame = i / c.inner, stop = std::min(end, (frame + 1) * c.inner), k = b * c.frames + frame % c.frames;
+      Run u;
+      auto from = [&](const void* p, int type, int64_t stride) { return p ? at(p, type, row * stride + i) : nullptr; };
+      u.v = from(c.v, c.v_type, c.v_stride); u.x0 = from(c.x0, c.x0_type, c.x0_stride);
+      u.y = c.source == AFD_SEED ? (const char*)(eps + (i - begin)) : from(c.y, c.y_type, c.y_stride);
+      u.old = from(c.v_old, c.old_type, c.old_stride); u.ref = from(c.v_ref, c.ref_type, c.ref_stride);
+      u.mask = c.mask ? c.mask + row * c.mask_stride + i : nullptr;
+      u.grad = (char*)(grad ? from(c.grad, c.grad_type, c.grad_stride) : nullptr);
+      u.y_type = c.source == AFD_SEED ? (int)AFD_F32 : c.y_type;
+      u.stream = stream && (uintptr_t)u.grad % 16 == 0;
+      u.n = stop - i; u.t = c.t[k]; u.k = afd_constants(c, b, c.sigma ? c.sigma[k] : c.t[k]);
+      double add[AFD_SLOTS] = {};
+      runner(c, u, add);
+      for (int s = 0; s < AFD_SLOTS; s++) part[s] += add[s];
+      i = stop;
+    }
+  }
+  if (!sums) return;
+  for (int64_t b = 0; b < B; b++)
+    for (int k = 0; k < AFD_SLOTS; k++) {
+      double total = 0;
+      for (int64_t tile = first[b]; tile < first[b + 1]; tile++) total += c.part[tile * AFD_SLOTS + k];
+      c.sums[k * B + b] = total;
+    }
+}
+
+extern "C" {
+#define EXPORT __attribute__((visibility("default")))
+
+EXPORT int afd_abi() { return sizeof(AfdCall); }
+
+// Loss, totals and rows; with c->grad also the gradient times c->scale, in the same sweep where it needs no sums first.
+EXPORT void afd_nft_loss(const AfdCall* c) {
+  bool grad = c->grad, sums_first = grad && (c->adaptive || (c->mask && c->sample_mean));
+  if (grad && !sums_first) afd_finish(*c, false);
+  sweep(*c, grad && !sums_first, true);
+  afd_finish(*c, true);
+  if (sums_first) sweep(*c, true, false);
+}
+
+// The gradient times c->scale from the coefficients in c->rows.
+EXPORT void afd_nft_gradient(const AfdCall* c) { sweep(*c, true, false); }
+
+// x_t [B, ...] contiguous into c->grad = (1 - t) x0 + t eps.
+static void noised(const AfdCall& c, int64_t tile, int64_t b, int64_t begin, int64_t end);
+EXPORT void afd_forward_noise(const AfdCall* c) {
+  int64_t tiles = (c->count + AFD_TILE - 1) / AFD_TILE;
+#pragma omp parallel for schedule(static) num_threads(c->threads)
+  for (int64_t i = 0; i < tiles * c->samples; i++) {
+    int64_t tile = i % tiles;
+    noised(*c, tile, i / tiles, tile * AFD_TILE, std::min<int64_t>((tile + 1) * AFD_TILE, c->count));
+  }
+}
+}
+
+CLONES static void blend(void* out, int type, const void* x0, const void* y, int y_type, float t, int64_t n) {
+  float s = 1.0f - t;
+  auto mix = [&](const void* x0, const void* y, void* out, int64_t i) {
+    Pair a = load<true>(x0, type, i), b = load<true>(y, y_type, i);
+    for (int half = 0; half < 2; half++) a.x[half] = s * a.x[half] + t * b.x[half];
+    store<true>(out, type, i, a);
+  };
+  int64_t i = 0;
+  for (; i + STEP <= n; i += STEP) mix(x0, y, out, i);
+  if (int64_t rest = n - i) {
+    alignas(64) char a[64] = {}, b[64] = {}, o[64];
+    memcpy(a, at(x0, type, i), rest * size_of(type));
+    memcpy(b, at(y, y_type, i), rest * size_of(y_type));
+    mix(a, b, o, 0);
+    memcpy((char*)out + i * size_of(type), o, rest * size_of(type));
+  }
+}
+
+static void noised(const AfdCall& c, int64_t tile, int64_t b, int64_t begin, int64_t end) {
+  alignas(64) float eps[AFD_TILE];
+  bool seed = c.source == AFD_SEED;
+  if (seed) noise_tile(eps, (uint32_t)tile, (uint32_t)b, c.seed);
+  for (int64_t i = begin; i < end;) {
+    int64_t frame = i / c.inner, stop = std::min(end, (frame + 1) * c.inner);
+    const void* y = seed ? (const void*)(eps + (i - begin)) : at(c.y, c.y_type, b * c.y_stride + i);
+    void* out = (char*)c.grad + (b * c.grad_stride + i) * size_of(c.x0_type);
+    blend(out, c.x0_type, at(c.x0, c.x0_type, b * c.x0_stride + i), y, seed ? (int)AFD_F32 : c.y_type,
+          c.t[b * c.frames + frame % c.frames], stop - i);
+    i = stop;
+  }
+}

@@ -1,0 +1,256 @@
+"""nft_loss and forward_noise as operators: dispatch, compile, layouts, sizes, out=, grad_output."""
+
+import pytest
+import torch
+
+import afd_fast
+from afd_fast.ops import layout, native
+from afd_fast.ops import nft as ops
+from afd_fast.ops._register import is_wide
+from afd_fast.ops.noise import wrap_seed
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = ["as installed", "reference"]
+
+
+def make(shape, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    n = lambda: torch.randn(*shape, generator=g).to(dtype)
+    inputs = {k: n() for k in ("v", "x0", "noise", "v_old", "v_ref")}
+    inputs["v"].requires_grad_()
+    return inputs | {"r": torch.rand(shape[0], generator=g), "t": 0.1 + 0.8 * torch.rand(shape[0], generator=g)}
+
+
+def run(inputs, scale=1.0, **kwargs):
+    loss = afd_fast.nft_loss(**inputs | kwargs)
+    return loss.detach(), torch.autograd.grad(loss * scale, inputs["v"])[0]
+
+
+def widened(inputs):
+    wide = {
+        k: x.detach().double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for k, x in inputs.items()
+    }
+    wide["v"].requires_grad_()
+    return wide
+
+
+def error(a, exact):
+    return (a.double() - exact.double()).abs().max().item() if exact.numel() else 0.0
+
+
+def bound(exact, dtype):
+    """One rounding of the result, and float32's accumulated rounding of the inputs' scale."""
+    top = exact.abs().max().item() if exact.numel() else 0.0
+    return torch.finfo(dtype).eps * top + 2e-6 * top + 1e-7
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setattr("afd_fast.ops.native.library", lambda: None)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 1, 7, 16, 4093, 4096, 4097, 8191])
+@pytest.mark.parametrize(
+    "recipe,source", [("afd", "noise"), ("afd", "seed"), ("diffusionnft", "x_t"), ("astrolabe", "seed")]
+)
+def test_sizes(backend, dtype, size, recipe, source):
+    inputs = make((3, size), dtype)
+    noise = inputs.pop("noise")
+    inputs |= {"seed": 7} if source == "seed" else {source: noise}
+    wide = widened(inputs)
+    if source == "seed" and recipe == "astrolabe":  # the network's rounded x_t is part of the input
+        wide["x_t"] = afd_fast.forward_noise(inputs["x0"], inputs["t"], seed=wide.pop("seed")).double()
+    (loss, grad), (exact_loss, exact) = run(inputs, recipe=recipe), run(wide, recipe=recipe)
+    assert abs(loss - exact_loss) <= 2e-5 * abs(exact_loss)
+    assert grad.dtype == dtype and error(grad, exact) <= bound(exact, dtype)
+
+
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
+def test_empty_batch(backend, recipe):
+    loss, grad = run(make((0, 5)), recipe=recipe)
+    assert loss == 0 and grad.shape == (0, 5)
+
+
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
+@pytest.mark.parametrize("source", ["noise", "seed"])
+@pytest.mark.parametrize(
+    "frame_dim,t_shape", [(1, (2, 6)), (2, (2, 3)), (None, (2, 1, 3, 1, 1)), (None, (1, 6, 3, 1, 5))]
+)
+def test_per_frame_t(backend, recipe, source, frame_dim, t_shape):
+    inputs = make((2, 6, 3, 4, 5)) | {"t": 0.1 + 0.8 * torch.rand(t_shape), "frame_dim": frame_dim}
+    if source == "seed":
+        inputs |= {"noise": None, "seed": -3}
+    inputs["sigma"] = 0.1 + 0.8 * torch.rand(2)  # one value a sample beside t's several
+    (loss, grad), (exact_loss, exact) = run(inputs, recipe=recipe), run(widened(inputs), recipe=recipe)
+    assert abs(loss - exact_loss) <= 1e-5 * abs(exact_loss) and error(grad, exact) <= bound(exact, torch.float32)
+    x_t = afd_fast.forward_noise(
+        inputs["x0"], inputs["t"], noise=inputs["noise"], seed=inputs.get("seed"), frame_dim=frame_dim
+    )
+    exact = afd_fast.reference.flow.forward_noise(
+        inputs["x0"].double(), inputs["t"].double(), noise=None if source == "seed" else inputs["noise"].double(),
+        seed=inputs.get("seed"), frame_dim=frame_dim,
+    )  # fmt: skip
+    assert error(x_t, exact) < 1e-6
+
+
+def test_layouts(backend):
+    """Permuted, batch-strided, expanded and sliced inputs; a dense permutation is walked in memory order, uncopied."""
+    inputs = make((2, 3, 4, 5))
+    expected_loss, expected = run(inputs, recipe="diffusionnft")
+    for change in (
+        lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+        lambda x: torch.stack([x, x], 1)[:, 0],
+        lambda x: torch.cat([x, x], -1)[..., :5],
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        moved = {k: change(x.detach()) if x.ndim == 4 else x for k, x in inputs.items()}
+        moved["v"].requires_grad_()
+        loss, grad = run(moved, recipe="diffusionnft")
+        torch.testing.assert_close(loss, expected_loss)
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-8)
+    one = inputs | {"v_ref": inputs["v_ref"][:1].expand(2, 3, 4, 5)}
+    torch.testing.assert_close(run(one)[1], run(inputs | {"v_ref": one["v_ref"].contiguous()})[1])
+    assert layout.memory_order(inputs["v"].permute(0, 2, 3, 1)) is not None
+    assert layout.memory_order(torch.empty(2, 6, 4)[:, ::2]) is None
+
+
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_grad_output_enters_before_rounding(backend, recipe, dtype):
+    inputs = make((2, 40), dtype)
+    wide = widened(inputs)
+    for scale in (1.0, 3.0, 1 / 7, 65536.0):
+        grad, exact = run(inputs, scale, recipe=recipe)[1], run(wide, recipe=recipe)[1] * scale
+        assert error(grad, exact) <= bound(exact, dtype) * (1 if dtype != torch.bfloat16 else 0.51)
+
+
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
+def test_two_backwards_do_not_share_memory(backend, recipe):
+    inputs = make((2, 40))
+    loss = afd_fast.nft_loss(**inputs, recipe=recipe)
+    once = torch.autograd.grad(loss, inputs["v"], retain_graph=True)[0]
+    kept = once.clone()
+    twice = torch.autograd.grad(2 * loss, inputs["v"], retain_graph=True)[0]
+    torch.testing.assert_close(twice, 2 * kept)
+    assert torch.equal(once, kept)
+
+
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_out(backend, recipe, dtype):
+    inputs = make((2, 5000), dtype)
+    expected = run(inputs, recipe=recipe)[1]
+    out = torch.full((2, 5000), float("nan"), dtype=dtype)
+    loss = afd_fast.nft_loss(**inputs, recipe=recipe, out=out)
+    assert torch.equal(out, expected)  # already there, for grad_output 1
+    (grad,) = torch.autograd.grad(loss, inputs["v"])
+    assert grad.data_ptr() == out.data_ptr()
+    with torch.no_grad():  # no graph needed
+        out.fill_(float("nan"))
+        afd_fast.nft_loss(**inputs, recipe=recipe, out=out)
+    assert torch.equal(out, expected)
+    loss = afd_fast.nft_loss(**inputs, recipe=recipe, out=out)
+    assert torch.equal(torch.autograd.grad(3 * loss, inputs["v"])[0], run(inputs, 3.0, recipe=recipe)[1])
+
+
+def test_deterministic_for_any_number_of_threads():
+    inputs, threads = make((3, 50_000)), torch.get_num_threads()
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        results.append(run(inputs, recipe="diffusionnft"))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0]))
+
+
+def _inputs(dtype=torch.float32, recipe="diffusionnft", **change):
+    i = make((2, 30), dtype)
+    values = dict(
+        v=i["v"].detach(), x0=i["x0"], r=i["r"], t=i["t"][:, None].contiguous(), noise=i["noise"], seed=None, x_t=None,
+        v_old=i["v_old"], v_ref=i["v_ref"], sigma=None, sample_mask=None, ref_mask=None, element_mask=None,
+        cu_seqlens=None, inner=30, recipe=afd_fast.nft_recipe(recipe).key, stats=True,
+    )  # fmt: skip
+    return ops.Inputs(**values | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck(dtype):
+    i, tests = _inputs(dtype), ("test_schema", "test_faketensor", "test_autograd_registration")
+    if dtype == torch.float64:
+        i = i._replace(t=i.t.double())
+    check = lambda op, args: torch.library.opcheck(op, args, test_utils=tests)
+    _, _, rows = ops._loss(*i)
+    one = torch.ones((), dtype=rows.dtype)
+    check(torch.ops.afd_fast.nft_loss.default, tuple(i))
+    check(torch.ops.afd_fast.nft_loss.default, tuple(i._replace(noise=None, seed=3, v_old=None, v_ref=None)))
+    check(torch.ops.afd_fast.nft_loss_with_grad.default, (*i, torch.empty_like(i.v)))
+    check(torch.ops.afd_fast.nft_loss_backward.default, (one, rows, *i))
+    check(torch.ops.afd_fast.nft_loss_redo.default, (3 * one, rows, *i, torch.empty_like(i.v)))
+    for noise, seed in ((i.noise, None), (None, 3)):
+        check(torch.ops.afd_fast.forward_noise.default, (i.x0, i.t, noise, seed, 30))
+
+
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compile_fullgraph(recipe, dtype):
+    inputs = make((2, 3, 50), dtype)
+    expected = run(inputs, 2.0, recipe=recipe)
+    seeded = inputs | {"noise": None, "seed": 5}
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(inputs):
+        x_t = afd_fast.forward_noise(inputs["x0"], inputs["t"], seed=5)
+        loss, stats = afd_fast.nft_loss(**inputs, recipe=recipe, return_stats=True)
+        return loss, stats.signal, x_t
+
+    loss, _, x_t = step(inputs)
+    (grad,) = torch.autograd.grad(2 * loss, inputs["v"])
+    torch.testing.assert_close(loss.detach(), expected[0], rtol=1e-6, atol=0)  # stats add sums in another order
+    torch.testing.assert_close(grad, expected[1], rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-8)
+    assert torch.equal(x_t, afd_fast.forward_noise(inputs["x0"], inputs["t"], seed=5))
+    assert step(seeded)[0].isfinite()
+
+
+def test_only_v_gets_a_gradient_and_double_backward_says_no():
+    inputs = make((2, 8))
+    inputs |= {k: inputs[k].clone().requires_grad_() for k in ("x0", "v_old", "v_ref", "r")}
+    loss = afd_fast.nft_loss(**inputs)
+    (grad,) = torch.autograd.grad(loss, inputs["v"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        torch.autograd.grad(grad.sum(), inputs["v"])
+    afd_fast.nft_loss(**inputs).backward()
+    assert inputs["v"].grad is not None and all(inputs[k].grad is None for k in ("x0", "v_old", "v_ref"))
+
+
+def test_checkpointing_and_accumulation():
+    inputs = make((2, 30))
+    expected = run(inputs)[1]
+    f = lambda v: afd_fast.nft_loss(**inputs | {"v": 1.0 * v})
+    for scale in (0.5, 0.5):
+        (scale * torch.utils.checkpoint.checkpoint(f, inputs["v"], use_reentrant=False)).backward()
+    torch.testing.assert_close(inputs["v"].grad, expected)
+
+
+def test_module_and_backends():
+    inputs = make((2, 8))
+    assert torch.equal(afd_fast.NFTLoss("gardo")(**inputs), afd_fast.nft_loss(**inputs, recipe="gardo"))
+    table = afd_fast.ops.backends()
+    assert set(table) == {"nft_loss", "forward_noise", "bt_loss"}
+    assert ("C++" in table["nft_loss"]) == (native.library() is not None)
+
+
+def test_float64_rewards_do_not_change_the_implementation():
+    i = _inputs(torch.bfloat16)
+    assert not is_wide(i._replace(r=i.r.double())) and is_wide(_inputs(torch.float64))
+    one = torch.ones((), dtype=torch.float64)
+    assert not is_wide((one, torch.zeros(11, 2), *i)) and is_wide((one, torch.zeros(11, 2, dtype=torch.float64), *i))
+
+
+def test_seed_wraps_to_64_bits():
+    assert wrap_seed(2**64 - 1) == -1 and wrap_seed(2**63) == -(2**63) and wrap_seed(5) == 5
+    x0, t = torch.zeros(1, 64), torch.ones(1)
+    assert torch.equal(afd_fast.forward_noise(x0, t, seed=2**64 - 1), afd_fast.forward_noise(x0, t, seed=-1))
