@@ -1,13 +1,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: .venv/installed
 	$(BIN)/afd-fast demo --overwrite
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels_interpreter.py
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.run
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -92,6 +92,59 @@ def pretrain(
 
 
 @app.command()
+def rollout(
+    prompts: Annotated[Path, typer.Option(help="text file, one prompt a line")],
+    out: Annotated[Path, typer.Option(help="folder for the mp4 files; must not exist")],
+    student: Annotated[str | None, typer.Option(help="checkpoint: .pt, .safetensors, folder or repository")] = None,
+    config: Annotated[str, typer.Option(help='"wan", or "tiny": random weights, to try the command anywhere')] = "wan",
+    base: Annotated[
+        str, typer.Option(help="diffusers repository of text encoder and VAE")
+    ] = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    frames: Annotated[int, typer.Option(help="latent frames; 21 are 81 frames of video")] = 21,
+    shift: float = 5.0,
+    chunk: int = 3,
+    batch: int = 1,
+    seed: int = 0,
+) -> None:
+    """Generate a video for every prompt with a causal Wan student."""
+    import torch
+    from rich.progress import Progress
+
+    from afd_fast.config import ConfigError
+    from afd_fast.generate import generate, tiny
+    from afd_fast.rollout import RolloutConfig
+    from afd_fast.video_io import write_video
+
+    if config not in ("wan", "tiny") or (config == "wan") != (student is not None):
+        raise ConfigError("give either --student CHECKPOINT or --config tiny")
+    if not prompts.is_file():
+        raise ConfigError(f"{prompts} is not a file with prompts")
+    lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"{prompts} holds no prompt")
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another --out")
+    if config == "tiny":
+        (model, encode, decode), size = tiny(seed), {"height": 6, "width": 10}
+    else:
+        from afd_fast.models import load_student
+        from afd_fast.models.text import TextEncoder
+        from afd_fast.models.vae import WanDecoder
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, size = load_student(student, dtype=torch.bfloat16, device=device), {}
+        encode, decode = TextEncoder.from_pretrained(base), WanDecoder.from_pretrained(base)
+    with Progress(console=console) as progress:
+        task = progress.add_task("chunks", total=None)
+        stats = generate(
+            model, lines, out, encode=encode, decode=decode, write=write_video, frames=frames, batch=batch, seed=seed,
+            config=RolloutConfig(shift=shift, chunk=chunk), **size,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    console.print(stats.line())
+
+
+@app.command()
 def report(run: Path) -> None:
     """Write report.html of a finished run folder again."""
     from afd_fast.config import ConfigError

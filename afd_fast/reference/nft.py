@@ -8,7 +8,6 @@ With v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v, errors e
 
 Public trainers and the paper are this with other constants (`RECIPES`). With v_old = stop-grad(v), the
 paper's reading, the *value* does not depend on r; the gradient is 2 beta (2r - 1)(v - v*) + 2 lambda r (v - v_ref).
-
 Legend: B samples; a sample is every axis but the first; s sums or averages it (`sample_reduction`).
 """
 
