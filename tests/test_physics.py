@@ -31,6 +31,9 @@ def test_teacher_is_a_function_of_prompt_and_seed():
     video = teacher(PROMPTS[0], 1)
     assert video.shape == (3, 12, 16, 16) and 0 <= video.min() and video.max() <= 1
     assert torch.equal(video, teacher(PROMPTS[0], 1)) and not torch.equal(video, teacher(PROMPTS[0], 2))
+    other_color = PROMPTS[0].replace("red", "blue")
+    start = lambda prompt: track(teacher(prompt, 1).numpy()[None])[0][0, 0]
+    assert abs(start(PROMPTS[0]) - start(other_color)).max() > 0.02, "a seed must not fix the start for every prompt"
 
 
 def test_prompt_from_outside_the_world_is_refused():
