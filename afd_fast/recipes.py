@@ -7,18 +7,18 @@ from afd_fast.config import ConfigError, TrainConfig
 
 
 def demo() -> TrainConfig:
-    """The embedded main job at its best reading of the paper."""
+    """The embedded main job: `demo_lagged`. Over 3 seeds both readings score the same, this one with less spread (README)."""
     return TrainConfig()
-
-
-def demo_eq4() -> TrainConfig:
-    """The paper's Eq. 4 read literally: v_old = stop-grad(v), velocity space, sums, no adaptive weight."""
-    return replace(TrainConfig(), name="demo_eq4", recipe="afd", v_old="self", student_lr=2e-3, prior_weight=1e-3)
 
 
 def demo_lagged() -> TrainConfig:
     """The reading of the paper's section 10 and of every public NFT trainer: v_old = the EMA policy, which collects."""
     return replace(TrainConfig(), name="demo_lagged", recipe="diffusionnft", v_old="ema")
+
+
+def demo_eq4() -> TrainConfig:
+    """The paper's Eq. 4 read literally: v_old = stop-grad(v), velocity space, sums, no adaptive weight."""
+    return replace(TrainConfig(), name="demo_eq4", recipe="afd", v_old="self", student_lr=2e-3, prior_weight=1e-3)
 
 
 def demo_shuffled() -> TrainConfig:
