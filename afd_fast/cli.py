@@ -20,9 +20,14 @@ Keys = Annotated[list[str] | None, typer.Argument(help="key=value overrides of t
 def _run(config, out: Path | None, overwrite: bool, resume: bool, base) -> None:
     from afd_fast import trainer
     from afd_fast.report import console_table, write_report
+    from afd_fast.training import distributed
 
     out = out or Path("runs") / config.name
-    result = trainer.start(config, base, out, overwrite=overwrite, resume=resume, console=console)
+    with distributed.job() as ranks:
+        screen = console if ranks.lead else Console(quiet=True)
+        result = trainer.start(config, base, out, overwrite=overwrite, resume=resume, console=screen, ranks=ranks)
+    if not ranks.lead:
+        return
     console.print(console_table(result))
     last = result["rows"]["afd"]
     if "reward_physics_correlation" in last:

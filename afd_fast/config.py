@@ -25,6 +25,7 @@ class TrainConfig:
     teacher_clips: int = 4  # finished videos bought per prompt
     prompts_per_step: int = 12
     rollouts_per_prompt: int = 8  # K; with K = 1 every advantage is 0
+    shards: int = 1  # parts of the batch with random numbers of their own: worked on one by one, shared by the ranks
     codec_crf: int | None = None  # H.264 quality both sides pass through before the discriminator; None: 8-bit only
     # rollout
     steps: tuple[float, ...] = (1000, 750, 500, 250)
@@ -63,10 +64,13 @@ class TrainConfig:
             raise ConfigError(f't_sampling must be "grid" or "uniform", got {self.t_sampling!r}')
         if self.rollouts_per_prompt < 2:
             raise ConfigError("rollouts_per_prompt must be at least 2: a single rollout has advantage 0")
+        if self.prompts_per_step % max(1, self.shards):
+            raise ConfigError(f"shards={self.shards} must divide prompts_per_step={self.prompts_per_step}")
         for name in (
             "iterations",
             "lora_rank",
             "prompts_per_step",
+            "shards",
             "teacher_clips",
             "eval_every",
             "checkpoint_every",

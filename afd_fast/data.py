@@ -23,6 +23,15 @@ REFERENCE_SEEDS, TEACHER_ROW_SEEDS = 10_000, 20_000  # apart from the training c
 
 
 @dataclass
+class Shard:
+    """A part of an iteration's batch: b rows grouped by prompt, with random numbers of its own (`index`)."""
+
+    index: int
+    prompts: list[str]
+    teacher: Tensor  # [b, 3, F, H, W] in [0, 1]
+
+
+@dataclass
 class TeacherVideos:
     """Videos as uint8, by prompt; what the training loop and the judge draw from."""
 
@@ -42,14 +51,23 @@ class TeacherVideos:
         """Videos [B, 3, F, H, W] in [0, 1] for (prompt, seed) pairs, through the same door as the student's."""
         return deliver(torch.stack([self.teacher(p, s) for p, s in zip(prompts, seeds)]), self.codec_crf)
 
-    def batch(self, config: TrainConfig, step: int) -> tuple[list[str], Tensor]:
-        """K rows for each of P prompts and a random teacher video for each row; a function of (seed, step)."""
+    def batch(self, config: TrainConfig, step: int, shards: Iterable[int]) -> list[Shard]:
+        """The named shards of iteration `step`: K rows for each of P prompts, a random teacher video for each row.
+        A function of (seed, step)."""
         rng = np.random.default_rng([config.seed, step])
         count = min(config.prompts_per_step, len(self.train_prompts))
         chosen = [self.train_prompts[i] for i in rng.permutation(len(self.train_prompts))[:count]]
         prompts = [p for p in chosen for _ in range(config.rollouts_per_prompt)]
-        videos = [self.videos[p][rng.integers(len(self.videos[p]))] for p in prompts]
-        return prompts, torch.stack(videos).float() / 255
+        picks = [rng.integers(len(self.videos[p])) for p in prompts]
+        if count % config.shards:
+            raise ConfigError(f"{count} training prompts cannot be split into shards={config.shards}")
+        rows = len(prompts) // config.shards
+        parts = []
+        for index in shards:
+            mine = range(index * rows, (index + 1) * rows)
+            videos = torch.stack([self.videos[prompts[i]][picks[i]] for i in mine]).float() / 255
+            parts.append(Shard(index, [prompts[i] for i in mine], videos))
+        return parts
 
 
 def open_teacher(spec: str, sizes: ToyConfig, cache: Path) -> tuple[Teacher, list[str], list[str], list[str]]:

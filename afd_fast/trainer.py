@@ -30,9 +30,10 @@ from afd_fast.data import REFERENCE_SEEDS, TEACHER_ROW_SEEDS, collect
 from afd_fast.evaluation import clips as clip_judge
 from afd_fast.evaluation import physics as physics_judge
 from afd_fast.models.lora import merged_lora
-from afd_fast.models.toy import ToyStudent, decode_video
+from afd_fast.models.toy import ToyStudent
 from afd_fast.training import checkpoint
-from afd_fast.training.state import generator, new_state
+from afd_fast.training.distributed import Ranks
+from afd_fast.training.state import generator, new_state, toy_system
 from afd_fast.training.step import sample_policy, train_step
 from afd_fast.video_io import deliver
 
@@ -116,21 +117,28 @@ def _rewind(path: Path, before: int) -> None:
 
 
 class Trainer:
-    """One run in one folder. `run()` trains to the end; `base` is the pretrained student it starts from."""
+    """One run in one folder. `run()` trains to the end; `base` is the pretrained student it starts from.
 
-    def __init__(self, config: TrainConfig, base: ToyStudent, out: Path, *, cache: Path, console: Console):
-        self.config, self.out, self.console = config, out, console
+    Of several ranks the lead alone judges, writes and speaks.
+    """
+
+    def __init__(
+        self, config: TrainConfig, base: ToyStudent, out: Path, *, cache: Path, console: Console, ranks: Ranks = Ranks()
+    ):
+        self.config, self.out, self.console, self.ranks = config, out, console, ranks
+        self.shards = ranks.share(config.shards)
         self.sizes = base.config
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
         )  # fmt: skip
         with self.progress:
-            self.data = collect(config, self.sizes, cache, self._track)
-            self.reference = self._reference_clips()
+            with ranks.lead_first():  # the others then find every video in the cache
+                self.data = collect(config, self.sizes, cache, self._track)
+            self.reference = self._reference_clips() if ranks.lead else None
         for problem in self.data.problems:
             console.print(f"[yellow]left out:[/] {problem}")
-        self.state = new_state(config, base)
+        self.state = new_state(config, toy_system(base))
         self._stop = False
 
     def _track(self, items, description: str):
@@ -159,7 +167,7 @@ class Trainer:
         """Held-out rollouts of the averaged student, with the same noise at every call."""
         prompts = self.data.held_out * per_prompt
         latents = sample_policy(self.state, self.config, prompts, generator(0, 0, "evaluation"), average=True)
-        return deliver(decode_video(latents), self.config.codec_crf), prompts
+        return deliver(self.state.system.decode(latents), self.config.codec_crf), prompts
 
     def evaluate(self) -> dict[str, float]:
         """The judge's scores on held-out prompts and, for the discriminator, accuracy there and agreement with the judge."""
@@ -182,8 +190,9 @@ class Trainer:
     # -- the loop --------------------------------------------------------------------------------------------
 
     def run(self, *, resume: bool = False, on_step: Callable[[dict], None] | None = None) -> dict:
-        """Train to the end and return result.json's content. Interrupted after a saved stop."""
-        config, state = self.config, self.state
+        """Train to the end and return result.json's content ({} on ranks that do not lead). Interrupted after a
+        saved stop."""
+        config, state, lead = self.config, self.state, self.ranks.lead
         elapsed = 0.0
         folder = self.out / "checkpoints"
         if resume and (path := checkpoint.latest(folder)):
@@ -191,39 +200,42 @@ class Trainer:
             state.load_state_dict(saved["state"])
             elapsed = saved["elapsed"]
             self.console.print(f"resuming after iteration {state.step} ({path})")
-        for name, before in (("metrics.jsonl", state.step), ("evaluations.jsonl", state.step + bool(state.step))):
-            _rewind(self.out / name, before)
-        writer = SummaryWriter(self.out / "tensorboard", purge_step=state.step)
+        if lead:
+            _rewind(self.out / "metrics.jsonl", state.step)
+            _rewind(self.out / "evaluations.jsonl", state.step + bool(state.step))
+        writer = SummaryWriter(self.out / "tensorboard", purge_step=state.step) if lead else None
         previous = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         started = time.perf_counter() - elapsed
         try:
             with self.progress:
                 task = self.progress.add_task(config.name, total=config.iterations, completed=state.step, note="")
-                if state.step == 0:
+                if state.step == 0 and lead:
                     self._record_evaluation(writer)
                 while state.step < config.iterations:
-                    metrics = train_step(state, config, *self.data.batch(config, state.step))
+                    batch = self.data.batch(config, state.step, self.shards)
+                    metrics = train_step(state, config, batch, self.ranks)
                     self._check(metrics)
-                    row = {"step": state.step - 1, "elapsed": time.perf_counter() - started, **metrics}
-                    _append(self.out / "metrics.jsonl", row)
-                    for key, value in metrics.items():
-                        writer.add_scalar(key if "/" in key else f"train/{key}", value, state.step)
-                    note = " ".join(f"{k} {metrics[k]:.2f}" for k in ("reward", "margin", "accuracy"))
-                    self.progress.update(task, completed=state.step, note=note)
-                    if on_step:
-                        on_step(row)
-                    last = state.step == config.iterations
-                    if state.step % config.eval_every == 0 or last:
-                        self._record_evaluation(writer)
-                    if state.step % config.checkpoint_every == 0 or last or self._stop:
-                        checkpoint.save(
-                            folder, state.step, {"state": state.state_dict(), "elapsed": time.perf_counter() - started}
-                        )
-                    if self._stop and not last:
+                    stop, last = self.ranks.any(self._stop), state.step == config.iterations
+                    if lead:
+                        row = {"step": state.step - 1, "elapsed": time.perf_counter() - started, **metrics}
+                        _append(self.out / "metrics.jsonl", row)
+                        for key, value in metrics.items():
+                            writer.add_scalar(key if "/" in key else f"train/{key}", value, state.step)
+                        note = " ".join(f"{k} {metrics[k]:.2f}" for k in ("reward", "margin", "accuracy"))
+                        self.progress.update(task, completed=state.step, note=note)
+                        if on_step:
+                            on_step(row)
+                        if state.step % config.eval_every == 0 or last:
+                            self._record_evaluation(writer)
+                        if state.step % config.checkpoint_every == 0 or last or stop:
+                            elapsed = time.perf_counter() - started
+                            checkpoint.save(folder, state.step, {"state": state.state_dict(), "elapsed": elapsed})
+                    if stop and not last:
                         raise Interrupted(f"stopped after iteration {state.step}; continue with --resume")
-                return self._finish(time.perf_counter() - started)
+                return self._finish(time.perf_counter() - started) if lead else {}
         finally:
-            writer.close()
+            if writer:
+                writer.close()
             for s, handler in previous.items():
                 signal.signal(s, handler)
 
@@ -305,10 +317,15 @@ def start(
     resume=False,
     console: Console | None = None,
     cache: Path | None = None,
+    ranks: Ranks = Ranks(),
 ) -> dict:
-    """Prepare the folder, train, return the result. A finished run is returned as it is."""
-    prepare_folder(out, config, overwrite=overwrite, resume=resume)
-    if resume and (out / "result.json").exists():
-        return json.loads((out / "result.json").read_text())
-    trainer = Trainer(config, base, out, cache=cache or out.parent / "teacher-cache", console=console or Console())
+    """Prepare the folder, train, return the result ({} on ranks that do not lead). A finished run is returned as it is."""
+    ranks.share(config.shards)  # a wrong number of processes is said before a folder is touched
+    with ranks.lead_first():
+        if ranks.lead:
+            prepare_folder(out, config, overwrite=overwrite, resume=resume)
+        if resume and (out / "result.json").exists():
+            return json.loads((out / "result.json").read_text()) if ranks.lead else {}
+    cache = cache or out.parent / "teacher-cache"
+    trainer = Trainer(config, base, out, cache=cache, console=console or Console(quiet=not ranks.lead), ranks=ranks)
     return trainer.run(resume=resume)

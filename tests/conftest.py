@@ -1,8 +1,11 @@
+import numpy as np
 import pytest
 import torch
 
 from afd_fast.config import TrainConfig
 from afd_fast.teachers import physics
+from afd_fast.teachers.physics import FPS, all_prompts, sample_clips
+from afd_fast.video_io import write_video
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +27,20 @@ def few_prompts(monkeypatch):
     """The physics world with six training and two held-out prompts."""
     prompts = physics.all_prompts()
     monkeypatch.setattr(physics, "split_prompts", lambda: (prompts[:60:10], prompts[5:50:30]))
+
+
+@pytest.fixture(scope="session")
+def folder_teacher(tmp_path_factory):
+    """Twelve real mp4 files, one of them too short and one broken."""
+    folder = tmp_path_factory.mktemp("videos")
+    prompts = all_prompts()[::12][:10]
+    rows = ["prompt,video"]
+    for i, clip in enumerate(sample_clips(prompts, np.random.default_rng(0))):
+        large = clip.repeat_interleave(4, -1).repeat_interleave(4, -2)
+        write_video(folder / f"{i}.mp4", large, FPS, crf=18)
+        rows.append(f'"{prompts[i]}",{i}.mp4')
+    write_video(folder / "short.mp4", large[:, :3], FPS)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    rows += ["a short one,short.mp4", "a broken one,broken.mp4"]
+    (folder / "manifest.csv").write_text("\n".join(rows))
+    return folder

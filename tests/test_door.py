@@ -37,7 +37,7 @@ def held_out_accuracy(teacher, student, prompts, iterations=60):
     state = TrainState(None, None, None, model, optimizer, None)
     config, rng, half = TrainConfig(r1=0.0, instance_noise=0.0), torch.Generator().manual_seed(0), len(prompts) // 2
     for _ in range(iterations):
-        discriminator_update(state, config, teacher[:half], student[:half], prompts[:half], rng)
+        discriminator_update(state, config, [(teacher[:half], student[:half], prompts[:half], rng)])
     with torch.no_grad():
         margin = model.score(teacher[half:], prompts[half:]) - model.score(student[half:], prompts[half:])
     return ((margin > 0).float() + 0.5 * (margin == 0).float()).mean().item()

@@ -7,12 +7,13 @@ import torch
 
 from afd_fast import base_student
 from afd_fast.config import TrainConfig
+from afd_fast.data import Shard
 from afd_fast.models.toy import tokenize
 from afd_fast.reference.advantage import PerPromptStatTracker
 from afd_fast.teachers.physics import all_prompts
 from afd_fast.training import step as step_module
 from afd_fast.training.lora import disabled, trainable
-from afd_fast.training.state import generator, new_state
+from afd_fast.training.state import generator, new_state, toy_system
 from afd_fast.training.step import sample_policy, student_loss, train_step
 from afd_fast.training.update import student_velocity
 
@@ -21,7 +22,7 @@ PROMPTS = all_prompts()[:4]
 
 
 def double_state(config):
-    state = new_state(config, base_student.load())
+    state = new_state(config, toy_system(base_student.load()))
     state.student.double()
     for p in trainable(state.student).values():
         torch.nn.init.normal_(p, std=0.05, generator=generator(0, 0, "test"))
@@ -112,16 +113,18 @@ def test_lagged_policy_gradient_has_the_trust_region_term():
 def test_step_feeds_back_the_tracker_and_trains_both(monkeypatch):
     """One whole iteration: the r the loss sees is tracker -> clip -> [0, 1] of this discriminator's scores."""
     config = TrainConfig(disc_warmup=0, prompts_per_step=2, rollouts_per_prompt=3, lora_rank=4)
-    state = new_state(config, base_student.load())
+    state = new_state(config, toy_system(base_student.load()))
     seen = {}
     real = step_module.student_update
     monkeypatch.setattr(
-        step_module, "student_update", lambda s, c, x0, r, *a: (seen.update(r=r, x0=x0), real(s, c, x0, r, *a))[1]
+        step_module,
+        "student_update",
+        lambda s, c, parts, *a: (seen.update(x0=parts[0][0], r=parts[0][1]), real(s, c, parts, *a))[1],
     )
     prompts = [p for p in all_prompts()[:2] for _ in range(3)]
     weights = {k: p.clone() for k, p in trainable(state.student).items()}
     judge = {k: p.clone() for k, p in state.discriminator.state_dict().items()}
-    metrics = train_step(state, config, prompts, torch.rand(6, 3, 12, 16, 16))
+    metrics = train_step(state, config, [Shard(0, prompts, torch.rand(6, 3, 12, 16, 16))])
     videos = ((seen["x0"] + 1) / 2).clamp(0, 1).mul(255).round().div(255)
     with torch.no_grad():
         scores = state.discriminator.score(videos, prompts)
@@ -134,20 +137,22 @@ def test_step_feeds_back_the_tracker_and_trains_both(monkeypatch):
 
 def test_warmup_leaves_the_student_alone():
     config = TrainConfig(disc_warmup=1, prompts_per_step=2, rollouts_per_prompt=2, lora_rank=4)
-    state = new_state(config, base_student.load())
+    state = new_state(config, toy_system(base_student.load()))
     weights = {k: p.clone() for k, p in trainable(state.student).items()}
-    metrics = train_step(state, config, [p for p in PROMPTS[:2] for _ in range(2)], torch.rand(4, 3, 12, 16, 16))
+    metrics = train_step(
+        state, config, [Shard(0, [p for p in PROMPTS[:2] for _ in range(2)], torch.rand(4, 3, 12, 16, 16))]
+    )
     assert "loss" not in metrics and all(torch.equal(p, weights[k]) for k, p in trainable(state.student).items())
 
 
 @pytest.mark.parametrize("average", [True, False])
 def test_policy_samples_from_the_weights_it_names(average):
-    state = new_state(CONFIG, base_student.load())
+    state = new_state(CONFIG, toy_system(base_student.load()))
     with torch.no_grad():
         for p in (state.ema.shadow if average else trainable(state.student)).values():
             p.normal_(std=0.3, generator=generator(0, 0, "test"))
     draw = lambda avg: sample_policy(state, CONFIG, PROMPTS, generator(0, 0, "x"), average=avg)
     changed, unchanged = draw(average), draw(not average)
-    fresh = new_state(CONFIG, base_student.load())
+    fresh = new_state(CONFIG, toy_system(base_student.load()))
     initial = sample_policy(fresh, CONFIG, PROMPTS, generator(0, 0, "x"), average=average)
     assert torch.allclose(unchanged, initial, atol=1e-5) and not torch.allclose(changed, initial, atol=1e-2)

@@ -16,35 +16,14 @@ from rich.console import Console
 from afd_fast import base_student, trainer
 from afd_fast.config import ConfigError, TrainConfig, to_dict
 from afd_fast.report import write_report
-from afd_fast.teachers.physics import FPS, all_prompts, sample_clips
 from afd_fast.training import checkpoint
 from afd_fast.training.checkpoint import CheckpointError
-from afd_fast.video_io import write_video
 
 TINY = [
     "iterations=6", "disc_warmup=1", "teacher_clips=1", "prompts_per_step=3", "rollouts_per_prompt=2", "eval_every=3",
     "eval_rollouts=2", "checkpoint_every=2", "lora_rank=4",
 ]  # fmt: skip
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def folder_teacher(tmp_path_factory):
-    """Twelve real mp4 files, one of them too short and one broken."""
-    import numpy as np
-
-    folder = tmp_path_factory.mktemp("videos")
-    prompts = all_prompts()[::12][:10]
-    rows = ["prompt,video"]
-    for i, clip in enumerate(sample_clips(prompts, np.random.default_rng(0))):
-        large = clip.repeat_interleave(4, -1).repeat_interleave(4, -2)
-        write_video(folder / f"{i}.mp4", large, FPS, crf=18)
-        rows.append(f'"{prompts[i]}",{i}.mp4')
-    write_video(folder / "short.mp4", large[:, :3], FPS)
-    (folder / "broken.mp4").write_bytes(b"no video")
-    rows += ["a short one,short.mp4", "a broken one,broken.mp4"]
-    (folder / "manifest.csv").write_text("\n".join(rows))
-    return folder
 
 
 def command(*arguments, **kwargs):

@@ -1,24 +1,52 @@
 """Everything a run is made of, and how its random numbers are drawn."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from afd_fast.config import TrainConfig
-from afd_fast.models.toy import ToyDiscriminator, ToyStudent
+from afd_fast.models.toy import ToyDiscriminator, ToyStudent, decode_video, tokenize
 from afd_fast.reference.advantage import PerPromptStatTracker
 from afd_fast.training.lora import add_lora, trainable
 
-LORA_TARGETS = ["qkv", "proj", "up", "down"]
 
-
-def generator(seed: int, step: int, purpose: str) -> torch.Generator:
-    """A generator that is a function of (seed, step, purpose) alone: resuming needs the step, nothing else."""
-    words = np.random.SeedSequence([seed, step, *purpose.encode()]).generate_state(2)
+def generator(seed: int, step: int, purpose: str, shard: int = 0) -> torch.Generator:
+    """A generator that is a function of its arguments alone: resuming needs the step, nothing else."""
+    entropy = [seed, step, *purpose.encode(), *([shard] if shard else [])]
+    words = np.random.SeedSequence(entropy).generate_state(2)
     return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+
+@dataclass
+class System:
+    """The networks a run trains, and what lies between prompts, latents and pixels."""
+
+    student: nn.Module  # the call surface of CausalWan
+    new_discriminator: Callable[[TrainConfig], nn.Module]  # with score(videos, prompts) -> [B]
+    encode: Callable[[list[str]], Any]  # prompts -> what student.encode_text takes
+    decode: Callable[[Tensor], Tensor]  # latents [B, C, F, H, W] -> pixels in [0, 1]
+    shape: tuple[int, int, int, int]  # C, F, H, W of the latents
+    chunk: int  # latent frames generated together
+    lora_targets: list[str]  # linear layers that get adapters
+
+
+def toy_system(student: ToyStudent) -> System:
+    """The embedded task: a small student whose latents are pixels."""
+    c = student.config
+    return System(
+        student=student,
+        new_discriminator=lambda config: ToyDiscriminator(c, config.disc_width),
+        encode=lambda prompts: tokenize(prompts, c.text_len),
+        decode=decode_video,
+        shape=(3, c.frames, c.height, c.width),
+        chunk=c.chunk,
+        lora_targets=["qkv", "proj", "up", "down"],
+    )
 
 
 class EMA:
@@ -50,15 +78,20 @@ class EMA:
 
 @dataclass
 class TrainState:
-    """Student (with adapters), its average, discriminator, optimisers, reward statistics, iterations done."""
+    """The system with its student (adapters in place), the average, discriminator, optimisers, reward statistics,
+    iterations done."""
 
-    student: ToyStudent
+    system: System
     ema: EMA
     optimizer: torch.optim.Optimizer
-    discriminator: ToyDiscriminator
+    discriminator: nn.Module
     disc_optimizer: torch.optim.Optimizer
     tracker: PerPromptStatTracker
     step: int = 0
+
+    @property
+    def student(self) -> nn.Module:
+        return self.system.student
 
     def parts(self) -> dict:
         return {
@@ -89,17 +122,22 @@ class TrainState:
         self.step = saved["step"]
 
 
-def new_state(config: TrainConfig, base: ToyStudent) -> TrainState:
-    """A fresh run from the base student; deterministic in config.seed."""
+def new_state(config: TrainConfig, system: System) -> TrainState:
+    """A fresh run; deterministic in config.seed. The system's student gets its adapters."""
     torch.manual_seed(config.seed)
+    student = system.student
     if config.lora_rank:
-        add_lora(base, config.lora_rank, LORA_TARGETS)
-    discriminator = ToyDiscriminator(base.config, config.disc_width)
+        add_lora(student, config.lora_rank, system.lora_targets)
+    discriminator = system.new_discriminator(config)
     return TrainState(
-        student=base,
-        ema=EMA(base, config.ema),
+        system=system,
+        ema=EMA(student, config.ema),
         optimizer=torch.optim.AdamW(
-            trainable(base).values(), config.student_lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
+            trainable(student).values(),
+            config.student_lr,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=config.weight_decay,
         ),
         discriminator=discriminator,
         disc_optimizer=torch.optim.AdamW(

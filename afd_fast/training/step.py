@@ -3,7 +3,10 @@
 prompts -> teacher videos (finished, cached) -> K rollouts a prompt -> discriminator update -> score ->
 advantage -> r -> forward noise -> velocities -> NFT + prior loss -> optimiser -> EMA.
 
-Legend: P prompts, K rollouts each, B = P * K samples, F frames, H x W pixels.
+The batch comes in shards (`config.shards`), gone through one after the other and shared out among the ranks;
+gradients add up over both.
+
+Legend: P prompts, K rollouts each, B = P * K samples (b in a shard), C channels, F frames, H x W pixels.
 """
 
 import contextlib
@@ -15,12 +18,13 @@ from torch import Tensor
 
 from afd_fast import ops
 from afd_fast.config import TrainConfig
+from afd_fast.data import Shard
 from afd_fast.models.lora import merged_lora
-from afd_fast.models.toy import decode_video, tokenize
 from afd_fast.reference.advantage import reward_to_r
 from afd_fast.reference.adversarial import approximate_gradient_penalty
 from afd_fast.reference.nft import NFTRecipe, NFTStats, nft_recipe
 from afd_fast.rollout import RolloutConfig, rollout, step_table
+from afd_fast.training.distributed import Ranks
 from afd_fast.training.lora import disabled, trainable
 from afd_fast.training.state import TrainState, generator
 from afd_fast.training.update import student_velocity
@@ -42,19 +46,20 @@ def rollout_config(config: TrainConfig, chunk: int) -> RolloutConfig:
 def sample_policy(
     state: TrainState, config: TrainConfig, prompts: list[str], rng: torch.Generator, average: bool
 ) -> Tensor:
-    """Latents [B, 3, F, H, W] of the current student, or of its average; adapters merged meanwhile."""
-    student, c = state.student, state.student.config
-    noise = torch.randn(len(prompts), 3, c.frames, c.height, c.width, generator=rng)
+    """Latents [B, C, F, H, W] of the current student, or of its average; adapters merged meanwhile."""
+    system, student = state.system, state.student
+    noise = torch.randn(len(prompts), *system.shape, generator=rng)
     weights = state.ema.applied(student) if average else contextlib.nullcontext()
     with torch.no_grad(), weights:
-        text = student.encode_text(tokenize(prompts, c.text_len))
-        return rollout(student, text, noise, rollout_config(config, c.chunk), generator=rng)
+        text = student.encode_text(system.encode(prompts))
+        return rollout(student, text, noise, rollout_config(config, system.chunk), generator=rng)
 
 
-def discriminator_update(
+def discriminator_loss(
     state: TrainState, config: TrainConfig, teacher: Tensor, student: Tensor, prompts: list[str], rng
-) -> dict:
-    """One Bradley-Terry step on paired videos [B, 3, F, H, W] in [0, 1] (Eq. 1), with instance noise and R1 / R2."""
+) -> tuple[Tensor, Tensor]:
+    """Bradley-Terry (Eq. 1) on paired videos [b, 3, F, H, W] in [0, 1], with instance noise and R1 / R2: the loss, and
+    the margins [b]."""
     noisy = lambda x, scale: x + scale / 2 * torch.randn(x.shape, generator=rng)  # scale is for the [-1, 1] range
     both = torch.cat([noisy(teacher, config.instance_noise), noisy(student, config.instance_noise)])
     scores = state.discriminator.score(both, prompts * 2)
@@ -63,30 +68,47 @@ def discriminator_update(
     if config.r1:
         shaken = state.discriminator.score(noisy(both, PENALTY_SIGMA), prompts * 2)
         loss = loss + 2 * config.r1 * approximate_gradient_penalty(scores, shaken, PENALTY_SIGMA)
+    return loss, (of_teacher - of_student).detach()
+
+
+def discriminator_update(state: TrainState, config: TrainConfig, parts: list[tuple], ranks: Ranks = Ranks()) -> dict:
+    """One step on `discriminator_loss`; parts: its (teacher, student, prompts, rng) for every shard of this rank."""
     state.disc_optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(state.discriminator.parameters(), 5.0)
+    rows = []
+    for part in parts:
+        loss, margin = discriminator_loss(state, config, *part)
+        (loss / (len(parts) * ranks.world)).backward()
+        rows.append({
+            "disc_loss": loss.item(), "margin": margin.mean().item(), "accuracy": (margin > 0).float().mean().item()
+        })  # fmt: skip
+    parameters = list(state.discriminator.parameters())
+    ranks.sum_gradients(parameters)
+    torch.nn.utils.clip_grad_norm_(parameters, 5.0)
     state.disc_optimizer.step()
-    margin = (of_teacher - of_student).detach()
-    return {"disc_loss": loss.item(), "margin": margin.mean().item(), "accuracy": (margin > 0).float().mean().item()}
+    return average_rows(rows)
+
+
+def average_rows(rows: list[dict]) -> dict:
+    """Metrics of several shards, key by key."""
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
 def student_loss(
     state: TrainState, config: TrainConfig, x0: Tensor, r: Tensor, prompts: list[str], rng
 ) -> tuple[Tensor, NFTStats]:
-    """NFT + prior loss (Eq. 3-5) of the student on rollouts x0 [B, 3, F, H, W] with optimality r [B]."""
-    student, c = state.student, state.student.config
-    shape = (len(x0), c.frames // c.chunk)  # every chunk has its own noise level
+    """NFT + prior loss (Eq. 3-5) of the student on rollouts x0 [b, C, F, H, W] with optimality r [b]."""
+    system, student = state.system, state.student
+    shape = (len(x0), x0.shape[2] // system.chunk)  # every chunk has its own noise level
     if config.t_sampling == "grid":
         grid = torch.tensor([sigma for _, sigma in step_table(config.steps, config.shift)], dtype=x0.dtype)
         t = grid[torch.randint(len(grid), shape, generator=rng)]
     else:
         t = torch.rand(shape, generator=rng, dtype=x0.dtype) * 0.96 + 0.04
-    t = t.repeat_interleave(c.chunk, 1)  # [B, F]
+    t = t.repeat_interleave(system.chunk, 1)  # [b, F]
     noise = torch.randn(x0.shape, generator=rng, dtype=x0.dtype)
     x_t = ops.forward_noise(x0, t, noise=noise, frame_dim=2)
-    ids = tokenize(prompts, c.text_len)
-    velocity = lambda: student_velocity(student, x_t, t, student.encode_text(ids), x0, c.chunk)
+    context = system.encode(prompts)
+    velocity = lambda: student_velocity(student, x_t, t, student.encode_text(context), x0, system.chunk)
     with torch.no_grad():
         with disabled(student):
             v_ref = velocity()
@@ -108,26 +130,28 @@ def student_loss(
     )
 
 
-def student_update(state: TrainState, config: TrainConfig, x0: Tensor, r: Tensor, prompts: list[str], rng) -> dict:
-    """One optimiser and EMA step on `student_loss`."""
-    loss, stats = student_loss(state, config, x0, r, prompts, rng)
+def student_update(state: TrainState, config: TrainConfig, parts: list[tuple], ranks: Ranks = Ranks()) -> dict:
+    """One optimiser and EMA step on `student_loss`; parts: its (x0, r, prompts, rng) for every shard of this rank."""
+    share = 1 if loss_recipe(config).batch_reduction == "sum" else len(parts) * ranks.world
     state.optimizer.zero_grad()
-    loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(trainable(state.student).values(), config.grad_norm)
+    rows = []
+    for part in parts:
+        loss, stats = student_loss(state, config, *part)
+        (loss / share).backward()
+        rows.append({
+            "loss": loss.item(), "policy_loss": stats.policy_loss.item(), "prior_loss": stats.prior_loss.item(),
+            "signal": stats.signal.item(), "velocity_norm_ratio": (stats.v_norm / stats.v_ref_norm).mean().item(),
+        })  # fmt: skip
+    parameters = list(trainable(state.student).values())
+    ranks.sum_gradients(parameters)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_norm)
     state.optimizer.step()
     state.ema.update(state.student)
-    return {
-        "loss": loss.item(),
-        "policy_loss": stats.policy_loss.item(),
-        "prior_loss": stats.prior_loss.item(),
-        "signal": stats.signal.item(),
-        "grad_norm": grad_norm.item(),
-        "velocity_norm_ratio": (stats.v_norm / stats.v_ref_norm).mean().item(),
-    }
+    return average_rows(rows) | {"grad_norm": grad_norm.item()}
 
 
-def train_step(state: TrainState, config: TrainConfig, prompts: list[str], teacher: Tensor) -> dict[str, float]:
-    """One iteration; `prompts` [B], grouped by prompt, and a teacher video [B, 3, F, H, W] for each. Returns metrics."""
+def train_step(state: TrainState, config: TrainConfig, shards: list[Shard], ranks: Ranks = Ranks()) -> dict[str, float]:
+    """One iteration on this rank's shards. Returns metrics, averaged over all ranks."""
     seconds, clock = {}, time.perf_counter()
 
     def lap(phase):
@@ -135,22 +159,25 @@ def train_step(state: TrainState, config: TrainConfig, prompts: list[str], teach
         now = time.perf_counter()
         seconds[f"seconds/{phase}"], clock = now - clock, now
 
-    rng = lambda purpose: generator(config.seed, state.step, purpose)
+    rng = lambda purpose, shard=0: generator(config.seed, state.step, purpose, shard)
     learning_student = state.step >= config.disc_warmup
     for group in state.optimizer.param_groups:
         done = (state.step - config.disc_warmup) / max(1, config.iterations - config.disc_warmup)
         cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
         group["lr"] = config.student_lr * (cosine if config.lr_decay else 1.0)
 
-    x0 = sample_policy(state, config, prompts, rng("rollout"), average=config.v_old == "ema")
-    videos = deliver(decode_video(x0), config.codec_crf)
+    lagged = config.v_old == "ema"
+    x0 = [sample_policy(state, config, s.prompts, rng("rollout", s.index), average=lagged) for s in shards]
+    videos = [deliver(state.system.decode(x), config.codec_crf) for x in x0]
     lap("rollout")
-    noise = rng("discriminator")
+    noises = [rng("discriminator", s.index) for s in shards]
+    pairs = [(s.teacher, video, s.prompts, noise) for s, video, noise in zip(shards, videos, noises)]
     for _ in range(config.disc_steps):
-        metrics = discriminator_update(state, config, teacher, videos, prompts, noise)
+        metrics = discriminator_update(state, config, pairs, ranks)
     lap("discriminator")
     with torch.no_grad():
-        rewards = state.discriminator.score(videos, prompts)  # [B]
+        scores = torch.cat([state.discriminator.score(v, s.prompts) for s, v in zip(shards, videos)])
+    prompts, rewards = ranks.gather([p for s in shards for p in s.prompts], scores)  # [B]
     state.tracker.clear()  # every iteration is an epoch of its own
     advantages = state.tracker.update(prompts, rewards).float()
     if config.shuffle_rewards:
@@ -164,7 +191,9 @@ def train_step(state: TrainState, config: TrainConfig, prompts: list[str], teach
     }
     lap("score")
     if learning_student:
-        metrics |= student_update(state, config, x0, r, prompts, rng("update"))
+        mine = r.split(len(shards[0].prompts))[shards[0].index :]
+        parts = [(x, ours, s.prompts, rng("update", s.index)) for x, ours, s in zip(x0, mine, shards)]
+        metrics |= student_update(state, config, parts, ranks)
         lap("update")
     state.step += 1
-    return metrics | seconds
+    return ranks.mean(metrics | seconds)

@@ -1,0 +1,68 @@
+"""Two real gloo processes under torchrun are one process with two shards, bit for bit; and they resume."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from afd_fast.config import ConfigError
+from afd_fast.trainer import read_rows
+from afd_fast.training import checkpoint
+from afd_fast.training.distributed import Ranks
+from tests.test_trainer import TINY, same, wait_for_rows
+
+TWO = [a for a in TINY if not a.startswith("prompts_per_step")] + ["prompts_per_step=4", "shards=2"]
+
+
+def run(out, folder_teacher, *more, processes=1):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    start = ["-m"] if processes == 1 else torchrun
+    return subprocess.Popen(
+        [sys.executable, *start, "afd_fast", "demo", *TWO, "--teacher", f"folder:{folder_teacher}", "--out", out, *more],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def final_state(out):
+    return checkpoint.load(checkpoint.latest(out / "checkpoints"))["state"]
+
+
+def test_two_processes_are_one_also_after_a_stop(tmp_path, folder_teacher):
+    alone, together, stopped = tmp_path / "alone", tmp_path / "together", tmp_path / "stopped"
+    jobs = [run(alone, folder_teacher), run(together, folder_teacher, processes=2)]
+    for job in jobs:
+        assert job.wait() == 0, job.stdout.read()
+    assert final_state(alone)["step"] == 6 and same(final_state(alone), final_state(together))
+    numbers = lambda out: [
+        {k: v for k, v in row.items() if "seconds" not in k and k != "elapsed"}
+        for row in read_rows(out / "metrics.jsonl")
+    ]
+    for a, b in zip(numbers(alone), numbers(together), strict=True):
+        assert a.keys() == b.keys() and all(abs(a[k] - b[k]) <= 1e-5 * abs(a[k]) + 1e-7 for k in a)
+
+    job = run(stopped, folder_teacher, processes=2)
+    wait_for_rows(stopped / "metrics.jsonl", 3)
+    job.send_signal(signal.SIGTERM)  # torchrun passes it on
+    assert job.wait() != 0
+    assert final_state(stopped)["step"] < 6
+    job = run(stopped, folder_teacher, "--resume")  # on another number of processes
+    assert job.wait() == 0, job.stdout.read()
+    assert same(final_state(alone), final_state(stopped))
+
+
+def test_shards_are_shared_out_evenly_or_refused():
+    assert [list(Ranks(rank, 2).share(4)) for rank in (0, 1)] == [[0, 1], [2, 3]]
+    with pytest.raises(ConfigError, match="set shards=3"):
+        Ranks(0, 3).share(4)
+
+
+def test_alone_nothing_is_exchanged():
+    rewards = torch.rand(3)
+    assert (
+        Ranks().gather(["a", "b", "c"], rewards)[1] is rewards
+        and Ranks().any(True)
+        and Ranks().mean({"x": 2}) == {"x": 2}
+    )
