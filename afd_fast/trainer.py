@@ -34,15 +34,11 @@ from afd_fast.models.toy import ToyStudent
 from afd_fast.training import checkpoint
 from afd_fast.training.distributed import Ranks
 from afd_fast.training.state import generator, new_state, toy_system
-from afd_fast.training.step import sample_policy, train_step
+from afd_fast.training.step import TrainingError, sample_policy, train_step
 from afd_fast.video_io import deliver
 
 REFERENCE_CLIPS = 32  # teacher clips per held-out prompt behind the Frechet distance (physics only: they are free)
 SAMPLE_PROMPTS, SAMPLES_PER_PROMPT = 8, 2  # shown in the report
-
-
-class TrainingError(RuntimeError):
-    """Training stopped for a reason the message gives; the last checkpoint is valid."""
 
 
 class Interrupted(Exception):

@@ -16,8 +16,11 @@ from rich.console import Console
 from afd_fast import base_student, trainer
 from afd_fast.config import ConfigError, TrainConfig, to_dict
 from afd_fast.report import write_report
+from afd_fast.trainer import Trainer
 from afd_fast.training import checkpoint
 from afd_fast.training.checkpoint import CheckpointError
+from afd_fast.training.lora import trainable
+from afd_fast.training.step import TrainingError
 
 TINY = [
     "iterations=6", "disc_warmup=1", "teacher_clips=1", "prompts_per_step=3", "rollouts_per_prompt=2", "eval_every=3",
@@ -140,15 +143,22 @@ def test_run_on_physics_writes_everything(tmp_path, tiny_config, few_prompts):
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
 
-def test_nan_stops_before_a_checkpoint(tmp_path, tiny_config, few_prompts, monkeypatch):
-    from afd_fast.trainer import TrainingError
+@pytest.mark.parametrize("where", ["student", "discriminator"])
+def test_nan_stops_before_a_checkpoint_and_names_the_tensor(tmp_path, tiny_config, few_prompts, where):
+    run = Trainer(tiny_config, base_student.load(), tmp_path / "run", cache=tmp_path / "cache", console=QUIET)
+    named = trainable(run.state.student) if where == "student" else dict(run.state.discriminator.named_parameters())
+    name, parameter = list(named.items())[3]
+    seen = {}
 
-    real = trainer.train_step
-    monkeypatch.setattr(
-        trainer, "train_step", lambda s, c, *a: real(s, c, *a) | ({"loss": float("nan")} if s.step == 3 else {})
-    )
-    with pytest.raises(TrainingError, match="loss not finite"):
-        trainer.start(tiny_config, base_student.load(), tmp_path / "run", console=QUIET)
+    def poison(row):
+        if row["step"] == 2:
+            seen.update({k: p.detach().clone() for k, p in trainable(run.state.student).items()})
+            parameter.register_hook(lambda g: g * float("nan"))
+
+    (tmp_path / "run").mkdir()
+    with pytest.raises(TrainingError, match=f"iteration 3: the gradient of .*{re.escape(name)} is not finite"):
+        run.run(on_step=poison)
+    assert all(torch.equal(p, seen[k]) for k, p in trainable(run.state.student).items())
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-000002.pt"
 
 

@@ -13,6 +13,7 @@ import contextlib
 import math
 import time
 
+import nvtx
 import torch
 from torch import Tensor
 
@@ -31,6 +32,36 @@ from afd_fast.training.update import student_velocity
 from afd_fast.video_io import deliver
 
 PENALTY_SIGMA = 0.05  # step of the finite-difference R1 / R2, in [0, 1] pixels
+
+
+class TrainingError(RuntimeError):
+    """Training stopped for a reason the message gives; the last checkpoint is valid."""
+
+
+@contextlib.contextmanager
+def phase(name: str, seconds: dict[str, float]):
+    """Time a part of the iteration under its name, as an NVTX range too; on a GPU until its work is done."""
+    start = time.perf_counter()
+    with nvtx.annotate(name, domain="afd_fast"):
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    seconds[f"seconds/{name}"] = time.perf_counter() - start
+
+
+def clip_gradients(named: dict[str, torch.nn.Parameter], max_norm: float, step: int) -> float:
+    """Scale the gradients down to `max_norm` together; returns the norm before. TrainingError that names the tensor
+    when one is not finite, before an optimiser could spread it."""
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    if not norm.isfinite():
+        bad = next((name for name, g in gradients.items() if not g.isfinite().all()), "all together")
+        raise TrainingError(
+            f"iteration {step}: the gradient of {bad} is not finite. Stopped before a weight was changed; the last "
+            "checkpoint is valid. A lower student_lr (disc_lr, if it is the discriminator's) often helps"
+        )
+    torch.nn.utils.clip_grads_with_norm_(named.values(), max_norm, norm)
+    return norm.item()
 
 
 def loss_recipe(config: TrainConfig) -> NFTRecipe:
@@ -81,9 +112,9 @@ def discriminator_update(state: TrainState, config: TrainConfig, parts: list[tup
         rows.append({
             "disc_loss": loss.item(), "margin": margin.mean().item(), "accuracy": (margin > 0).float().mean().item()
         })  # fmt: skip
-    parameters = list(state.discriminator.parameters())
-    ranks.sum_gradients(parameters)
-    torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+    parameters = {f"discriminator.{name}": p for name, p in trainable(state.discriminator).items()}
+    ranks.sum_gradients(parameters.values())
+    clip_gradients(parameters, 5.0, state.step)
     state.disc_optimizer.step()
     return average_rows(rows)
 
@@ -142,23 +173,17 @@ def student_update(state: TrainState, config: TrainConfig, parts: list[tuple], r
             "loss": loss.item(), "policy_loss": stats.policy_loss.item(), "prior_loss": stats.prior_loss.item(),
             "signal": stats.signal.item(), "velocity_norm_ratio": (stats.v_norm / stats.v_ref_norm).mean().item(),
         })  # fmt: skip
-    parameters = list(trainable(state.student).values())
-    ranks.sum_gradients(parameters)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_norm)
+    parameters = trainable(state.student)
+    ranks.sum_gradients(parameters.values())
+    grad_norm = clip_gradients(parameters, config.grad_norm, state.step)
     state.optimizer.step()
     state.ema.update(state.student)
-    return average_rows(rows) | {"grad_norm": grad_norm.item()}
+    return average_rows(rows) | {"grad_norm": grad_norm}
 
 
 def train_step(state: TrainState, config: TrainConfig, shards: list[Shard], ranks: Ranks = Ranks()) -> dict[str, float]:
     """One iteration on this rank's shards. Returns metrics, averaged over all ranks."""
-    seconds, clock = {}, time.perf_counter()
-
-    def lap(phase):
-        nonlocal clock
-        now = time.perf_counter()
-        seconds[f"seconds/{phase}"], clock = now - clock, now
-
+    seconds: dict[str, float] = {}
     rng = lambda purpose, shard=0: generator(config.seed, state.step, purpose, shard)
     learning_student = state.step >= config.disc_warmup
     for group in state.optimizer.param_groups:
@@ -167,33 +192,34 @@ def train_step(state: TrainState, config: TrainConfig, shards: list[Shard], rank
         group["lr"] = config.student_lr * (cosine if config.lr_decay else 1.0)
 
     lagged = config.v_old == "ema"
-    x0 = [sample_policy(state, config, s.prompts, rng("rollout", s.index), average=lagged) for s in shards]
-    videos = [deliver(state.system.decode(x), config.codec_crf) for x in x0]
-    lap("rollout")
-    noises = [rng("discriminator", s.index) for s in shards]
-    pairs = [(s.teacher, video, s.prompts, noise) for s, video, noise in zip(shards, videos, noises)]
-    for _ in range(config.disc_steps):
-        metrics = discriminator_update(state, config, pairs, ranks)
-    lap("discriminator")
-    with torch.no_grad():
-        scores = torch.cat([state.discriminator.score(v, s.prompts) for s, v in zip(shards, videos)])
-    prompts, rewards = ranks.gather([p for s in shards for p in s.prompts], scores)  # [B]
-    state.tracker.clear()  # every iteration is an epoch of its own
-    advantages = state.tracker.update(prompts, rewards).float()
-    if config.shuffle_rewards:
-        advantages = advantages[torch.randperm(len(advantages), generator=rng("shuffle"))]
-    r = reward_to_r(advantages, clip=config.adv_clip)
-    within = rewards.view(-1, config.rollouts_per_prompt)
-    metrics |= {
-        "reward": rewards.mean().item(),
-        "reward_std_in_prompt": within.std(1, unbiased=False).mean().item(),
-        "r_std": r.std().item(),
-    }
-    lap("score")
+    with phase("rollout", seconds):
+        x0 = [sample_policy(state, config, s.prompts, rng("rollout", s.index), average=lagged) for s in shards]
+    with phase("decode", seconds):
+        videos = [deliver(state.system.decode(x), config.codec_crf) for x in x0]
+    with phase("discriminator", seconds):
+        noises = [rng("discriminator", s.index) for s in shards]
+        pairs = [(s.teacher, video, s.prompts, noise) for s, video, noise in zip(shards, videos, noises)]
+        for _ in range(config.disc_steps):
+            metrics = discriminator_update(state, config, pairs, ranks)
+    with phase("score", seconds):
+        with torch.no_grad():
+            scores = torch.cat([state.discriminator.score(v, s.prompts) for s, v in zip(shards, videos)])
+        prompts, rewards = ranks.gather([p for s in shards for p in s.prompts], scores)  # [B]
+        state.tracker.clear()  # every iteration is an epoch of its own
+        advantages = state.tracker.update(prompts, rewards).float()
+        if config.shuffle_rewards:
+            advantages = advantages[torch.randperm(len(advantages), generator=rng("shuffle"))]
+        r = reward_to_r(advantages, clip=config.adv_clip)
+        within = rewards.view(-1, config.rollouts_per_prompt)
+        metrics |= {
+            "reward": rewards.mean().item(),
+            "reward_std_in_prompt": within.std(1, unbiased=False).mean().item(),
+            "r_std": r.std().item(),
+        }
     if learning_student:
-        mine = r.split(len(shards[0].prompts))[shards[0].index :]
-        parts = [(x, ours, s.prompts, rng("update", s.index)) for x, ours, s in zip(x0, mine, shards)]
-        metrics |= student_update(state, config, parts, ranks)
-        lap("update")
+        with phase("update", seconds):
+            mine = r.split(len(shards[0].prompts))[shards[0].index :]
+            parts = [(x, ours, s.prompts, rng("update", s.index)) for x, ours, s in zip(x0, mine, shards)]
+            metrics |= student_update(state, config, parts, ranks)
     state.step += 1
     return ranks.mean(metrics | seconds)
