@@ -31,7 +31,7 @@ def main(kills: int) -> None:
             process, started = command(*RUN, killed, *resume), time.time()
             rows = killed / "metrics.jsonl"
             before = rows.stat().st_size if rows.exists() else -1
-            while process.poll() is None and (rows.stat().st_size if rows.exists() else -1) == before and rng.random() > 0.005:
+            while process.poll() is None and (rows.stat().st_size if rows.exists() else -1) == before and rng.random() > 0.001:
                 time.sleep(0.05)  # wait for its first iteration, or, now and then, not
             time.sleep(rng.uniform(0, 0.6))
             process.kill()

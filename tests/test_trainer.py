@@ -138,7 +138,7 @@ def test_run_on_physics_writes_everything(tmp_path, tiny_config, few_prompts):
     assert [r["step"] for r in trainer.read_rows(run / "evaluations.jsonl")] == [0, 2, 4]
     assert list((run / "tensorboard").iterdir())
     html = write_report(run).read_text()
-    assert "physics residual" in html and html.count("<svg") == 2
+    assert "correlate at" in html and "physics residual" in html and html.count("<svg") == 2
     before, after = base_student.load(), base_student.load(run / "student.safetensors")
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
