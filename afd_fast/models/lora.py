@@ -27,6 +27,21 @@ def _lora_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
+def disabled(model: nn.Module):
+    """Adapters off inside the block: the frozen initial model."""
+    layers = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+    if not layers:
+        raise ValueError("the model has no adapters to disable: keep a frozen copy as the reference instead")
+    for layer in layers:
+        layer._disable_adapters = True  # PEFT's flag; its setter would also touch requires_grad
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+@contextlib.contextmanager
 def merged_lora(model: nn.Module):
     """Within the context the model's PEFT LoRA layers run as plain linears with W' (rank 256 on every linear
     costs 24 % more FLOPs and about a thousand launches a forward otherwise); after it they hold the very same W.

@@ -1,4 +1,4 @@
-"""Dense attention over [B, L, H, d] views, through the fastest kernel that is there; none is written here.
+"""Attention over [B, L, H, d] views, dense or in packed segments, through the fastest kernel that is there; none is written here.
 
 backend: "fa3" (flash_attn_interface) | "cudnn" (PyTorch's cuDNN SDPA) | "fa4" (flash_attn.cute) | "fa2"
 (flash_attn) | "sdpa" (PyTorch's own choice; any dtype and device) | "auto". Keys and values may be strided
@@ -9,6 +9,8 @@ FlashAttention 2 on Hopper, where cuDNN and FA3 run at about twice its speed (py
 
 import functools
 import importlib.util
+import inspect
+import itertools
 import logging
 
 import torch
@@ -68,9 +70,9 @@ def choose_backend(requested: str, capability: int | None, half: bool, installed
     return next(name for name in _ORDER.get(capability, ("cudnn", "sdpa")) if installed(name))
 
 
-def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`choose_backend` for this machine; resolved once per (request, device, dtype) and logged."""
-    return _resolve(requested, device, dtype)
+def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype, without: str = "") -> str:
+    """`choose_backend` for this machine, "auto" never `without`; resolved once per argument set and logged."""
+    return _resolve(requested, device, dtype, without)
 
 
 # what torch.compiler.assume_constant_result does; calling that would import dynamo, and triton with it
@@ -78,9 +80,10 @@ resolve_backend._dynamo_marked_constant = True
 
 
 @functools.cache
-def _resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+def _resolve(requested: str, device: torch.device, dtype: torch.dtype, without: str) -> str:
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
-    chosen = choose_backend(requested, capability, dtype in (torch.float16, torch.bfloat16), _is_installed)
+    installed = lambda name: not (requested == "auto" and name == without) and _is_installed(name)
+    chosen = choose_backend(requested, capability, dtype in (torch.float16, torch.bfloat16), installed)
     log.info("attention=%s: %s for %s on %s", requested, chosen, dtype, device)
     return chosen
 
@@ -144,3 +147,55 @@ def attention(
     if lse is None:
         raise RuntimeError(f'attention="{chosen}": the installed version returns no log-sum-exp')
     return out, lse.squeeze(-1) if lse.ndim == 4 else lse
+
+
+def _dense(backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """[n, H, L, d] of n segments of one length through SDPA or cuDNN."""
+    if backend == "cudnn":  # has no grouped queries
+        k, v = (a.repeat_interleave(q.shape[1] // a.shape[1], 1) for a in (k, v))
+        needs_lse = torch.is_grad_enabled() and any(a.requires_grad for a in (q, k, v))
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, needs_lse, 0.0, causal)[0]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.cache
+def _flash_varlen(backend: str):
+    """The package's variable-length function and whether it takes maximum lengths (early FA4 does not)."""
+    function = importlib.import_module(_PACKAGES[backend][0]).flash_attn_varlen_func
+    return function, "max_seqlen_q" in inspect.signature(function).parameters
+
+
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = False, backend: str = "auto"
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v within each segment of rows packed one behind the other; no padding, no mask.
+
+    q: [L, H, d]; k, v: [L, Hk, d], Hk divides H; lengths: the segments' host integers, their sum is L. Returns
+    [L, H, d]. Neighbouring segments of one length are one dense call of SDPA or cuDNN; the flash packages get
+    cumulative lengths. "auto" passes FA3 over for head widths that are no multiple of 64, where it was measured
+    three times slower than FA2 (verl PR #4670, H100, d = 80).
+    """
+    if q.ndim != 3 or k.shape != v.shape or q.shape[1] % k.shape[1] or sum(lengths) != len(q) or len(q) != len(k):
+        raise ValueError(
+            f"attention_varlen: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and {len(lengths)} segments "
+            f"of {sum(lengths)} rows do not fit together"
+        )
+    chosen = resolve_backend(backend, q.device, q.dtype, without="fa3" if q.shape[-1] % 64 else "")
+    if chosen in ("sdpa", "cudnn"):
+        parts, begin = [], 0
+        for length, run in itertools.groupby(lengths):
+            n = len(list(run))
+            rows = slice(begin, begin := begin + n * length)
+            args = (a[rows].unflatten(0, (n, length)).transpose(1, 2) for a in (q, k, v))
+            parts.append(_dense(chosen, *args, causal).transpose(1, 2).flatten(0, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    function, wants_max = _flash_varlen(chosen)
+    cu = _cumulative(lengths, q.device)
+    most = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)} if wants_max else {}
+    out = function(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, causal=causal, **most)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@functools.lru_cache(maxsize=64)  # every layer of a forward asks for the same one
+def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32, device=device)

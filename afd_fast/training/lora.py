@@ -2,11 +2,13 @@
 
 Merged weights for rollouts are `afd_fast.models.lora.merged_lora`."""
 
-from contextlib import contextmanager
-
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+
+from afd_fast.models.lora import disabled
+
+__all__ = ["add_lora", "disabled", "lora_layers", "trainable"]
 
 
 def add_lora(model: nn.Module, rank: int, targets: list[str]) -> None:
@@ -23,18 +25,3 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters the optimiser sees, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-@contextmanager
-def disabled(model: nn.Module):
-    """The frozen initial student: adapters off inside the block."""
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("the model has no adapters to disable: keep a frozen copy as the reference instead")
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
