@@ -106,7 +106,9 @@ class VideoReward(PairedDiscriminator):
         self.backbone.requires_grad_(False)
         self.backbone.visual.requires_grad_(not options.freeze_vision)
         if options.checkpointing:
-            self.backbone.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            lm = self.backbone.language_model  # the method's name changed in transformers 5.2x
+            enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         if not options.weights[2]:
             log.warning("weights=%s leave TA out: VQ and MQ cannot see the prompt, nor can this D", options.weights)
 
