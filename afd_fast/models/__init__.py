@@ -6,11 +6,17 @@ _HOMES = {
     "CausalWan": "causal_wan",
     "CausalWanConfig": "causal_wan",
     "KVCache": "kv_cache",
+    "VideoReward": "video_reward",
     "load_student": "weights",
+    "load_video_reward": "video_reward_weights",
     "save_diffusers": "weights",
+    "save_video_reward": "video_reward_weights",
 }
 
-__all__ = ["CausalWan", "CausalWanConfig", "KVCache", "load_student", "save_diffusers"]
+__all__ = [
+    "CausalWan", "CausalWanConfig", "KVCache", "VideoReward", "load_student", "load_video_reward", "save_diffusers",
+    "save_video_reward",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -167,7 +167,7 @@ class FrozenFeatureHead(PairedDiscriminator):
     def __init__(self, trunk, width: int = 256, objective: Objective = Objective()):
         super().__init__()
         self.objective, self.freeze_vision = objective, True
-        self._trunk = [trunk]  # not a submodule: neither trained nor saved with the head
+        self._trunk = [trunk.requires_grad_(False)]  # not a submodule: not saved with the head
         size = len(trunk.prompts.reward_ids) * trunk.backbone.config.text_config.hidden_size
         self.head = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, width), nn.GELU(), nn.Linear(width, 1))
         self.head.to(trunk.rm_head.weight.device)
