@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from afd_fast.ops import attention as module
-from afd_fast.ops.attention import BACKENDS, attention, choose_backend, resolve_backend
+from afd_fast.ops.attention import BACKENDS, attention, attention_varlen, choose_backend, resolve_backend
 from afd_fast.reference import transformer as reference
 
 EVERYTHING = set(BACKENDS)
@@ -143,3 +143,90 @@ def test_flash_packages_call(monkeypatch, returns_tuple):
     assert torch.allclose(attention(q, k, k), reference.attention(q, k, k)[0]) and seen == {"strides": k.stride()}
     assert torch.allclose(attention(q, k, k, return_lse=True)[1], reference.attention(q, k, k)[1])
     module._flash_function.cache_clear()
+
+
+def segments(lengths, heads=4, kv_heads=2, dim=16, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    rows = lambda h: torch.randn(sum(lengths), h, dim, generator=g, dtype=dtype, requires_grad=True)
+    return rows(heads), rows(kv_heads), rows(kv_heads)
+
+
+def by_definition(q, k, v, lengths, causal):
+    """One dense softmax over all rows with a mask of segments."""
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = owner[:, None] == owner
+    if causal:
+        mask = mask & torch.ones_like(mask).tril()
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("lengths", [(7,), (5, 5, 5), (3, 8, 8, 1, 3), (1, 1), (31, 2)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_varlen_is_the_definition(lengths, causal, kv_heads):
+    q, k, v = segments(lengths, kv_heads=kv_heads)
+    out, wanted = attention_varlen(q, k, v, lengths, causal=causal), by_definition(q, k, v, lengths, causal)
+    assert torch.allclose(out, wanted, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, wanted))):
+        assert torch.allclose(a, b, atol=1e-11)
+
+
+def test_varlen_runs_of_equal_segments_are_one_call(monkeypatch):
+    seen = []
+    original = module._dense
+    monkeypatch.setattr(module, "_dense", lambda b, q, k, v, c: seen.append(tuple(q.shape)) or original(b, q, k, v, c))
+    attention_varlen(*segments((6, 6, 6, 2, 2, 6)), (6, 6, 6, 2, 2, 6))
+    assert seen == [(3, 4, 6, 16), (2, 4, 2, 16), (1, 4, 6, 16)]
+
+
+@pytest.mark.parametrize("wants_max", [True, False])
+def test_varlen_flash_packages_get_cumulative_lengths(monkeypatch, wants_max):
+    """A stand-in with the packages' signature: FA2, FA3 and later FA4 take maximum lengths, early FA4 does not."""
+    seen = {}
+
+    def with_max(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        assert (max_seqlen_q, max_seqlen_k) == (4, 4)
+        return without(q, k, v, cu_seqlens_q, cu_seqlens_k, causal), None
+
+    def without(q, k, v, cu_seqlens_q, cu_seqlens_k, causal):
+        assert cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32
+        seen["lengths"] = tuple(cu_seqlens_q.diff().tolist())
+        return by_definition(q, k, v, seen["lengths"], causal)
+
+    package = types.SimpleNamespace(flash_attn_varlen_func=with_max if wants_max else without)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    monkeypatch.setattr(module, "resolve_backend", lambda *a, **k: "fa3")
+    module._flash_varlen.cache_clear()
+    q, k, v = segments((3, 4, 1))
+    out = attention_varlen(q, k, v, (3, 4, 1), causal=True)
+    module._flash_varlen.cache_clear()
+    assert seen["lengths"] == (3, 4, 1) and torch.allclose(out, by_definition(q, k, v, (3, 4, 1), True))
+
+
+def test_varlen_auto_passes_fa3_over_for_a_vision_towers_heads(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "resolve_backend", lambda *a, without="": asked.append(without) or "sdpa")
+    for dim in (80, 128, 64):
+        attention_varlen(*segments((3,), dim=dim), (3,))
+    assert asked == ["fa3", "", ""]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(module, "_is_installed", lambda name: name in ("fa3", "fa2", "sdpa"))
+    module._resolve.cache_clear()
+    try:
+        choose = lambda request, without: module._resolve(request, torch.device("cuda"), torch.bfloat16, without)
+        assert [choose("auto", ""), choose("auto", "fa3"), choose("fa3", "fa3")] == ["fa3", "fa2", "fa3"]
+        with pytest.raises(ImportError, match="flash-attn-4"):
+            choose("fa4", "fa3")
+    finally:
+        module._resolve.cache_clear()
+
+
+def test_varlen_refuses_what_does_not_fit():
+    q, k, v = segments((3, 4))
+    for args in ((q, k, v, (3, 3)), (q, k[:-1], v[:-1], (3, 4)), (q[:, :3], k, v, (3, 4)), (q[None], k, v, (3, 4))):
+        with pytest.raises(ValueError, match="do not fit"):
+            attention_varlen(*args)
+    with pytest.raises(ValueError, match="float16 or bfloat16 CUDA"):
+        attention_varlen(q, k, v, (3, 4), backend="fa2")

@@ -203,10 +203,16 @@ def test_attention_name_reaches_both_towers():
     assert len({lengths for lengths, _ in language}) == 1 and language[0][0][0] != language[0][0][1]
 
 
-def test_missing_attention_package_is_named():
-    model = tiny.reward_model(attention="fa3")
-    with pytest.raises(ValueError, match="float16 or bfloat16 CUDA"):  # choose_backend's own tests have the packages
-        model.score(tiny.clips(1), PROMPTS[:1])
+def test_missing_attention_package_is_named(monkeypatch):
+    from afd_fast.ops import attention
+
+    with pytest.raises(ValueError, match="float16 or bfloat16 CUDA"):
+        tiny.reward_model(attention="fa3").score(tiny.clips(1), PROMPTS[:1])
+    bare_hopper = lambda request, *_: attention.choose_backend(request, 9, True, {"sdpa"}.__contains__)
+    monkeypatch.setattr(attention, "_resolve", bare_hopper)
+    for backend, package in (("fa3", "flash-attn-3"), ("fa4", "flash-attn-4"), ("fa2", "pip install flash-attn")):
+        with pytest.raises(ImportError, match=package):
+            tiny.reward_model(attention=backend).score(tiny.clips(1), PROMPTS[:1])
 
 
 def test_peft_wraps_the_whole_model():
@@ -333,9 +339,8 @@ def test_checkpointing_and_cached_features_change_nothing():
         calls = []
         if cached:
             cache = FeatureCache(model.encode)
-            frames = lambda i: calls.append(i) or teacher[i]
             for _ in range(2):
-                given = cache(["a", "b"], frames)
+                given = cache(["a", "b"], lambda i, calls=calls: calls.append(i) or teacher[i])
             assert calls == [0, 1] and isinstance(given, Features)
         model.loss(given if cached else teacher, student, PROMPTS).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
