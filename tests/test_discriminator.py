@@ -106,10 +106,11 @@ def test_toy_takes_a_full_students_clips():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
 def test_bt_loss_is_exact_at_any_margin(dtype):
     """Margins to +-1e4 (and, formed in the wide dtype, far beyond): loss and gradient by exact arithmetic."""
-    for m in (0.0, 1.0, -1.0, 16.625, -20.0, 88.75, -88.75, 1e4, -1e4):
-        teacher = torch.tensor([m / 2], dtype=dtype).requires_grad_()
-        student = torch.tensor([-m / 2], dtype=dtype).requires_grad_()
-        exact = 2 * teacher.double().item()
+    halves = [(m / 2, -m / 2) for m in (0.0, 1.0, -1.0, 16.625, -20.0, 88.75, -88.75, 1e4, -1e4, 8e4, -8e4)]
+    for first, second in [*halves, (1.0, 1e4), (0.5, 300.0), (300.0, 301.5)]:  # whose difference bf16 would round
+        teacher = torch.tensor([first], dtype=dtype).requires_grad_()
+        student = torch.tensor([second], dtype=dtype).requires_grad_()
+        exact = teacher.double().item() - student.double().item()
         loss = reference.bt_loss(teacher, student)
         loss.backward()
         wanted = math.log1p(math.exp(-exact)) if exact > -700 else -exact

@@ -187,6 +187,7 @@ def test_attention_name_reaches_both_towers():
     config = tiny.config()
     for _ in range(2):
         model = video_reward.VideoReward(config, tiny.tokenizer(), tiny.TEMPLATE, tiny.SETTINGS)
+        assert config._attn_implementation != model.backbone.config._attn_implementation == video_reward.ATTENTION
     seen = []
     original = video_reward.attention_varlen
     video_reward.attention_varlen = lambda q, k, v, lengths, **kw: (
@@ -335,7 +336,7 @@ def test_checkpointing_and_cached_features_change_nothing():
     gradients = []
     for checkpointing, cached in ((True, False), (False, False), (True, True)):
         model = tiny.reward_model(checkpointing=checkpointing)
-        assert model.backbone.language_model.is_gradient_checkpointing is checkpointing
+        assert model.backbone.language_model.layers[1].gradient_checkpointing is checkpointing
         calls = []
         if cached:
             cache = FeatureCache(model.encode)
