@@ -12,4 +12,5 @@ timeout 210 "$python" -m pytest -q tests/test_ops_cuda.py tests/test_compiles.py
 timeout 150 "$python" -m benchmarks.run --shape wan --batch 1 16 64 --seconds 0.5 --csv "$csv"
 timeout 90 "$python" -m benchmarks.run --shape sd3 --batch 1 16 64 --seconds 0.3 --variant fused one_launch compile eager --csv "$csv"
 timeout 40 "$python" -m benchmarks.run --shape tiny --batch 16 --dtype bf16 --seconds 0.2 --csv "$csv"
+timeout 100 "$python" -m benchmarks.discriminator --size 2b --pairs 4 --csv "$csv"
 echo "wrote $csv"

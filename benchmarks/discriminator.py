@@ -1,0 +1,194 @@
+"""Times of the video discriminator with random weights: pairs a second, tokens, memory, attention backend.
+
+    python -m benchmarks.discriminator [--size tiny|2b] [--pairs N] [--repeats N] [--attention auto] [--csv FILE]
+
+Rows: preprocess and encode (vision tower) alone; score and train (Bradley-Terry forward, backward, AdamW) of a batch of
+pairs, `packed` as shipped, `cached` with the teacher's features kept, `padded` as transformers does it: the same
+modules with its own sdpa, right padding, masks, one tower call for each side, nothing kept. No row has an lm_head.
+Prompts are of different lengths (20 to 200 tokens); the text is words with made-up ids, of the template's length.
+"""
+
+import argparse
+import contextlib
+import csv
+import re
+from pathlib import Path
+
+import torch
+from transformers import Qwen2VLConfig
+
+from afd_fast.models.discriminator import Features
+from afd_fast.models.video_reward import (
+    ATTENTION,
+    RewardOptions,
+    RewardSettings,
+    VideoReward,
+    qwen2_vl_2b,
+)
+from afd_fast.models.video_reward_input import REWARD_TOKENS, VIDEO_TOKEN, to_patches
+from afd_fast.ops.attention import resolve_backend
+from benchmarks.rollout import CUDA, DEVICE, FIELDS, Rows
+
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+
+
+class Words:
+    """A tokenizer of the right interface: a word is an id, made up; the special tokens are the last of the vocabulary."""
+
+    def __init__(self, vocab: int):
+        self.special = {VIDEO_TOKEN: vocab - 4} | {t: vocab - 3 + i for i, t in enumerate(REWARD_TOKENS)}
+        self.split = re.compile("|".join(map(re.escape, self.special)) + r"|[^\s<]+|<")
+
+    def __call__(self, text, add_special_tokens=False):
+        self.input_ids = [self.special.get(w) or 1 + hash(w) % 200 for w in self.split.findall(text)]
+        return self
+
+    def convert_tokens_to_ids(self, token):
+        return self.special[token]
+
+    def get_vocab(self):
+        return self.special
+
+    get_added_vocab = get_vocab
+
+
+def template(tokens: int) -> str:
+    """A stand-in with as many tokens and the reward tokens where VideoAlign has them."""
+    part = lambda share: " ".join(["word"] * int(tokens * share))
+    return f"{part(0.35)} {REWARD_TOKENS[0]} {part(0.35)} {REWARD_TOKENS[1]} {part(0.3)} {{text_prompt}} {REWARD_TOKENS[2]}"
+
+
+def tiny() -> Qwen2VLConfig:
+    text = dict(
+        vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+    )  # fmt: skip
+    vision = dict(depth=4, embed_dim=64, mlp_ratio=2, num_heads=4, hidden_size=128)
+    return Qwen2VLConfig(text_config=text, vision_config=vision)
+
+
+class Bench:
+    def __init__(self, size: str, pairs: int, attention: str):
+        torch.manual_seed(0)
+        big = size == "2b"
+        config = qwen2_vl_2b() if big else tiny()
+        settings = RewardSettings() if big else RewardSettings(min_pixels=56 * 56, max_pixels=112 * 112)
+        with torch.device(DEVICE):
+            words = Words(config.text_config.vocab_size)
+            text = template(780 if big else 60)
+            self.model = VideoReward(config, words, text, settings, RewardOptions(attention=attention), DTYPE)
+            self.model.add_lora(64, 128)
+        self.model.to(DEVICE)
+        shape = (pairs, 3, 81, 480, 832) if big else (pairs, 3, 33, 96, 160)
+        self.teacher, self.student = (torch.rand(shape, device=DEVICE) for _ in range(2))
+        self.prompts = [" ".join(["w"] * (20 + 180 * i // max(1, pairs - 1))) for i in range(pairs)]
+        self.kept = self.model.encode(self.teacher)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 1e-5)
+        video = [len(c) for c in self.kept.clips]
+        text = [len(self.model.prompts.prefix) + len(self.model.prompts.suffix(p)) for p in self.prompts]
+        self.tokens = 2 * (sum(video) + sum(text))
+        self.padding = 2 * pairs * (max(video) + max(text)) - self.tokens
+
+    def train(self, scores):
+        loss = self.model.objective(*scores())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    @contextlib.contextmanager
+    def plain_attention(self):
+        """transformers' own sdpa inside the block; around a backward too, as checkpointing runs the forward again."""
+        modules = (self.model.backbone, self.model.backbone.visual, self.model.backbone.language_model)
+        for m in modules:
+            m.config._attn_implementation_internal = "sdpa"
+        try:
+            yield
+        finally:
+            for m in modules:
+                m.config._attn_implementation_internal = ATTENTION
+
+    def padded(self):
+        """(D(teacher), D(student)) through transformers' padded path, with the same weights."""
+        return tuple(self._padded(x, self.model.settings) for x in (self.teacher, self.student))
+
+    def _padded(self, videos, s):
+        model, lm = self.model, self.model.backbone.language_model
+        with torch.no_grad():
+            x, grid = to_patches(videos, clip_fps=16.0, fps=s.fps, min_pixels=s.min_pixels, max_pixels=s.max_pixels)
+            grids = torch.tensor([grid] * len(videos), device=DEVICE)
+            seen = model.backbone.visual(x.flatten(0, 1).to(DTYPE), grid_thw=grids).pooler_output
+        mark, pad = model.prompts.video_id, 0
+        rows = [
+            [*model.prompts.prefix, *[mark] * (len(seen) // len(videos)), *model.prompts.suffix(p)]
+            for p in self.prompts
+        ]
+        longest = max(map(len, rows))
+        ids = torch.tensor([r + [pad] * (longest - len(r)) for r in rows], device=DEVICE)
+        mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=DEVICE)
+        embeds = lm.embed_tokens(ids)
+        embeds = embeds.masked_scatter((ids == mark)[..., None], seen.to(embeds))
+        with model._autocast():
+            hidden = lm(
+                inputs_embeds=embeds, attention_mask=mask, use_cache=False,
+                position_ids=torch.arange(longest, device=DEVICE).expand(3, len(rows), -1),
+            ).last_hidden_state  # fmt: skip
+        states = torch.stack([h[[r.index(i) for i in model.prompts.reward_ids]] for h, r in zip(hidden, rows)])
+        return model.logits(states).sum(1)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("tiny", "2b"), default="2b" if CUDA else "tiny")
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--csv", type=Path, help="append the rows here")
+    args = parser.parse_args(argv)
+    b, rows = Bench(args.size, args.pairs, args.attention), Rows(args.repeats)
+    rows.common["dtype"] = str(DTYPE).removeprefix("torch.")
+    model, device = b.model, b.teacher.device
+    heads = {m: resolve_backend(args.attention, device, DTYPE, without="fa3" if m % 64 else "") for m in (80, 128)}
+    print(
+        f"attention: {heads[80]} (tower), {heads[128]} (language model); {b.tokens} tokens, padding would be {b.padding}"
+    )
+
+    with torch.no_grad(), b.plain_attention():
+        padded = torch.cat(b.padded())
+    with torch.no_grad():
+        packed = torch.cat(model.pair_scores(b.teacher, b.student, b.prompts))
+    error = (packed - padded).abs().max().item()
+    if error > (0.1 if CUDA else 1e-4):
+        raise SystemExit(f"packed and padded scores differ by {error:g}: nothing is timed")
+    shape = f"{args.pairs} pairs, {b.tokens} tok"
+
+    def add(name, variant, call, which="forward", **options):
+        rows.add(f"discriminator_{name}", variant, shape, call, **options)
+        row = rows.rows[-1]
+        row["pass"] = which
+        print(f"{'':42s} {args.pairs / float(row['ms']) * 1e3:.2f} pairs/s, peak {row['peak_mib']} MiB", flush=True)
+
+    limits = dict(clip_fps=16.0, fps=2.0, min_pixels=model.settings.min_pixels, max_pixels=model.settings.max_pixels)
+    cached = lambda: model.pair_scores(Features(b.kept.clips), b.student, b.prompts)
+    every = lambda: model.pair_scores(b.teacher, b.student, b.prompts)
+    with torch.no_grad():
+        add("preprocess", "device", lambda: to_patches(b.student, **limits))
+        add("encode", "packed", lambda: model.encode(b.student))
+        add("score", "packed", every, error=error)
+        add("score", "cached", cached)
+        with b.plain_attention():
+            add("score", "padded", b.padded)
+    add("train", "packed", lambda: b.train(every), "train")
+    add("train", "cached", lambda: b.train(cached), "train")
+    with b.plain_attention():
+        add("train", "padded", lambda: b.train(b.padded), "train")
+    if args.csv:
+        new = not args.csv.exists()
+        with args.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows.rows)
+
+
+if __name__ == "__main__":
+    main()
