@@ -31,7 +31,11 @@ def main(kills: int) -> None:
             process, started = command(*RUN, killed, *resume), time.time()
             rows = killed / "metrics.jsonl"
             before = rows.stat().st_size if rows.exists() else -1
-            while process.poll() is None and (rows.stat().st_size if rows.exists() else -1) == before and rng.random() > 0.001:
+            while (
+                process.poll() is None
+                and (rows.stat().st_size if rows.exists() else -1) == before
+                and rng.random() > 0.001
+            ):
                 time.sleep(0.05)  # wait for its first iteration, or, now and then, not
             time.sleep(rng.uniform(0, 0.6))
             process.kill()
@@ -39,7 +43,10 @@ def main(kills: int) -> None:
                 break
             saved = state(killed)
             moments.append(saved["step"] if saved else 0)
-            print(f"kill {len(moments)}: after {time.time() - started:.1f} s, checkpoint of iteration {moments[-1]}", flush=True)
+            print(
+                f"kill {len(moments)}: after {time.time() - started:.1f} s, checkpoint of iteration {moments[-1]}",
+                flush=True,
+            )
         last = command(*RUN, killed, "--resume")
         assert last.wait() == 0, last.stdout.read()
         equal = same(state(alone), state(killed))
