@@ -45,7 +45,10 @@ def demo(
         str | None, typer.Option(help='"physics", or "folder:PATH" with manifest.csv|jsonl and mp4 files')
     ] = None,
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="pretrain the base student too (about ten minutes)")
+        bool,
+        typer.Option(
+            "--from-scratch", help="pretrain the base student too, into OUT.base.safetensors (about ten minutes)"
+        ),
     ] = False,
     out: Out = None,
     overwrite: Overwrite = False,
@@ -61,8 +64,11 @@ def demo(
     if teacher:
         name = config.name if teacher == "physics" else f"{config.name}-{Path(teacher.partition(':')[2]).name}"
         config = replace(config, teacher=teacher, name=name)
-    base = base_student.make(console, Path("base_student.safetensors")) if from_scratch else base_student.load()
-    _run(config, out, overwrite, resume, base)
+    weights = (out or Path("runs") / config.name).with_suffix(".base.safetensors") if from_scratch else None
+    if weights and not weights.exists():
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        base_student.make(console, weights)
+    _run(config, out, overwrite, resume, base_student.load(weights))
 
 
 @app.command()
@@ -92,7 +98,10 @@ def pretrain(
 ) -> None:
     """Train the demo's base student from nothing: a few-step student of the wrong physics."""
     from afd_fast import base_student
+    from afd_fast.config import ConfigError
 
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another --out")
     base_student.make(console, out, seed=seed)
 
 

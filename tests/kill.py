@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from afd_fast.training import checkpoint
 from tests.test_trainer import command, same
 
-RUN = ["train", "demo", "iterations=30", "disc_warmup=2", "prompts_per_step=4", "rollouts_per_prompt=2", "eval_every=30",
+RUN = ["train", "demo", "iterations=70", "disc_warmup=2", "prompts_per_step=4", "rollouts_per_prompt=2", "eval_every=70",
        "eval_rollouts=1", "teacher_clips=1", "checkpoint_every=1", "lora_rank=4", "disc_width=8", "--out"]  # fmt: skip
 
 

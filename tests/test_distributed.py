@@ -8,10 +8,13 @@ import sys
 import pytest
 import torch
 
-from afd_fast.config import ConfigError
+from afd_fast import base_student
+from afd_fast.config import ConfigError, TrainConfig
+from afd_fast.data import Shard
 from afd_fast.trainer import read_rows
-from afd_fast.training import checkpoint
+from afd_fast.training import checkpoint, step
 from afd_fast.training.distributed import Ranks
+from afd_fast.training.state import new_state, toy_system
 from tests.test_trainer import TINY, same, wait_for_rows
 
 TWO = [a for a in TINY if not a.startswith("prompts_per_step")] + ["prompts_per_step=4", "shards=2"]
@@ -66,3 +69,18 @@ def test_alone_nothing_is_exchanged():
         and Ranks().any(True)
         and Ranks().mean({"x": 2}) == {"x": 2}
     )
+
+
+def test_every_shard_draws_its_own_numbers(monkeypatch):
+    seen = []
+    for name in ("sample_policy", "discriminator_loss", "student_loss"):
+        real = getattr(step, name)
+        note = lambda *a, real=real, **k: (
+            seen.append(next(x for x in a if isinstance(x, torch.Generator)).initial_seed()),
+            real(*a, **k),
+        )[1]
+        monkeypatch.setattr(step, name, note)
+    config = TrainConfig(disc_warmup=0, prompts_per_step=2, rollouts_per_prompt=2, shards=2, lora_rank=4, disc_width=8)
+    state = new_state(config, toy_system(base_student.load()))
+    step.train_step(state, config, [Shard(i, ["a red ball dropped"] * 2, torch.rand(2, 3, 12, 16, 16)) for i in (0, 1)])
+    assert len(seen) == 6 and len(set(seen)) == 6
