@@ -37,6 +37,8 @@ class TrainConfig:
     prior_weight: float = 3e-3  # lambda_prior
     adv_clip: float = 5.0
     global_std: bool = False  # True (Table 3) lets the spread of D between prompts shrink every advantage
+    ref_every: int = 1  # v_ref every n-th iteration, its weight times n
+    chunked_update: bool = False  # backward chunk by chunk: one chunk's activations in memory, not all
     t_sampling: str = "grid"  # "grid": the sampler's own steps; "uniform": U(0, 1)
     student_lr: float = 3e-3
     lr_decay: bool = True  # cosine to 5 %
@@ -71,6 +73,7 @@ class TrainConfig:
             "lora_rank",
             "prompts_per_step",
             "shards",
+            "ref_every",
             "teacher_clips",
             "eval_every",
             "checkpoint_every",

@@ -14,7 +14,7 @@ from afd_fast.teachers.physics import all_prompts
 from afd_fast.training import step as step_module
 from afd_fast.training.lora import disabled, trainable
 from afd_fast.training.state import generator, new_state, toy_system
-from afd_fast.training.step import sample_policy, student_loss, train_step
+from afd_fast.training.step import loss_recipe, sample_policy, student_loss, student_update, train_step
 from afd_fast.training.update import student_velocity
 
 CONFIG = TrainConfig(recipe="afd", v_old="self", prior_weight=0.05, lora_rank=4, disc_width=8)
@@ -156,3 +156,27 @@ def test_policy_samples_from_the_weights_it_names(average):
     fresh = new_state(CONFIG, toy_system(base_student.load()))
     initial = sample_policy(fresh, CONFIG, PROMPTS, generator(0, 0, "x"), average=average)
     assert torch.allclose(unchanged, initial, atol=1e-5) and not torch.allclose(changed, initial, atol=1e-2)
+
+
+@pytest.mark.parametrize("v_old", ["self", "ema"])
+def test_chunked_update_is_the_same_step(v_old):
+    config = replace(CONFIG, recipe="afd" if v_old == "self" else "diffusionnft", v_old=v_old)
+    whole, (x0, r) = double_state(config), inputs()
+    chunked = double_state(config)
+    part = lambda: [(x0, r, PROMPTS, generator(0, 0, "update"))]
+    a = student_update(whole, config, part())
+    b = student_update(chunked, replace(config, chunked_update=True), part())
+    assert (
+        abs(a["loss"] - b["loss"]) <= 1e-9 * a["loss"] and abs(a["grad_norm"] - b["grad_norm"]) <= 1e-9 * a["grad_norm"]
+    )
+    for x, y in zip(trainable(whole.student).values(), trainable(chunked.student).values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
+
+
+def test_reference_every_nth_iteration_has_the_same_weight_on_average():
+    config = replace(CONFIG, ref_every=3)
+    weights = [loss_recipe(config, step).ref_coef for step in range(6)]
+    assert weights == [3 * config.prior_weight, 0, 0] * 2
+    state, (x0, r) = double_state(config), inputs()
+    state.step = 1
+    assert "prior_loss" not in student_update(state, config, [(x0, r, PROMPTS, generator(0, 0, "update"))])

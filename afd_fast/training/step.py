@@ -27,8 +27,8 @@ from afd_fast.reference.nft import NFTRecipe, NFTStats, nft_recipe
 from afd_fast.rollout import RolloutConfig, rollout, step_table
 from afd_fast.training.distributed import Ranks
 from afd_fast.training.lora import disabled, trainable
-from afd_fast.training.state import TrainState, generator
-from afd_fast.training.update import student_velocity
+from afd_fast.training.state import System, TrainState, generator
+from afd_fast.training.update import nft_backward, student_velocity
 from afd_fast.video_io import deliver
 
 PENALTY_SIGMA = 0.05  # step of the finite-difference R1 / R2, in [0, 1] pixels
@@ -64,9 +64,10 @@ def clip_gradients(named: dict[str, torch.nn.Parameter], max_norm: float, step: 
     return norm.item()
 
 
-def loss_recipe(config: TrainConfig) -> NFTRecipe:
-    """The loss a configuration names."""
-    return nft_recipe(config.recipe, beta=config.beta, ref_coef=config.prior_weight, adv_clip=config.adv_clip)
+def loss_recipe(config: TrainConfig, step: int = 0) -> NFTRecipe:
+    """The loss a configuration names, at iteration `step`: with ref_every = n the prior is there every n-th time, n-fold."""
+    weight = config.prior_weight * config.ref_every if step % config.ref_every == 0 else 0.0
+    return nft_recipe(config.recipe, beta=config.beta, ref_coef=weight, adv_clip=config.adv_clip)
 
 
 def rollout_config(config: TrainConfig, chunk: int) -> RolloutConfig:
@@ -124,41 +125,51 @@ def average_rows(rows: list[dict]) -> dict:
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
-def student_loss(
-    state: TrainState, config: TrainConfig, x0: Tensor, r: Tensor, prompts: list[str], rng
-) -> tuple[Tensor, NFTStats]:
-    """NFT + prior loss (Eq. 3-5) of the student on rollouts x0 [b, C, F, H, W] with optimality r [b]."""
-    system, student = state.system, state.student
-    shape = (len(x0), x0.shape[2] // system.chunk)  # every chunk has its own noise level
+def noised(system: System, config: TrainConfig, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(t [b, F], noise, x_t) of Eq. 3; every chunk has a noise level of its own."""
+    shape = (len(x0), x0.shape[2] // system.chunk)
     if config.t_sampling == "grid":
         grid = torch.tensor([sigma for _, sigma in step_table(config.steps, config.shift)], dtype=x0.dtype)
         t = grid[torch.randint(len(grid), shape, generator=rng)]
     else:
         t = torch.rand(shape, generator=rng, dtype=x0.dtype) * 0.96 + 0.04
-    t = t.repeat_interleave(system.chunk, 1)  # [b, F]
+    t = t.repeat_interleave(system.chunk, 1)
     noise = torch.randn(x0.shape, generator=rng, dtype=x0.dtype)
-    x_t = ops.forward_noise(x0, t, noise=noise, frame_dim=2)
+    return t, noise, ops.forward_noise(x0, t, noise=noise, frame_dim=2)
+
+
+def student_loss(
+    state: TrainState,
+    config: TrainConfig,
+    x0: Tensor,
+    r: Tensor,
+    prompts: list[str],
+    rng,
+    *,
+    backward: float | None = None,
+) -> tuple[Tensor, NFTStats | None]:
+    """NFT + prior loss (Eq. 3-5) of the student on rollouts x0 [b, C, F, H, W] with optimality r [b].
+
+    backward: also add this multiple of its gradient, chunk by chunk (`nft_backward`; no stats then).
+    """
+    system, student = state.system, state.student
+    t, noise, x_t = noised(system, config, x0, rng)
     context = system.encode(prompts)
     velocity = lambda: student_velocity(student, x_t, t, student.encode_text(context), x0, system.chunk)
+    v_ref, v_old, recipe = None, None, loss_recipe(config, state.step)
     with torch.no_grad():
-        with disabled(student):
-            v_ref = velocity()
-        v_old = None
+        if recipe.ref_coef:
+            with disabled(student):
+                v_ref = velocity()
         if config.v_old == "ema":
             with state.ema.applied(student), merged_lora(student):
                 v_old = velocity()
-    return ops.nft_loss(
-        velocity(),
-        x0,
-        r,
-        t,
-        noise=noise,
-        v_old=v_old,
-        v_ref=v_ref,
-        frame_dim=2,
-        recipe=loss_recipe(config),
-        return_stats=True,
-    )
+    given = {"noise": noise, "v_old": v_old, "v_ref": v_ref, "recipe": recipe}
+    if backward is not None:
+        text = student.encode_text(context)
+        loss = nft_backward(student, x_t, t, text, x0, system.chunk, r=r, scale=backward, **given)
+        return loss, None
+    return ops.nft_loss(velocity(), x0, r, t, frame_dim=2, return_stats=True, **given)
 
 
 def student_update(state: TrainState, config: TrainConfig, parts: list[tuple], ranks: Ranks = Ranks()) -> dict:
@@ -167,12 +178,17 @@ def student_update(state: TrainState, config: TrainConfig, parts: list[tuple], r
     state.optimizer.zero_grad()
     rows = []
     for part in parts:
+        if config.chunked_update:
+            loss, _ = student_loss(state, config, *part, backward=1 / share)
+            rows.append({"loss": loss.item()})
+            continue
         loss, stats = student_loss(state, config, *part)
         (loss / share).backward()
-        rows.append({
-            "loss": loss.item(), "policy_loss": stats.policy_loss.item(), "prior_loss": stats.prior_loss.item(),
-            "signal": stats.signal.item(), "velocity_norm_ratio": (stats.v_norm / stats.v_ref_norm).mean().item(),
-        })  # fmt: skip
+        row = {"loss": loss.item(), "policy_loss": stats.policy_loss.item(), "signal": stats.signal.item()}
+        if loss_recipe(config, state.step).ref_coef:
+            ratio = (stats.v_norm / stats.v_ref_norm).mean().item()
+            row |= {"prior_loss": stats.prior_loss.item(), "velocity_norm_ratio": ratio}
+        rows.append(row)
     parameters = trainable(state.student)
     ranks.sum_gradients(parameters.values())
     grad_norm = clip_gradients(parameters, config.grad_norm, state.step)

@@ -1,0 +1,202 @@
+"""The KV-detached update: its gradient against teacher forcing, chunk by chunk against all at once, its memory."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from afd_fast import nft_loss, nft_recipe
+from afd_fast.models import CausalWan, CausalWanConfig, patterns
+from afd_fast.models.toy import ToyConfig, ToyStudent, tokenize
+from afd_fast.training.update import chunk_velocities, nft_backward, student_velocity
+
+CHUNK = 3
+
+
+def wan(frames=12, batch=2):
+    torch.manual_seed(0)
+    model = CausalWan(
+        CausalWanConfig(dim=64, ffn_dim=96, num_heads=4, num_layers=2, text_len=4, text_dim=8, freq_dim=16)
+    )
+    model.double().requires_grad_()
+    context = torch.randn(batch, 4, 8, dtype=torch.float64)
+    return model, lambda: model.encode_text(context), (16, frames, 4, 4)
+
+
+def toy(frames=12, batch=2):
+    torch.manual_seed(0)
+    model = ToyStudent(ToyConfig(frames=frames, dim=32, heads=2, layers=2, hidden=32)).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model, lambda: model.encode_text(tokenize(["a red ball", "a blue ball"][:batch])), (3, frames, 16, 16)
+
+
+def inputs(shape, batch=2, clips=1):
+    g = torch.Generator().manual_seed(1)
+    n = lambda: torch.randn(batch, *shape, generator=g, dtype=torch.float64)
+    x0, noise, v_ref, v_old = n(), n(), n(), n()
+    t = 0.1 + 0.8 * torch.rand(batch, shape[1] // CHUNK, generator=g, dtype=torch.float64).repeat_interleave(CHUNK, 1)
+    wide = t[:, None, :, None, None]
+    r = torch.rand(batch, clips, generator=g, dtype=torch.float64)
+    return x0, noise, (1 - wide) * x0 + wide * noise, t, r, v_ref, v_old
+
+
+def gradients(model) -> list[Tensor]:
+    found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+def close(a, b, tolerance=1e-12):
+    scale = max(x.abs().max() for x in b)
+    assert scale > 1e-6
+    return all((x - y).abs().max() <= tolerance * scale for x, y in zip(a, b, strict=True))
+
+
+def test_equals_teacher_forcing_with_a_detached_history(monkeypatch):
+    model, text, shape = wan()
+    x0, noise, x_t, t, *_ = inputs(shape)
+    weights = torch.randn(x0.shape, dtype=torch.float64)
+    (student_velocity(model, x_t, t, text(), x0, CHUNK) * weights).sum().backward()
+    ours = gradients(model)
+    (model.forward_teacher_forcing(x_t, t * 1000, text(), x0, chunk=CHUNK) * weights).sum().backward()
+    full = gradients(model)
+    rope = patterns.TeacherForcing.rope
+
+    def rope_and_detach(self, attn, q, k, v):
+        q, k, v = rope(self, attn, q, k, v)
+        split = self.blocks[-1][0] * self.tokens
+        return q, *(torch.cat([x[:, :split].detach(), x[:, split:]], 1) for x in (k, v))
+
+    monkeypatch.setattr(patterns.TeacherForcing, "rope", rope_and_detach)
+    (model.forward_teacher_forcing(x_t, t * 1000, text(), x0, chunk=CHUNK) * weights).sum().backward()
+    theirs = gradients(model)
+    assert close(ours, theirs) and not close(ours, full, 1e-3)
+
+
+@pytest.mark.parametrize("make", [wan, toy])
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft", "astrolabe"])
+def test_chunk_by_chunk_is_all_at_once(make, recipe):
+    model, text, shape = make()
+    x0, noise, x_t, t, r, v_ref, v_old = inputs(shape)
+    recipe = nft_recipe(recipe, ref_coef=0.3)
+    given = {"noise": noise, "v_ref": v_ref, "v_old": v_old, "recipe": recipe}
+    loss = nft_loss(student_velocity(model, x_t, t, text(), x0, CHUNK), x0, r[:, 0], t, frame_dim=2, **given)
+    (0.7 * loss).backward()
+    whole = gradients(model)
+    found = nft_backward(model, x_t, t, text(), x0, CHUNK, r=r[:, 0], scale=0.7, **given)
+    assert close(gradients(model), whole)
+    torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
+@pytest.mark.parametrize("batch_reduction", ["sum", "mean"])
+def test_a_reward_for_every_clip(recipe, batch_reduction):
+    """Clips as samples of their own: [B, C, S * L, ...] -> [B * S, C, L, ...]."""
+    model, text, shape = wan()
+    x0, noise, x_t, t, r, v_ref, v_old = inputs(shape, clips=2)
+    recipe = nft_recipe(recipe, ref_coef=0.3, batch_reduction=batch_reduction)
+    clips = lambda x: x.unflatten(2, (2, 6)).transpose(1, 2).flatten(0, 1)
+    v = student_velocity(model, x_t, t, text(), x0, CHUNK)
+    nft_loss(
+        clips(v), clips(x0), r.flatten(), t.view(4, 6), frame_dim=2, noise=clips(noise), v_ref=clips(v_ref),
+        v_old=clips(v_old), recipe=recipe,
+    ).backward()  # fmt: skip
+    expected = gradients(model)
+    nft_backward(model, x_t, t, text(), x0, CHUNK, r=r, noise=noise, v_ref=v_ref, v_old=v_old, recipe=recipe)
+    assert close(gradients(model), expected)
+
+
+def test_only_the_active_frames_learn():
+    model, text, shape = wan()
+    x0, noise, x_t, t, r, v_ref, _ = inputs(shape, clips=4)
+    recipe, part = nft_recipe("afd", ref_coef=0.3), slice(6, 9)
+    v = student_velocity(model, x_t, t, text(), x0, CHUNK, window=6, sink=3)[:, :, part]
+    of = lambda x: x[:, :, part]
+    nft_loss(v, of(x0), r[:, 2], t[:, part], frame_dim=2, noise=of(noise), v_ref=of(v_ref), recipe=recipe).backward()
+    expected = gradients(model)
+    nft_backward(
+        model,
+        x_t,
+        t,
+        text(),
+        x0,
+        CHUNK,
+        r=r,
+        noise=noise,
+        v_ref=v_ref,
+        recipe=recipe,
+        active=range(6, 9),
+        window=6,
+        sink=3,
+    )
+    assert close(gradients(model), expected)
+
+
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
+def test_reference_over_the_policys_history(recipe):
+    """With the policy itself as the reference there is no prior, whichever history."""
+    model, text, shape = wan()
+    x0, noise, x_t, t, r, _, v_old = inputs(shape)
+    given = {"r": r, "noise": noise, "v_old": v_old}
+    with torch.no_grad():
+        words = text()
+    beside = (contextlib.nullcontext, words)
+    nft_backward(model, x_t, t, text(), x0, CHUNK, reference=beside, recipe=nft_recipe(recipe, ref_coef=9.0), **given)
+    with_reference = gradients(model)
+    nft_backward(model, x_t, t, text(), x0, CHUNK, recipe=nft_recipe(recipe, ref_coef=0.0), **given)
+    assert close(with_reference, gradients(model))
+
+
+class Saved:
+    """A tensor kept for backward, counted while it lives."""
+
+    live = peak = 0
+
+    def __init__(self, x):
+        self.x = x
+        Saved.live += x.nbytes
+        Saved.peak = max(Saved.peak, Saved.live)
+
+    def __del__(self):
+        Saved.live -= self.x.nbytes
+
+
+def saved_bytes(run) -> int:
+    """The most bytes kept for backward at any time (what several operators keep is counted several times)."""
+    Saved.live = Saved.peak = 0
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda s: s.x):
+        run()
+    return Saved.peak
+
+
+def peaks(frames: int, recipe: str) -> tuple[int, int]:
+    """Bytes kept by the chunked update and by the whole graph, over a rolling cache."""
+    model, text, shape = wan(frames, batch=1)
+    x0, noise, x_t, t, r, v_ref, v_old = inputs(shape, batch=1, clips=frames // CHUNK)
+    given = {"r": r, "noise": noise, "v_ref": v_ref, "v_old": v_old, "recipe": nft_recipe(recipe)}
+    rolling = {"window": 9, "sink": 3}
+    return (
+        saved_bytes(lambda: nft_backward(model, x_t, t, text(), x0, CHUNK, **given, **rolling)),
+        saved_bytes(lambda: student_velocity(model, x_t, t, text(), x0, CHUNK, **rolling).sum().backward()),
+    )
+
+
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
+def test_a_long_stream_in_constant_memory(recipe):
+    (short, _), (long, whole) = peaks(12, recipe), peaks(63, recipe)
+    latents = 63 * 16 * 4 * 4 * 8  # bytes; the adaptive recipe's loss keeps a few tensors like them
+    assert long <= short + (8 * latents if recipe == "diffusionnft" else 0) and whole > 4 * long
+
+
+def test_bad_input():
+    model, text, shape = wan()
+    x0, noise, x_t, t, r, *_ = inputs(shape)
+    given = {"noise": noise, "recipe": nft_recipe("diffusionnft")}
+    with pytest.raises(ValueError, match="a clip must be whole chunks"):
+        nft_backward(model, x_t, t, text(), x0, CHUNK, r=torch.rand(2, 12), **given)
+    with pytest.raises(ValueError, match="need whole clips of 12 frames"):
+        nft_backward(model, x_t, t, text(), x0, CHUNK, r=r, active=range(3, 12), **given)
+    with pytest.raises(ValueError, match="not whole chunks of 3"):
+        next(chunk_velocities(model, x_t, t, text(), x0, CHUNK, active=range(1, 4)))
