@@ -13,4 +13,5 @@ timeout 150 "$python" -m benchmarks.run --shape wan --batch 1 16 64 --seconds 0.
 timeout 90 "$python" -m benchmarks.run --shape sd3 --batch 1 16 64 --seconds 0.3 --variant fused one_launch compile eager --csv "$csv"
 timeout 40 "$python" -m benchmarks.run --shape tiny --batch 16 --dtype bf16 --seconds 0.2 --csv "$csv"
 timeout 100 "$python" -m benchmarks.discriminator --size 2b --pairs 4 --csv "$csv"
+timeout 60 "$python" -m benchmarks.update --size 1.3b --repeats 3
 echo "wrote $csv"
