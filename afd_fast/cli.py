@@ -42,7 +42,10 @@ def _run(config, out: Path | None, overwrite: bool, resume: bool, base) -> None:
 def demo(
     overrides: Keys = None,
     teacher: Annotated[
-        str | None, typer.Option(help='"physics", or "folder:PATH" with manifest.csv|jsonl and mp4 files')
+        str | None,
+        typer.Option(
+            help='"physics", "folder:PATH" with manifest.csv|jsonl and mp4 files, or "api:FILE" (docs/teachers.md)'
+        ),
     ] = None,
     from_scratch: Annotated[
         bool,
@@ -62,7 +65,7 @@ def demo(
 
     config = with_overrides(recipes.demo(), overrides or [])
     if teacher:
-        name = config.name if teacher == "physics" else f"{config.name}-{Path(teacher.partition(':')[2]).name}"
+        name = config.name if teacher == "physics" else f"{config.name}-{Path(teacher.partition(':')[2]).stem}"
         config = replace(config, teacher=teacher, name=name)
     weights = (out or Path("runs") / config.name).with_suffix(".base.safetensors") if from_scratch else None
     if weights and not weights.exists():
@@ -193,6 +196,7 @@ def main() -> None:
         Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
         sys.exit(2)
     except Exception as error:
+        from afd_fast.teachers.api import TeacherError
         from afd_fast.trainer import Interrupted, TrainingError
         from afd_fast.training.checkpoint import CheckpointError
         from afd_fast.video_io import VideoError
@@ -200,7 +204,7 @@ def main() -> None:
         if isinstance(error, Interrupted):
             console.print(str(error))
             sys.exit(130)
-        if isinstance(error, (CheckpointError, TrainingError, VideoError)):
+        if isinstance(error, (CheckpointError, TeacherError, TrainingError, VideoError)):
             Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
             sys.exit(1)
         raise

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from afd_fast.config import ConfigError, TrainConfig
 from afd_fast.models.toy import ToyConfig
-from afd_fast.teachers import Teacher, physics
+from afd_fast.teachers import Teacher, api, physics
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.video_io import deliver, to_uint8
@@ -70,27 +70,47 @@ class TeacherVideos:
         return parts
 
 
-def open_teacher(spec: str, sizes: ToyConfig, cache: Path) -> tuple[Teacher, list[str], list[str], list[str]]:
-    """ "physics" or "folder:PATH" -> (teacher, training prompts, held-out prompts, problems)."""
+def open_teacher(
+    config: TrainConfig, sizes: ToyConfig, cache: Path, track: Track
+) -> tuple[Teacher, list[str], list[str], list[str]]:
+    """ "physics", "folder:PATH" or "api:FILE" -> (teacher, training prompts, held-out prompts, problems)."""
+    spec = config.teacher
     if spec == "physics":
         return CachedTeacher(physics.PhysicsTeacher(), cache), *physics.split_prompts(), []
-    if spec.startswith("folder:"):
-        teacher = FolderTeacher(
-            spec.removeprefix("folder:"), frames=sizes.frames, size=(sizes.height, sizes.width), fps=physics.FPS
-        )
-        held = max(1, len(teacher.prompts) // 8) if len(teacher.prompts) > 1 else 0
-        train = teacher.prompts[: len(teacher.prompts) - held]
-        return teacher, train, teacher.prompts[len(train) :] or train, teacher.problems
-    raise ConfigError(f'teacher must be "physics" or "folder:PATH", got {spec!r}')
+    kind, _, path = spec.partition(":")
+    if kind not in ("folder", "api") or not path:
+        raise ConfigError(f'teacher must be "physics" or "folder:PATH" or "api:FILE", got {spec!r}')
+    fit = {"frames": sizes.frames, "size": (sizes.height, sizes.width), "fps": physics.FPS}
+    if kind == "folder":
+        teacher = FolderTeacher(path, **fit)
+        return teacher, *hold_out(teacher.prompts), teacher.problems
+    teacher = api.from_file(path, **fit)
+    pairs = [(p, seed) for p in teacher.prompts for seed in range(config.teacher_clips)]
+    ticks = iter(track(pairs, "teacher API"))
+    teacher.fetch(pairs, lambda: next(ticks, None))
+    list(ticks)  # to the end of the bar
+    return (
+        teacher,
+        *hold_out([p for p in teacher.prompts if teacher.seeds(p, range(config.teacher_clips))]),
+        teacher.problems(),
+    )
+
+
+def hold_out(prompts: list[str]) -> tuple[list[str], list[str]]:
+    """(training, held-out) prompts: the last eighth is held out; of a single prompt, none."""
+    held = max(1, len(prompts) // 8) if len(prompts) > 1 else 0
+    train = prompts[: len(prompts) - held]
+    return train, prompts[len(train) :] or train
 
 
 def collect(config: TrainConfig, sizes: ToyConfig, cache: Path, track: Track) -> TeacherVideos:
     """Ask the teacher for every video of the run before training starts. ConfigError without prompts."""
-    teacher, train, held_out, problems = open_teacher(config.teacher, sizes, cache)
+    teacher, train, held_out, problems = open_teacher(config, sizes, cache, track)
     if not train:
         raise ConfigError(f"{config.teacher} has no training prompt")
     data = TeacherVideos(teacher, train, held_out, config.codec_crf, problems=problems)
     for prompt in track(list(dict.fromkeys(train + held_out)), "teacher videos"):
-        count = min(config.teacher_clips, teacher.clips(prompt)) if hasattr(teacher, "clips") else config.teacher_clips
-        data.videos[prompt] = to_uint8(data.clips([prompt] * count, range(count)))
+        seeds = range(config.teacher_clips)
+        seeds = teacher.seeds(prompt, seeds) if hasattr(teacher, "seeds") else seeds
+        data.videos[prompt] = to_uint8(data.clips([prompt] * len(seeds), seeds))
     return data

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -50,9 +51,9 @@ class FolderTeacher:
         if not self.prompts:
             raise ConfigError(f"{folder}: no usable video. " + "; ".join(self.problems or ["the manifest is empty"]))
 
-    def clips(self, prompt: str) -> int:
-        """How many usable videos a prompt has."""
-        return len(self._videos[prompt])
+    def seeds(self, prompt: str, wanted: Iterable[int]) -> list[int]:
+        """Those of the wanted seeds that are a usable video of their own."""
+        return [seed for seed in wanted if seed < len(self._videos[prompt])]
 
     def __call__(self, prompt: str, seed: int) -> Tensor:
         videos = self._videos.get(prompt)

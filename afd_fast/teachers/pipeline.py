@@ -1,0 +1,67 @@
+"""A teacher that is a diffusers pipeline, and any teacher written out as a folder of videos.
+
+Legend: F frames, H x W pixels.
+"""
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from afd_fast.config import ConfigError
+from afd_fast.video_io import write_video
+
+
+class PipelineTeacher:
+    """Any diffusers pipeline whose output has `.frames` (WanPipeline, HunyuanVideoPipeline, LTXPipeline ...).
+
+    fps: of its videos, for the files. arguments: passed to every call (num_frames=, height=, guidance_scale= ...). The
+    pipeline is used on the device it is on; one generator per video, so a seed is a video.
+    """
+
+    def __init__(self, pipeline, *, fps: float, **arguments):
+        self.pipeline, self.fps, self.arguments = pipeline, fps, arguments
+        self.name = f"pipeline:{pipeline.config.get('_name_or_path') or type(pipeline).__name__}"
+
+    @torch.no_grad()
+    def __call__(self, prompt: str, seed: int) -> Tensor:
+        """[3, F, H, W] in [0, 1]."""
+        generator = torch.Generator(self.pipeline.device).manual_seed(seed)
+        frames = self.pipeline(prompt=prompt, generator=generator, output_type="pt", **self.arguments).frames[0]
+        return frames.float().cpu().transpose(0, 1).clamp(0, 1)  # [F, 3, H, W] before
+
+
+def write_folder(
+    teacher: Callable[[str, int], Tensor], prompts: list[str], folder: str | Path, *, fps: float, per_prompt: int = 1,
+    crf: int = 12, done: Callable[[], None] = lambda: None,
+) -> Path:  # fmt: skip
+    """Ask any callable (prompt, seed) -> [3, F, H, W] in [0, 1] for seeds 0 .. per_prompt - 1 of every prompt and write
+    mp4 files and manifest.csv: what `--teacher folder:PATH` takes. Files that are there are kept, so it can be stopped
+    and started again; done() after each. Run it before training: teacher and student then never share a GPU.
+    ConfigError without prompts, and for a folder with another manifest."""
+    folder, prompts = Path(folder), list(dict.fromkeys(prompts))
+    if not prompts:
+        raise ConfigError("no prompts to ask the teacher for")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [(p, f"{i:05d}-{seed}.mp4", seed) for i, p in enumerate(prompts) for seed in range(per_prompt)]
+    manifest = folder / "manifest.csv"
+    if manifest.exists():
+        with manifest.open(newline="") as file:
+            known = {row["video"]: row["prompt"] for row in csv.DictReader(file)}
+        if any(known.get(name, prompt) != prompt for prompt, name, _ in rows):
+            raise ConfigError(f"{manifest} names other prompts: choose another folder")
+    partial = folder / f"manifest.{os.getpid()}.part"
+    with partial.open("w", newline="") as file:
+        csv.writer(file).writerows([("prompt", "video"), *((prompt, name) for prompt, name, _ in rows)])
+    partial.replace(manifest)
+    for prompt, name, seed in rows:
+        if not (folder / name).exists():
+            partial = folder / f"{name}.{os.getpid()}.part"
+            with partial.open("wb") as file:
+                write_video(file, teacher(prompt, seed), fps, crf=crf)
+            partial.replace(folder / name)
+        done()
+    return folder
