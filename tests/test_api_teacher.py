@@ -220,7 +220,7 @@ class Frames(DiffusionPipeline):
 
     def __init__(self):
         super().__init__()
-        self.register_modules()
+        self.register_to_config()
 
     def __call__(self, prompt, generator, output_type, num_frames):
         assert output_type == "pt"
