@@ -17,15 +17,18 @@ Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the 
 Keys = Annotated[list[str] | None, typer.Argument(help="key=value overrides of the configuration", show_default=False)]
 
 
-def _run(config, out: Path | None, overwrite: bool, resume: bool, base) -> None:
-    from afd_fast import trainer
+def _run(config, out: Path | None, overwrite: bool, resume: bool, weights: Path | None = None) -> None:
+    from afd_fast import base_student, trainer
     from afd_fast.report import console_table, write_report
     from afd_fast.training import distributed
+    from afd_fast.training.state import toy_system
+    from afd_fast.training.wan import wan_system
 
     out = out or Path("runs") / config.name
     with distributed.job() as ranks:
         screen = console if ranks.lead else Console(quiet=True)
-        result = trainer.start(config, base, out, overwrite=overwrite, resume=resume, console=screen, ranks=ranks)
+        system = toy_system(base_student.load(weights)) if config.student == "toy" else wan_system(config)
+        result = trainer.start(config, system, out, overwrite=overwrite, resume=resume, console=screen, ranks=ranks)
     if not ranks.lead:
         return
     console.print(console_table(result))
@@ -71,7 +74,7 @@ def demo(
     if weights and not weights.exists():
         weights.parent.mkdir(parents=True, exist_ok=True)
         base_student.make(console, weights)
-    _run(config, out, overwrite, resume, base_student.load(weights))
+    _run(config, out, overwrite, resume, weights)
 
 
 @app.command()
@@ -79,10 +82,10 @@ def train(
     recipe: str, overrides: Keys = None, out: Out = None, overwrite: Overwrite = False, resume: Resume = False
 ) -> None:
     """Train a named RECIPE (see `afd-fast recipes`) with key=value overrides."""
-    from afd_fast import base_student, recipes
+    from afd_fast import recipes
     from afd_fast.config import with_overrides
 
-    _run(with_overrides(recipes.get(recipe), overrides or []), out, overwrite, resume, base_student.load())
+    _run(with_overrides(recipes.get(recipe), overrides or []), out, overwrite, resume)
 
 
 @app.command(name="recipes")

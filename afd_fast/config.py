@@ -29,6 +29,14 @@ class TrainConfig:
     rollouts_per_prompt: int = 8  # K; with K = 1 every advantage is 0
     shards: int = 1  # parts of the batch with random numbers of their own: worked on one by one, shared by the ranks
     codec_crf: int | None = None  # H.264 quality both sides pass through before the discriminator; None: 8-bit only
+    # networks
+    student: str = "toy"  # "toy", "tiny" (a random CausalWan, to try things) or a checkpoint for `load_student`
+    discriminator: str = "toy"  # "toy", or a folder or repository of VideoAlign's VideoReward
+    wan_base: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # where a Wan student's text encoder and VAE come from
+    frames: int = 21  # latent frames, height and width of a Wan student's videos
+    height: int = 60
+    width: int = 104
+    chunk: int = 3  # latent frames a Wan student generates together
     # rollout
     steps: tuple[float, ...] = (1000, 750, 500, 250)
     shift: float = 1.0
@@ -52,7 +60,8 @@ class TrainConfig:
     disc_lr: float = 2e-4
     disc_steps: int = 1  # per iteration
     disc_warmup: int = 20  # discriminator-only iterations before the first student update
-    disc_width: int = 48
+    disc_width: int = 48  # of the toy discriminator
+    disc_lora_rank: int = 64  # of VideoReward's adapters
     instance_noise: float = 0.3
     r1: float = 0.1
     # bookkeeping

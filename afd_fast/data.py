@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from afd_fast.config import ConfigError, TrainConfig
-from afd_fast.models.toy import ToyConfig
 from afd_fast.teachers import Teacher, api, physics
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.folder import FolderTeacher
+from afd_fast.training.state import System
 from afd_fast.video_io import deliver, to_uint8
 
 Track = Callable[[Iterable, str], Iterable]  # rich.progress.track-like: (iterable, description)
@@ -71,7 +71,7 @@ class TeacherVideos:
 
 
 def open_teacher(
-    config: TrainConfig, sizes: ToyConfig, cache: Path, track: Track
+    config: TrainConfig, system: System, cache: Path, track: Track
 ) -> tuple[Teacher, list[str], list[str], list[str]]:
     """ "physics", "folder:PATH" or "api:FILE" -> (teacher, training prompts, held-out prompts, problems)."""
     spec = config.teacher
@@ -80,7 +80,7 @@ def open_teacher(
     kind, _, path = spec.partition(":")
     if kind not in ("folder", "api") or not path:
         raise ConfigError(f'teacher must be "physics" or "folder:PATH" or "api:FILE", got {spec!r}')
-    fit = {"frames": sizes.frames, "size": (sizes.height, sizes.width), "fps": physics.FPS}
+    fit = {"frames": system.video[0], "size": system.video[1:], "fps": system.fps}
     if kind == "folder":
         teacher = FolderTeacher(path, **fit)
         return teacher, *hold_out(teacher.prompts), teacher.problems
@@ -103,9 +103,9 @@ def hold_out(prompts: list[str]) -> tuple[list[str], list[str]]:
     return train, prompts[len(train) :] or train
 
 
-def collect(config: TrainConfig, sizes: ToyConfig, cache: Path, track: Track) -> TeacherVideos:
+def collect(config: TrainConfig, system: System, cache: Path, track: Track) -> TeacherVideos:
     """Ask the teacher for every video of the run before training starts. ConfigError without prompts."""
-    teacher, train, held_out, problems = open_teacher(config, sizes, cache, track)
+    teacher, train, held_out, problems = open_teacher(config, system, cache, track)
     if not train:
         raise ConfigError(f"{config.teacher} has no training prompt")
     data = TeacherVideos(teacher, train, held_out, config.codec_crf, problems=problems)

@@ -26,7 +26,18 @@ def demo_shuffled() -> TrainConfig:
     return replace(demo(), name="demo_shuffled", shuffle_rewards=True)
 
 
-RECIPES = {f.__name__: f for f in (demo, demo_eq4, demo_lagged, demo_shuffled)}
+def afd_table3() -> TrainConfig:
+    """The paper's run (Table 3) on a causal Wan 1.3B; give student=, discriminator= and teacher= (docs/training.md)."""
+    return TrainConfig(
+        name="afd_table3", student="Self-Forcing/self_forcing_dmd.pt", discriminator="KwaiVGI/VideoReward",
+        teacher="folder:teacher", iterations=1000, teacher_clips=1, prompts_per_step=8, rollouts_per_prompt=4, shift=5.0,
+        recipe="afd", v_old="self", beta=0.1, prior_weight=1e-4, adv_clip=5.0, global_std=True, t_sampling="uniform",
+        student_lr=1e-5, lr_decay=False, weight_decay=1e-4, grad_norm=1.0, lora_rank=256, ema=0.99, chunked_update=True,
+        disc_lr=1e-5, instance_noise=0.0, r1=0.0, eval_rollouts=1,
+    )  # fmt: skip
+
+
+RECIPES = {f.__name__: f for f in (demo, demo_eq4, demo_lagged, demo_shuffled, afd_table3)}
 
 
 def get(name: str) -> TrainConfig:

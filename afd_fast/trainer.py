@@ -12,7 +12,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,10 +29,9 @@ from afd_fast.data import REFERENCE_SEEDS, TEACHER_ROW_SEEDS, collect
 from afd_fast.evaluation import clips as clip_judge
 from afd_fast.evaluation import physics as physics_judge
 from afd_fast.models.lora import merged_lora
-from afd_fast.models.toy import ToyStudent
 from afd_fast.training import checkpoint
 from afd_fast.training.distributed import Ranks
-from afd_fast.training.state import generator, new_state, toy_system
+from afd_fast.training.state import System, generator, new_state
 from afd_fast.training.step import TrainingError, sample_policy, train_step
 from afd_fast.video_io import deliver
 
@@ -113,28 +111,27 @@ def _rewind(path: Path, before: int) -> None:
 
 
 class Trainer:
-    """One run in one folder. `run()` trains to the end; `base` is the pretrained student it starts from.
+    """One run in one folder. `run()` trains to the end; `system` holds the pretrained student it starts from.
 
     Of several ranks the lead alone judges, writes and speaks.
     """
 
     def __init__(
-        self, config: TrainConfig, base: ToyStudent, out: Path, *, cache: Path, console: Console, ranks: Ranks = Ranks()
+        self, config: TrainConfig, system: System, out: Path, *, cache: Path, console: Console, ranks: Ranks = Ranks()
     ):
         self.config, self.out, self.console, self.ranks = config, out, console, ranks
         self.shards = ranks.share(config.shards)
-        self.sizes = base.config
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
         )  # fmt: skip
         with self.progress:
             with ranks.lead_first():  # the others then find every video in the cache
-                self.data = collect(config, self.sizes, cache, self._track)
+                self.data = collect(config, system, cache, self._track)
             self.reference = self._reference_clips() if ranks.lead else None
         for problem in self.data.problems:
             console.print(f"[yellow]left out:[/] {problem}")
-        self.state = new_state(config, toy_system(base))
+        self.state = new_state(config, system)
         self._stop = False
 
     def _track(self, items, description: str):
@@ -163,7 +160,7 @@ class Trainer:
         """Held-out rollouts of the averaged student, with the same noise at every call."""
         prompts = self.data.held_out * per_prompt
         latents = sample_policy(self.state, self.config, prompts, generator(0, 0, "evaluation"), average=True)
-        return deliver(self.state.system.decode(latents), self.config.codec_crf), prompts
+        return deliver(self.state.system.decode(latents).cpu(), self.config.codec_crf), prompts
 
     def evaluate(self) -> dict[str, float]:
         """The judge's scores on held-out prompts and, for the discriminator, accuracy there and agreement with the judge."""
@@ -173,9 +170,11 @@ class Trainer:
             torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for i, p in enumerate(prompts)]).float()
             / 255
         )
+        home = next(self.state.discriminator.parameters()).device
         with torch.no_grad():
-            scores = self.state.discriminator.score(clips, prompts)
-            row["held_out_accuracy"] = (self.state.discriminator.score(teacher, prompts) > scores).float().mean().item()
+            scores = self.state.discriminator.score(clips.to(home), prompts).cpu()
+            of_teacher = self.state.discriminator.score(teacher.to(home), prompts).cpu()
+            row["held_out_accuracy"] = (of_teacher > scores).float().mean().item()
         if self.data.judged and self.config.eval_rollouts > 1:
             residual = physics_judge.physics_residual(clips.numpy(), prompts)
             centred = [a.reshape(-1, len(self.data.held_out)) for a in (scores.numpy(), -residual)]
@@ -279,8 +278,7 @@ class Trainer:
                 for name, p in self.state.student.state_dict().items()
                 if ".lora_" not in name
             }
-            about = {"config": json.dumps(asdict(self.sizes)), "run": json.dumps(to_dict(self.config))}
-            save_file(weights, self.out / "student.safetensors", about)
+            self.state.system.save(weights, to_dict(self.config), self.out)
         partial = self.out / "result.part"
         partial.write_text(json.dumps(result, indent=1))
         partial.replace(self.out / "result.json")
@@ -306,7 +304,7 @@ class Trainer:
 
 def start(
     config: TrainConfig,
-    base: ToyStudent,
+    system: System,
     out: Path,
     *,
     overwrite=False,
@@ -323,5 +321,5 @@ def start(
         if resume and (out / "result.json").exists():
             return json.loads((out / "result.json").read_text()) if ranks.lead else {}
     cache = cache or out.parent / "teacher-cache"
-    trainer = Trainer(config, base, out, cache=cache, console=console or Console(quiet=not ranks.lead), ranks=ranks)
+    trainer = Trainer(config, system, out, cache=cache, console=console or Console(quiet=not ranks.lead), ranks=ranks)
     return trainer.run(resume=resume)

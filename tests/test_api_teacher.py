@@ -14,11 +14,12 @@ from diffusers import DiffusionPipeline
 
 from afd_fast.config import ConfigError, TrainConfig
 from afd_fast.data import collect
-from afd_fast.models.toy import ToyConfig
+from afd_fast.models.toy import ToyStudent
 from afd_fast.teachers.api import APITeacher, TeacherError, from_file
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.pipeline import PipelineTeacher, write_folder
 from afd_fast.teachers.video_api import VideoAPI
+from afd_fast.training.state import toy_system
 from tests.api_server import KEY, Provider
 
 FIT = {"frames": 12, "size": (16, 16), "fps": 10}
@@ -209,7 +210,9 @@ def test_training_on_an_api(provider, tmp_path):
     }
     (tmp_path / "ark.json").write_text(json.dumps(given))
     config, ticks = TrainConfig(teacher=f"api:{tmp_path / 'ark.json'}", teacher_clips=2), []
-    data = collect(config, ToyConfig(), tmp_path, lambda items, what: (ticks.append(what) or item for item in items))
+    data = collect(
+        config, toy_system(ToyStudent()), tmp_path, lambda items, what: (ticks.append(what) or item for item in items)
+    )
     assert data.train_prompts == ["a ball one", "a ball two"] and data.held_out == ["a ball three"]
     assert data.videos["a ball one"].shape == (2, 3, 12, 16, 16) and "refused" in data.problems[0]
     assert ticks.count("teacher API") == 8

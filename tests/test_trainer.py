@@ -20,6 +20,7 @@ from afd_fast.trainer import Trainer
 from afd_fast.training import checkpoint
 from afd_fast.training.checkpoint import CheckpointError
 from afd_fast.training.lora import trainable
+from afd_fast.training.state import toy_system
 from afd_fast.training.step import TrainingError
 
 TINY = [
@@ -129,7 +130,7 @@ def test_existing_folder_is_never_replaced_silently(tmp_path, tiny_config):
 
 def test_run_on_physics_writes_everything(tmp_path, tiny_config, few_prompts):
     torch.manual_seed(0)
-    result = trainer.start(tiny_config, base_student.load(), tmp_path / "run", console=QUIET)
+    result = trainer.start(tiny_config, toy_system(base_student.load()), tmp_path / "run", console=QUIET)
     run = tmp_path / "run"
     assert set(result["rows"]) == {"base", "afd", "teacher"}
     assert result["rows"]["teacher"]["residual_px"] < 0.2 < result["rows"]["base"]["residual_px"]
@@ -145,7 +146,9 @@ def test_run_on_physics_writes_everything(tmp_path, tiny_config, few_prompts):
 
 @pytest.mark.parametrize("where", ["student", "discriminator"])
 def test_nan_stops_before_a_checkpoint_and_names_the_tensor(tmp_path, tiny_config, few_prompts, where):
-    run = Trainer(tiny_config, base_student.load(), tmp_path / "run", cache=tmp_path / "cache", console=QUIET)
+    run = Trainer(
+        tiny_config, toy_system(base_student.load()), tmp_path / "run", cache=tmp_path / "cache", console=QUIET
+    )
     named = trainable(run.state.student) if where == "student" else dict(run.state.discriminator.named_parameters())
     name, parameter = list(named.items())[3]
     seen = {}

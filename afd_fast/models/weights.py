@@ -277,8 +277,8 @@ def _check_state(model: CausalWan, state: dict[str, Tensor], path: Path) -> None
         raise ValueError(f"{path} does not fit {model.config}: " + "; ".join(problems))
 
 
-def save_diffusers(model: CausalWan, folder: str | Path) -> None:
-    """Write the weights as a diffusers WanTransformer3DModel folder (config.json + safetensors)."""
+def save_diffusers(model: CausalWan, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write the weights (or `state`, under the model's names) as a diffusers WanTransformer3DModel folder."""
     from safetensors.torch import save_file
 
     folder, c = Path(folder), model.config
@@ -291,5 +291,5 @@ def save_diffusers(model: CausalWan, folder: str | Path) -> None:
         "added_kv_proj_dim": None, "rope_max_seq_len": 1024, "pos_embed_seq_len": None, "text_len": c.text_len,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    state = {k: v.detach().cpu().contiguous() for k, v in to_diffusers(clean_keys(model.state_dict())).items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in to_diffusers(clean_keys(state or model.state_dict())).items()}
     save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})

@@ -2,6 +2,7 @@
 
 Merged weights for rollouts are `afd_fast.models.lora.merged_lora`."""
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -15,6 +16,9 @@ def add_lora(model: nn.Module, rank: int, targets: list[str]) -> None:
     """Put adapters of `rank` (alpha = rank, dropout 0) on the named linear layers; everything else is frozen."""
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), model)
+    for p in model.parameters():
+        if p.requires_grad:  # an update of 1e-5 is below bfloat16's resolution
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:

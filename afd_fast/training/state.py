@@ -1,17 +1,21 @@
 """Everything a run is made of, and how its random numbers are drawn."""
 
+import json
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from afd_fast.config import TrainConfig
 from afd_fast.models.toy import ToyDiscriminator, ToyStudent, decode_video, tokenize
 from afd_fast.reference.advantage import PerPromptStatTracker
+from afd_fast.teachers import physics
 from afd_fast.training.lora import add_lora, trainable
 
 
@@ -32,6 +36,9 @@ class System:
     decode: Callable[[Tensor], Tensor]  # latents [B, C, F, H, W] -> pixels in [0, 1]
     shape: tuple[int, int, int, int]  # C, F, H, W of the latents
     chunk: int  # latent frames generated together
+    video: tuple[int, int, int]  # F, H, W of the pixels
+    fps: float
+    save: Callable[[dict[str, Tensor], dict, Path], None]  # (the student's own weights, facts, run folder) -> files
     lora_targets: list[str]  # linear layers that get adapters
 
 
@@ -45,6 +52,11 @@ def toy_system(student: ToyStudent) -> System:
         decode=decode_video,
         shape=(3, c.frames, c.height, c.width),
         chunk=c.chunk,
+        video=(c.frames, c.height, c.width),
+        fps=physics.FPS,
+        save=lambda weights, about, folder: save_file(
+            weights, folder / "student.safetensors", {"config": json.dumps(asdict(c)), "run": json.dumps(about)}
+        ),
         lora_targets=["qkv", "proj", "up", "down"],
     )
 
@@ -95,28 +107,30 @@ class TrainState:
 
     def parts(self) -> dict:
         return {
-            "optimizer": self.optimizer, "discriminator": self.discriminator, "disc_optimizer": self.disc_optimizer
+            "optimizer": self.optimizer, "disc_optimizer": self.disc_optimizer
         }  # fmt: skip
 
     def state_dict(self) -> dict:
-        """Tensors and plain values: what a checkpoint holds. The base student is not trained and not in it."""
+        """Tensors and plain values: what a checkpoint holds. What is not trained is not in it."""
         return {
             "step": self.step,
             "student": {name: p.detach() for name, p in trainable(self.student).items()},
             "ema": self.ema.shadow,
+            "discriminator": {name: p.detach() for name, p in trainable(self.discriminator).items()},
             **{name: part.state_dict() for name, part in self.parts().items()},
         }
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict) -> None:
         """Inverse of `state_dict`; ValueError when the parameters do not match."""
-        parameters = trainable(self.student)
-        if parameters.keys() != saved["student"].keys():
-            odd = sorted(parameters.keys() ^ saved["student"].keys())
-            raise ValueError(f"the checkpoint belongs to another configuration: {odd[:3]} ... do not match")
-        for name, p in parameters.items():
-            p.copy_(saved["student"][name])
-            self.ema.shadow[name].copy_(saved["ema"][name])
+        for key, parameters in (("student", trainable(self.student)), ("discriminator", trainable(self.discriminator))):
+            if parameters.keys() != saved[key].keys():
+                odd = sorted(parameters.keys() ^ saved[key].keys())
+                raise ValueError(f"the checkpoint belongs to another configuration: {odd[:3]} ... do not match")
+            for name, p in parameters.items():
+                p.copy_(saved[key][name])
+        for name, average in self.ema.shadow.items():
+            average.copy_(saved["ema"][name])
         for name, part in self.parts().items():
             part.load_state_dict(saved[name])
         self.step = saved["step"]
@@ -141,7 +155,7 @@ def new_state(config: TrainConfig, system: System) -> TrainState:
         ),
         discriminator=discriminator,
         disc_optimizer=torch.optim.AdamW(
-            discriminator.parameters(), config.disc_lr, betas=(0.0, 0.99), weight_decay=1e-3
+            trainable(discriminator).values(), config.disc_lr, betas=(0.0, 0.99), weight_decay=1e-3
         ),
         tracker=PerPromptStatTracker(config.global_std),
     )

@@ -80,7 +80,9 @@ def sample_policy(
 ) -> Tensor:
     """Latents [B, C, F, H, W] of the current student, or of its average; adapters merged meanwhile."""
     system, student = state.system, state.student
-    noise = torch.randn(len(prompts), *system.shape, generator=rng)
+    noise = torch.randn(len(prompts), *system.shape, generator=rng).to(next(student.parameters()))
+    if noise.is_cuda:
+        rng = torch.Generator(noise.device).manual_seed(rng.initial_seed())
     weights = state.ema.applied(student) if average else contextlib.nullcontext()
     with torch.no_grad(), weights:
         text = student.encode_text(system.encode(prompts))
@@ -92,7 +94,8 @@ def discriminator_loss(
 ) -> tuple[Tensor, Tensor]:
     """Bradley-Terry (Eq. 1) on paired videos [b, 3, F, H, W] in [0, 1], with instance noise and R1 / R2: the loss, and
     the margins [b]."""
-    noisy = lambda x, scale: x + scale / 2 * torch.randn(x.shape, generator=rng)  # scale is for the [-1, 1] range
+    draw = lambda x: torch.randn(x.shape, generator=rng).to(x.device)
+    noisy = lambda x, scale: x + scale / 2 * draw(x) if scale else x  # scale is for the [-1, 1] range
     both = torch.cat([noisy(teacher, config.instance_noise), noisy(student, config.instance_noise)])
     scores = state.discriminator.score(both, prompts * 2)
     of_teacher, of_student = scores.chunk(2)
@@ -127,14 +130,14 @@ def average_rows(rows: list[dict]) -> dict:
 
 def noised(system: System, config: TrainConfig, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """(t [b, F], noise, x_t) of Eq. 3; every chunk has a noise level of its own."""
-    shape = (len(x0), x0.shape[2] // system.chunk)
+    shape, wide = (len(x0), x0.shape[2] // system.chunk), torch.promote_types(x0.dtype, torch.float32)
     if config.t_sampling == "grid":
-        grid = torch.tensor([sigma for _, sigma in step_table(config.steps, config.shift)], dtype=x0.dtype)
+        grid = torch.tensor([sigma for _, sigma in step_table(config.steps, config.shift)], dtype=wide)
         t = grid[torch.randint(len(grid), shape, generator=rng)]
     else:
-        t = torch.rand(shape, generator=rng, dtype=x0.dtype) * 0.96 + 0.04
-    t = t.repeat_interleave(system.chunk, 1)
-    noise = torch.randn(x0.shape, generator=rng, dtype=x0.dtype)
+        t = torch.rand(shape, generator=rng, dtype=wide) * 0.96 + 0.04
+    t = t.repeat_interleave(system.chunk, 1).to(x0.device)
+    noise = torch.randn(x0.shape, generator=rng, dtype=wide).to(x0)
     return t, noise, ops.forward_noise(x0, t, noise=noise, frame_dim=2)
 
 
@@ -211,10 +214,11 @@ def train_step(state: TrainState, config: TrainConfig, shards: list[Shard], rank
     with phase("rollout", seconds):
         x0 = [sample_policy(state, config, s.prompts, rng("rollout", s.index), average=lagged) for s in shards]
     with phase("decode", seconds):
-        videos = [deliver(state.system.decode(x), config.codec_crf) for x in x0]
+        home = next(state.discriminator.parameters()).device
+        videos = [deliver(state.system.decode(x), config.codec_crf).to(home) for x in x0]
     with phase("discriminator", seconds):
         noises = [rng("discriminator", s.index) for s in shards]
-        pairs = [(s.teacher, video, s.prompts, noise) for s, video, noise in zip(shards, videos, noises)]
+        pairs = [(s.teacher.to(home), video, s.prompts, noise) for s, video, noise in zip(shards, videos, noises)]
         for _ in range(config.disc_steps):
             metrics = discriminator_update(state, config, pairs, ranks)
     with phase("score", seconds):
@@ -235,7 +239,7 @@ def train_step(state: TrainState, config: TrainConfig, shards: list[Shard], rank
     if learning_student:
         with phase("update", seconds):
             mine = r.split(len(shards[0].prompts))[shards[0].index :]
-            parts = [(x, ours, s.prompts, rng("update", s.index)) for x, ours, s in zip(x0, mine, shards)]
+            parts = [(x, ours.to(x.device), s.prompts, rng("update", s.index)) for x, ours, s in zip(x0, mine, shards)]
             metrics |= student_update(state, config, parts, ranks)
     state.step += 1
     return ranks.mean(metrics | seconds)

@@ -1,0 +1,87 @@
+"""A causal Wan student with its text encoder, VAE and discriminator as a System that trains like the embedded one."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from afd_fast.config import ConfigError, TrainConfig
+from afd_fast.models.toy import ToyDiscriminator
+from afd_fast.training.state import System
+
+LORA_TARGETS = [f"{attn}.{name}" for attn in ("self_attn", "cross_attn") for name in "qkvo"] + ["ffn.0", "ffn.2"]
+FPS = 16  # of Wan 2.1
+
+
+def wan_system(config: TrainConfig) -> System:
+    """The networks of config.student, .discriminator and .wan_base on this process's GPU, or the CPU.
+
+    student="tiny" is a small CausalWan with random weights and a random VAE: 48 x 80 pixels for frames=6, height=6,
+    width=10. ConfigError for sizes a Wan student cannot have.
+    """
+    if config.frames % config.chunk or config.height % 2 or config.width % 2:
+        raise ConfigError(
+            f"a Wan student makes whole chunks of latents of even size: frames={config.frames} chunk={config.chunk} "
+            f"height={config.height} width={config.width} are not"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.student == "tiny":
+        from afd_fast.generate import tiny
+
+        student, encode, decode = tiny(config.seed)
+    else:
+        from afd_fast.models import load_student
+        from afd_fast.models.text import TextEncoder
+        from afd_fast.models.vae import WanDecoder
+
+        student = load_student(config.student, dtype=torch.bfloat16, device=device)
+        encode = TextEncoder.from_pretrained(config.wan_base, device=device)
+        decode = WanDecoder.from_pretrained(config.wan_base, device=device)
+    return System(
+        student=student.requires_grad_(False),
+        new_discriminator=lambda c: discriminator(c).to(device),
+        encode=encode,
+        decode=decode,
+        shape=(student.config.in_dim, config.frames, config.height, config.width),
+        chunk=config.chunk,
+        video=(4 * config.frames - 3, 8 * config.height, 8 * config.width),
+        fps=FPS,
+        lora_targets=LORA_TARGETS,
+        save=lambda weights, about, folder: save(student, weights, about, folder),
+    )
+
+
+def discriminator(config: TrainConfig) -> nn.Module:
+    """ "toy": a few convolutions on reduced clips; else VideoAlign's VideoReward with fresh adapters on its merged weights."""
+    if config.discriminator == "toy":
+        return ToyDiscriminator(width=config.disc_width)
+    from afd_fast.models import load_video_reward
+
+    return load_video_reward(config.discriminator, lora_rank=config.disc_lora_rank)
+
+
+def save(student: nn.Module, weights: dict[str, Tensor], about: dict, folder: Path) -> None:
+    """student/: a diffusers folder of the adapted weights, with a model card."""
+    from afd_fast.models.weights import save_diffusers
+
+    save_diffusers(student, folder / "student", weights)
+    rows = "\n".join(f"| {key} | {value} |" for key, value in about.items())
+    (folder / "student/README.md").write_text(
+        f"""---
+library_name: diffusers
+pipeline_tag: text-to-video
+base_model: {about["student"]}
+---
+# {about["name"]}
+
+A causal video student ({about["student"]}) distilled from a black-box teacher ({about["teacher"]}) by Adversarial Flow
+Distillation (arXiv 2605.26105) with afd_fast: averaged weights, adapters merged. It may have inherited the teacher's biases, and
+the teacher's terms of use apply to what was learnt from it.
+
+Load it with `afd_fast.models.load_student("student")`, or as the transformer of a diffusers Wan pipeline.
+
+| setting | value |
+|---|---|
+{rows}
+"""
+    )

@@ -1,0 +1,98 @@
+"""The paper's recipe end to end on a causal Wan student small enough for here: command, files, resume, export."""
+
+import numpy as np
+import pytest
+import torch
+
+from afd_fast import recipes
+from afd_fast.config import ConfigError, with_overrides
+from afd_fast.generate import tiny
+from afd_fast.models import load_student
+from afd_fast.trainer import read_rows
+from afd_fast.training import checkpoint
+from afd_fast.training.lora import add_lora, lora_layers, trainable
+from afd_fast.training.state import generator, new_state
+from afd_fast.training.step import sample_policy, student_loss
+from afd_fast.training.wan import LORA_TARGETS, wan_system
+from afd_fast.video_io import write_video
+from tests.test_trainer import command, same
+
+TINY = [
+    "student=tiny", "discriminator=toy", "disc_width=8", "frames=6", "height=6", "width=10", "iterations=3", "prompts_per_step=2",
+    "rollouts_per_prompt=2", "disc_warmup=1", "lora_rank=4", "eval_every=3", "checkpoint_every=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("teacher"), np.random.default_rng(0)
+    for i in range(3):
+        video = torch.from_numpy(rng.integers(0, 255, (3, 22, 48, 80), dtype=np.uint8))
+        write_video(folder / f"{i}.mp4", video, 16)
+    (folder / "manifest.csv").write_text("prompt,video\na cat,0.mp4\na dog,1.mp4\na bird,2.mp4\n")
+    return f"teacher=folder:{folder}"
+
+
+def test_paper_recipe_trains_resumes_and_exports(tmp_path, teacher):
+    run = lambda out, *more: command("train", "afd_table3", *TINY, teacher, *more, "--out", out)
+    whole = run(tmp_path / "whole")
+    assert whole.wait() == 0, whole.stdout.read()
+    rows = read_rows(tmp_path / "whole/metrics.jsonl")
+    assert len(rows) == 3 and all(np.isfinite(v) for row in rows for v in row.values()) and "seconds/update" in rows[2]
+    assert (tmp_path / "whole/report.html").exists()
+    adapted, before = load_student(tmp_path / "whole/student"), tiny()[0]
+    changed = [n for n, p in before.state_dict().items() if not torch.equal(p, adapted.state_dict()[n])]
+    assert changed and all(any(f".{t}." in n for t in LORA_TARGETS) for n in changed)
+    card = (tmp_path / "whole/student/README.md").read_text()
+    assert "pipeline_tag: text-to-video" in card and "| prior_weight | 0.0001 |" in card
+
+    stopped = tmp_path / "stopped"
+    first = run(stopped)
+    while not list(stopped.glob("checkpoints/step-*.pt")):
+        assert first.poll() is None, first.stdout.read()
+    first.kill()
+    first.wait()
+    again = run(stopped, "--resume")
+    assert again.wait() == 0, again.stdout.read()
+    state = lambda out: checkpoint.load(checkpoint.latest(out / "checkpoints"))["state"]
+    assert same(state(tmp_path / "whole"), state(stopped))
+
+
+def test_adapters_are_float32_on_a_bfloat16_student():
+    system = wan_system(with_overrides(recipes.afd_table3(), TINY))
+    system.student.to(torch.bfloat16)
+    config = with_overrides(recipes.afd_table3(), TINY)
+    state = new_state(config, system)
+    assert {p.dtype for p in trainable(state.student).values()} == {torch.float32}
+    assert len(lora_layers(state.student)) == 10 * system.student.config.num_layers
+    rng = lambda: generator(0, 0, "test")
+    x0 = sample_policy(state, config, ["a cat", "a dog"], rng(), average=False)
+    assert x0.dtype == torch.bfloat16 and x0.isfinite().all()
+    loss, _ = student_loss(state, config, x0, torch.tensor([0.9, 0.1]), ["a cat", "a dog"], rng(), backward=1.0)
+    assert loss.isfinite() and any(
+        p.grad.abs().max() > 0 for p in trainable(state.student).values() if p.grad is not None
+    )
+
+
+def test_table_3():
+    c = recipes.afd_table3()
+    assert (c.lora_rank, c.prior_weight, c.beta, c.adv_clip, c.ema, c.student_lr) == (256, 1e-4, 0.1, 5.0, 0.99, 1e-5)
+    assert (c.weight_decay, c.grad_norm, c.global_std, c.v_old, c.recipe) == (1e-4, 1.0, True, "self", "afd")
+    assert (8 * c.height, 8 * c.width, 4 * c.frames - 3) == (480, 832, 81)
+
+
+@pytest.mark.parametrize("change", [["frames=7"], ["height=5"], ["width=11"]])
+def test_impossible_sizes(change):
+    with pytest.raises(ConfigError, match="whole chunks of latents of even size"):
+        wan_system(with_overrides(recipes.afd_table3(), [*TINY, *change]))
+
+
+def test_every_linear_of_a_block_is_adapted():
+    student = tiny()[0]
+    add_lora(student, 2, LORA_TARGETS)
+    linears = [
+        m
+        for n, m in student.named_modules()
+        if isinstance(m, torch.nn.Linear) and n.startswith("blocks.") and "lora" not in n
+    ]
+    assert len(linears) == len(lora_layers(student)) == 20
