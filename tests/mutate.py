@@ -104,6 +104,9 @@ def cases():
                element_mask=torch.rand(2, 5000, generator=g) > 0.4)  # fmt: skip
     yield case((900, 13), ("diffusionnft", mean), "x_t", cu_seqlens=torch.tensor([0, 3, 3, 640, 900]))
     yield case((2, 70), ("gardo", {"ref_coef": 0.3}), "seed", ref_mask=torch.tensor([False, False]), v_old=None)
+    some = {"sample_mask": torch.tensor([1, 0, 1]) > 0, "ref_mask": torch.tensor([0, 1, 1]) > 0}
+    yield case((3, 70), ("gardo", {"ref_coef": 0.3}), "x_t", **some)
+    yield case((3, 70), ("afd", {"ref_coef": 0.3}), "x_t", **some)
     yield case((2, 70), ("afd", mean), "x_t", sample_mask=torch.tensor([False, False]))
     yield case((2, 70), ("diffusionnft", {"weight_floor": 1.3}), "x_t", element_mask=torch.zeros(2, 70) > 0)
 
