@@ -17,17 +17,24 @@ Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the 
 Keys = Annotated[list[str] | None, typer.Argument(help="key=value overrides of the configuration", show_default=False)]
 
 
-def _run(config, out: Path | None, overwrite: bool, resume: bool, weights: Path | None = None) -> None:
-    from afd_fast import base_student, trainer
-    from afd_fast.report import console_table, write_report
-    from afd_fast.training import distributed
+def _system(config, weights: Path | None = None):
+    """The networks of a configuration; weights: of a toy student other than the shipped one."""
+    from afd_fast import base_student
     from afd_fast.training.state import toy_system
     from afd_fast.training.wan import wan_system
+
+    return toy_system(base_student.load(weights)) if config.student == "toy" else wan_system(config)
+
+
+def _run(config, out: Path | None, overwrite: bool, resume: bool, weights: Path | None = None) -> None:
+    from afd_fast import trainer
+    from afd_fast.report import console_table, write_report
+    from afd_fast.training import distributed
 
     out = out or Path("runs") / config.name
     with distributed.job() as ranks:
         screen = console if ranks.lead else Console(quiet=True)
-        system = toy_system(base_student.load(weights)) if config.student == "toy" else wan_system(config)
+        system = _system(config, weights)
         result = trainer.start(config, system, out, overwrite=overwrite, resume=resume, console=screen, ranks=ranks)
     if not ranks.lead:
         return
@@ -79,13 +86,29 @@ def demo(
 
 @app.command()
 def train(
-    recipe: str, overrides: Keys = None, out: Out = None, overwrite: Overwrite = False, resume: Resume = False
+    recipe: str,
+    overrides: Keys = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would run, how large it is and what the teacher would cost")
+    ] = False,
 ) -> None:
     """Train a named RECIPE (see `afd-fast recipes`) with key=value overrides."""
     from afd_fast import recipes
     from afd_fast.config import with_overrides
 
-    _run(with_overrides(recipes.get(recipe), overrides or []), out, overwrite, resume)
+    config = with_overrides(recipes.get(recipe), overrides or [])
+    if not dry_run:
+        return _run(config, out, overwrite, resume)
+    from afd_fast.config import to_dict
+    from afd_fast.trainer import facts
+
+    table = Table(show_header=False)
+    for key, value in (to_dict(config) | facts(config, _system(config))).items():
+        table.add_row(key, str(value))
+    console.print(table)
 
 
 @app.command(name="recipes")

@@ -29,8 +29,10 @@ from afd_fast.data import REFERENCE_SEEDS, TEACHER_ROW_SEEDS, collect
 from afd_fast.evaluation import clips as clip_judge
 from afd_fast.evaluation import physics as physics_judge
 from afd_fast.models.lora import merged_lora
+from afd_fast.teachers import api
 from afd_fast.training import checkpoint
 from afd_fast.training.distributed import Ranks
+from afd_fast.training.lora import trainable
 from afd_fast.training.state import System, generator, new_state
 from afd_fast.training.step import TrainingError, sample_policy, train_step
 from afd_fast.video_io import deliver
@@ -300,6 +302,28 @@ class Trainer:
         to8 = lambda x: (x * 255).round().to(torch.uint8).contiguous()
         clips = {"afd": to8(afd), "base": to8(base), "teacher": teacher.contiguous()}
         save_file(clips, self.out / "samples.safetensors", {"prompts": json.dumps(shown)})
+
+
+def facts(config: TrainConfig, system: System) -> dict[str, str]:
+    """What a run would be, without running it: sizes of the networks and of their trained part, and the teacher's cost."""
+    state, count = new_state(config, system), lambda parameters: sum(p.numel() for p in parameters)
+    millions = lambda module: (
+        f"{count(module.parameters()) / 1e6:.2f} M, {count(trainable(module).values()) / 1e6:.2f} M of them trained"
+    )
+    b = config.prompts_per_step * config.rollouts_per_prompt
+    said = {
+        "student parameters": millions(state.student),
+        "discriminator parameters": millions(state.discriminator),
+        "videos an iteration": f"{b} of {system.video[0]} frames, {system.video[1]}x{system.video[2]} pixels, {system.fps} fps",
+        "optimiser and average": f"{16 * count(trainable(state.student).values()) / 2**30:.2f} GiB",
+    }
+    if config.teacher.startswith("api:"):
+        teacher = api.from_file(config.teacher[4:], frames=system.video[0], size=system.video[1:], fps=system.fps)
+        left = teacher.missing([(p, seed) for p in teacher.prompts for seed in range(config.teacher_clips)])
+        said["teacher"] = (
+            f"{len(left)} videos to buy for {len(left) * teacher.api.usd_per_video:.2f} USD; {teacher.summary()}"
+        )
+    return said
 
 
 def start(

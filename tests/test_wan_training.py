@@ -96,3 +96,10 @@ def test_every_linear_of_a_block_is_adapted():
         if isinstance(m, torch.nn.Linear) and n.startswith("blocks.") and "lora" not in n
     ]
     assert len(linears) == len(lora_layers(student)) == 20
+
+
+def test_dry_run_says_sizes_and_writes_nothing(tmp_path, teacher):
+    process = command("train", "afd_table3", *TINY, teacher, "--dry-run", "--out", tmp_path / "run", cwd=tmp_path)
+    said = process.communicate()[0]
+    assert process.returncode == 0 and "of them trained" in said and "21 frames, 48x80 pixels, 16 fps" in said
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Nsight Systems over a short training run: benchmarks/profile.sh RECIPE key=value ...
+set -euo pipefail
+cd "$(dirname "$0")/.."
+nsys profile --trace cuda,nvtx,osrt --pytorch=autograd-nvtx --cuda-memory-usage true --force-overwrite true -o profile \
+    "${PYTHON:-python}" -m afd_fast train "$@" --out runs/profile --overwrite
+nsys stats --report nvtx_sum,cuda_gpu_kern_sum --timeunit ms profile.nsys-rep
