@@ -33,7 +33,7 @@ def read_manifest(folder: Path) -> list[tuple[str, str]]:
 class FolderTeacher:
     """Videos of a folder, brought to frames x size at fps. `seed` picks among a prompt's videos.
 
-    Every file is opened once at construction: unreadable or too short ones are left out and listed in
+    Every file is read once at construction, and not kept: unreadable or too short ones are left out and listed in
     `problems`; prompts without a usable video are gone. ConfigError when nothing is left.
     """
 
@@ -41,10 +41,12 @@ class FolderTeacher:
         folder = Path(folder)
         self.name, self.fps = f"folder:{folder}", fps
         self.problems: list[str] = []
-        self._videos: dict[str, list[Tensor]] = defaultdict(list)
+        self._fit = {"frames": frames, "size": size, "fps": fps}
+        self._videos: dict[str, list[Path]] = defaultdict(list)
         for prompt, file in read_manifest(folder):
             try:
-                self._videos[prompt].append(read_video(folder / file, frames=frames, size=size, fps=fps))
+                read_video(folder / file, **self._fit)
+                self._videos[prompt].append(folder / file)
             except VideoError as error:
                 self.problems.append(str(error))
         self.prompts = [p for p, videos in self._videos.items() if videos]
@@ -59,4 +61,4 @@ class FolderTeacher:
         videos = self._videos.get(prompt)
         if not videos:
             raise ConfigError(f"{self.name} has no video for {prompt!r}")
-        return videos[seed % len(videos)]
+        return read_video(videos[seed % len(videos)], **self._fit)
