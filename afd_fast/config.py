@@ -67,6 +67,7 @@ class TrainConfig:
     # bookkeeping
     eval_every: int = 50
     eval_rollouts: int = 16  # per held-out prompt
+    eval_batch: int | None = None  # of them at a time; None: all
     checkpoint_every: int = 50
     shuffle_rewards: bool = False  # the control: advantages permuted across the batch
 

@@ -33,7 +33,7 @@ def afd_table3() -> TrainConfig:
         teacher="folder:teacher", iterations=1000, teacher_clips=1, prompts_per_step=8, rollouts_per_prompt=4, shift=5.0,
         recipe="afd", v_old="self", beta=0.1, prior_weight=1e-4, adv_clip=5.0, global_std=True, t_sampling="uniform",
         student_lr=1e-5, lr_decay=False, weight_decay=1e-4, grad_norm=1.0, lora_rank=256, ema=0.99, chunked_update=True,
-        disc_lr=1e-5, instance_noise=0.0, r1=0.0, eval_rollouts=1,
+        disc_lr=1e-5, instance_noise=0.0, r1=0.0, eval_rollouts=1, eval_batch=4,
     )  # fmt: skip
 
 

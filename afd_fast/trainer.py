@@ -161,8 +161,12 @@ class Trainer:
     def student_clips(self, per_prompt: int) -> tuple[Tensor, list[str]]:
         """Held-out rollouts of the averaged student, with the same noise at every call."""
         prompts = self.data.held_out * per_prompt
-        latents = sample_policy(self.state, self.config, prompts, generator(0, 0, "evaluation"), average=True)
-        return deliver(self.state.system.decode(latents).cpu(), self.config.codec_crf), prompts
+        size, videos = self.config.eval_batch or len(prompts), []
+        for number, start in enumerate(range(0, len(prompts), size)):
+            rng = generator(0, 0, "evaluation", number)
+            latents = sample_policy(self.state, self.config, prompts[start : start + size], rng, average=True)
+            videos.append(deliver(self.state.system.decode(latents).cpu(), self.config.codec_crf))
+        return torch.cat(videos), prompts
 
     def evaluate(self) -> dict[str, float]:
         """The judge's scores on held-out prompts and, for the discriminator, accuracy there and agreement with the judge."""

@@ -19,7 +19,7 @@ from tests.test_trainer import command, same
 
 TINY = [
     "student=tiny", "discriminator=toy", "disc_width=8", "frames=6", "height=6", "width=10", "iterations=3", "prompts_per_step=2",
-    "rollouts_per_prompt=2", "disc_warmup=1", "lora_rank=4", "eval_every=3", "checkpoint_every=1",
+    "rollouts_per_prompt=2", "disc_warmup=1", "lora_rank=4", "eval_every=3", "checkpoint_every=1", "teacher_clips=1", "eval_rollouts=2", "eval_batch=1",
 ]  # fmt: skip
 
 
