@@ -11,6 +11,7 @@ import platform
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +39,10 @@ from afd_fast.training.step import TrainingError, sample_policy, train_step
 from afd_fast.video_io import deliver
 
 REFERENCE_CLIPS = 32  # teacher clips per held-out prompt behind the Frechet distance (physics only: they are free)
+WATCHED, PAIR_R = (
+    20,
+    (0.01, 0.65),
+)  # iterations, and the range of sigmoid(D(student) - D(teacher)) that is no reason to worry
 SAMPLE_PROMPTS, SAMPLES_PER_PROMPT = 8, 2  # shown in the report
 
 
@@ -135,6 +140,7 @@ class Trainer:
             console.print(f"[yellow]left out:[/] {problem}")
         self.state = new_state(config, system)
         self._stop = False
+        self._pair_r: deque[float] = deque(maxlen=WATCHED)
 
     def _track(self, items, description: str):
         task = self.progress.add_task(description, total=len(items), note="")
@@ -218,6 +224,7 @@ class Trainer:
                     self._check(metrics)
                     stop, last = self.ranks.any(self._stop), state.step == config.iterations
                     if lead:
+                        self._watch(metrics)
                         row = {"step": state.step - 1, "elapsed": time.perf_counter() - started, **metrics}
                         _append(self.out / "metrics.jsonl", row)
                         for key, value in metrics.items():
@@ -239,6 +246,23 @@ class Trainer:
                 writer.close()
             for s, handler in previous.items():
                 signal.signal(s, handler)
+
+    def _watch(self, metrics: dict) -> None:
+        """Say it when the discriminator gives no signal (Figure 5 of the paper), with the remedy."""
+        self._pair_r.append(metrics["pair_r"])
+        r = sum(self._pair_r) / len(self._pair_r)
+        if len(self._pair_r) < WATCHED or PAIR_R[0] <= r <= PAIR_R[1]:
+            return
+        what = (
+            "stale: raise disc_lr or disc_steps"
+            if r > PAIR_R[1]
+            else "overpowering: lower disc_lr, raise r1 or instance_noise"
+        )
+        self.console.print(
+            f"[yellow]iteration {self.state.step}:[/] sigmoid(D(student) - D(teacher)) has been {r:.3f} over {WATCHED} "
+            f"iterations; the discriminator is {what}"
+        )
+        self._pair_r.clear()
 
     def _ask_to_stop(self, *_):
         self._stop = True

@@ -166,6 +166,18 @@ def test_nan_stops_before_a_checkpoint_and_names_the_tensor(tmp_path, tiny_confi
 
 
 @pytest.mark.parametrize(
+    "r, remedy", [(0.9, "stale: raise disc_lr"), (0.001, "overpowering: lower disc_lr"), (0.3, None)]
+)
+def test_a_discriminator_without_signal_is_said_with_its_remedy(tmp_path, tiny_config, few_prompts, r, remedy):
+    console = Console(record=True, file=open(os.devnull, "w"), width=300)
+    run = Trainer(tiny_config, toy_system(base_student.load()), tmp_path, cache=tmp_path / "cache", console=console)
+    for _ in range(25):
+        run._watch({"pair_r": r})
+    said = console.export_text()
+    assert said.count("the discriminator is") == bool(remedy) and (remedy or "") in said
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
         (["demo", "studnet_lr=1"], "did you mean 'student_lr'"),

@@ -114,7 +114,8 @@ def discriminator_update(state: TrainState, config: TrainConfig, parts: list[tup
         loss, margin = discriminator_loss(state, config, *part)
         (loss / (len(parts) * ranks.world)).backward()
         rows.append({
-            "disc_loss": loss.item(), "margin": margin.mean().item(), "accuracy": (margin > 0).float().mean().item()
+            "disc_loss": loss.item(), "margin": margin.mean().item(), "accuracy": (margin > 0).float().mean().item(),
+            "pair_r": torch.sigmoid(-margin).mean().item(),
         })  # fmt: skip
     parameters = {f"discriminator.{name}": p for name, p in trainable(state.discriminator).items()}
     ranks.sum_gradients(parameters.values())
