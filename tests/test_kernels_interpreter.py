@@ -25,6 +25,11 @@ install()
 TENSORS = ["v_ptr", "x0_ptr", "old_ptr", "ref_ptr"]
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 def make(shape=(2, 5000), dtype=torch.float32, recipe="diffusionnft", source="noise", frames=1, seed=0, **change):
     """Inputs of the operators; the number of tiles differs from the number of samples."""
     g = torch.Generator().manual_seed(seed)
@@ -59,7 +64,7 @@ def check(i, scale=3.0, watch=True):
     report.check(read_once=tensors if watch else (), written_once=["grad_ptr"])
     for got in (found, both):
         torch.testing.assert_close(got[0], loss, rtol=2e-6, atol=0)
-        torch.testing.assert_close(got[1], totals, rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(got[1], totals, rtol=2e-6, atol=1e-6)  # the signal is a difference of terms near 1
         torch.testing.assert_close(got[2][:8], rows[:8], rtol=2e-6, atol=1e-7)
         torch.testing.assert_close(got[2][8:], found[2][8:], rtol=1e-6, atol=0)
     top = exact.abs().max().item()
