@@ -150,11 +150,10 @@ def rollout(
     seed: int = 0,
 ) -> None:
     """Generate a video for every prompt with a causal Wan student."""
-    import torch
     from rich.progress import Progress
 
     from afd_fast.config import ConfigError
-    from afd_fast.generate import generate, tiny
+    from afd_fast.generate import generate, load_networks
     from afd_fast.rollout import RolloutConfig
     from afd_fast.video_io import write_video
 
@@ -167,16 +166,8 @@ def rollout(
         raise ConfigError(f"{prompts} holds no prompt")
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
-    if config == "tiny":
-        (model, encode, decode), size = tiny(seed), {"height": 6, "width": 10}
-    else:
-        from afd_fast.models import load_student
-        from afd_fast.models.text import TextEncoder
-        from afd_fast.models.vae import WanDecoder
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, size = load_student(student, dtype=torch.bfloat16, device=device), {}
-        encode, decode = TextEncoder.from_pretrained(base), WanDecoder.from_pretrained(base)
+    model, encode, decode = load_networks(student or "tiny", base, seed)
+    size = {} if student else {"height": 6, "width": 10}
     with Progress(console=console) as progress:
         task = progress.add_task("chunks", total=None)
         stats = generate(

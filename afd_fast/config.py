@@ -21,9 +21,7 @@ class TrainConfig:
     seed: int = 0
     iterations: int = 300
     # data
-    teacher: str = (
-        "physics"  # "physics", "folder:PATH" (manifest.csv or manifest.jsonl) or "api:FILE" (docs/teachers.md)
-    )
+    teacher: str = "physics"  # or "folder:PATH" (with manifest.csv or manifest.jsonl), "api:FILE" (docs/teachers.md)
     teacher_clips: int = 4  # finished videos bought per prompt
     prompts_per_step: int = 12
     rollouts_per_prompt: int = 8  # K; with K = 1 every advantage is 0

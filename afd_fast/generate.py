@@ -179,6 +179,23 @@ class HashText:
         return rows
 
 
+def load_networks(student: str, base: str, seed: int = 0):
+    """(student, encode, decode) on the GPU where there is one: `tiny(seed)` for "tiny", else the checkpoint `student` in
+    bfloat16 with the text encoder and VAE of the diffusers repository `base`."""
+    if student == "tiny":
+        return tiny(seed)
+    from afd_fast.models import load_student
+    from afd_fast.models.text import TextEncoder
+    from afd_fast.models.vae import WanDecoder
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return (
+        load_student(student, dtype=torch.bfloat16, device=device),
+        TextEncoder.from_pretrained(base, device=device),
+        WanDecoder.from_pretrained(base, device=device),
+    )
+
+
 def tiny(seed: int = 0):
     """(student, encode, decode) with random weights, for trying the command without a GPU or a download.
 

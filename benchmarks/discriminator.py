@@ -10,7 +10,6 @@ Prompts are of different lengths (20 to 200 tokens); the text is words with made
 
 import argparse
 import contextlib
-import csv
 import re
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from afd_fast.models.video_reward import (
 )
 from afd_fast.models.video_reward_input import REWARD_TOKENS, VIDEO_TOKEN, to_patches
 from afd_fast.ops.attention import resolve_backend
-from benchmarks.rollout import CUDA, DEVICE, FIELDS, Rows
+from benchmarks.rollout import CUDA, DEVICE, Rows
 
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 
@@ -182,12 +181,7 @@ def main(argv=None):
     with b.plain_attention():
         add("train", "padded", lambda: b.train(b.padded), "train")
     if args.csv:
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows.rows)
+        rows.append_to(args.csv)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,15 @@ class Rows:
         rate = f"{row['tflop_s']} TFLOP/s" if row["tflop_s"] else f"{row['gb_s']} GB/s" if row["gb_s"] else ""
         print(f"{case:22s} {variant:18s} {shape:26s} {ms:10.3f} ms  {rate:16s} {note}", flush=True)
 
+    def append_to(self, path: Path) -> None:
+        """The rows at the end of a CSV file; the header first where the file is new."""
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerows(self.rows)
+
 
 def flops(c: CausalWanConfig, tokens: int, keys: int, batch: int = 1) -> float:
     """Matrix products of one cached forward: `tokens` queries over `keys` keys."""
@@ -236,12 +245,7 @@ def main(argv=None):
     for case in args.cases:
         getattr(bench, case)()
     if args.csv:
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows.rows)
+        rows.append_to(args.csv)
 
 
 if __name__ == "__main__":

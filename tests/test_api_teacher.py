@@ -171,16 +171,13 @@ def test_killed_processes_lose_nothing_and_pay_nothing_twice(provider, tmp_path)
     assert paid == [1] * calls and len(list(tmp_path.glob("*.mp4"))) == calls
 
 
+def description(provider) -> dict:
+    return dict(base_url=provider.base_url, model="m", usd_per_video=1, max_usd=9, prompts="p.txt", poll=0.01)
+
+
 def test_description_file(provider, tmp_path):
     file = tmp_path / "ark.json"
-    given = {
-        "base_url": provider.base_url,
-        "model": "m",
-        "usd_per_video": 1,
-        "max_usd": 9,
-        "prompts": "p.txt",
-        "poll": 0.01,
-    }
+    given = description(provider)
     (tmp_path / "p.txt").write_text("a red ball\n\na blue ball\n")
     file.write_text(json.dumps(given))
     asked = from_file(file, **FIT)
@@ -200,14 +197,7 @@ def test_description_file(provider, tmp_path):
 def test_training_on_an_api(provider, tmp_path):
     """What the trainer sees: refused prompts gone and listed, the rest split, through the door."""
     (tmp_path / "p.txt").write_text("\n".join(f"a ball {word}" for word in ("one", "two", "three", "refused later")))
-    given = {
-        "base_url": provider.base_url,
-        "model": "m",
-        "usd_per_video": 1,
-        "max_usd": 9,
-        "prompts": "p.txt",
-        "poll": 0.01,
-    }
+    given = description(provider)
     (tmp_path / "ark.json").write_text(json.dumps(given))
     config, ticks = TrainConfig(teacher=f"api:{tmp_path / 'ark.json'}", teacher_clips=2), []
     data = collect(

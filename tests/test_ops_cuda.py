@@ -5,6 +5,7 @@ import torch
 
 import afd_fast
 from afd_fast.reference.noise import normal_noise
+from tests.test_ops_nft import run, widened
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -17,20 +18,6 @@ def make(shape, dtype, seed=0):
     inputs["v"].requires_grad_()
     rest = lambda: torch.rand(shape[0], device="cuda", generator=g)
     return inputs | {"r": rest(), "t": 0.1 + 0.8 * rest()}
-
-
-def widened(inputs):
-    wide = {
-        k: x.detach().double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for k, x in inputs.items()
-    }
-    wide["v"].requires_grad_()
-    return wide
-
-
-def run(inputs, scale=1.0, **kwargs):
-    loss = afd_fast.nft_loss(**inputs | kwargs)
-    return loss.detach(), torch.autograd.grad(loss * scale, inputs["v"])[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

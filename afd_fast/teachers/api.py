@@ -2,7 +2,7 @@
 
 Every (prompt, seed) has a record on disk, written before anything that costs money: new -> creating -> created ->
 done, or refused, failed, lost. Creating is not idempotent: when its answer is lost, the task is found again in the
-provider's list by a seed that no other video has, and is never created a second time on suspicion.
+provider's list by a seed that no other video has; only when three looks do not find it is it created again.
 """
 
 import asyncio
@@ -94,6 +94,7 @@ class APITeacher:
         self._fit = {"frames": frames, "size": size, "fps": fps}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._records, self._later = self._read(), ""
+        self._whole: set[str] = set()  # videos whose checksum was seen to be right
 
     def _read(self) -> dict[str, dict]:
         return {p.stem: json.loads(p.read_text()) for p in self.folder.glob("*.json")}
@@ -125,7 +126,9 @@ class APITeacher:
         record, path = self._records.get(name), self.folder / f"{name}.mp4"
         if not record or record["state"] != "done" or not path.exists():
             return False
-        return hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"]
+        if name not in self._whole and hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"]:
+            self._whole.add(name)
+        return name in self._whole
 
     def missing(self, pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
         """The (prompt, seed) pairs that still have to be asked for or downloaded."""
@@ -341,7 +344,7 @@ class APITeacher:
                         file.write(answer.content)
                         file.flush()
                         os.fsync(file.fileno())
-                    await asyncio.to_thread(read_video, partial, **self._fit)  # decodes every frame
+                    await asyncio.to_thread(read_video, partial, **self._fit)  # decodes the frames that will be used
         except VideoError as error:
             partial.unlink(missing_ok=True)
             raise _Final("failed", f"its file is no usable video: {str(error).partition(': ')[2]}") from None

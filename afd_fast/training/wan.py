@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from afd_fast.config import ConfigError, TrainConfig
+from afd_fast.generate import load_networks
 from afd_fast.models.toy import ToyDiscriminator
 from afd_fast.training.state import System
 
@@ -24,19 +24,8 @@ def wan_system(config: TrainConfig) -> System:
             f"a Wan student makes whole chunks of latents of even size: frames={config.frames} chunk={config.chunk} "
             f"height={config.height} width={config.width} are not"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.student == "tiny":
-        from afd_fast.generate import tiny
-
-        student, encode, decode = tiny(config.seed)
-    else:
-        from afd_fast.models import load_student
-        from afd_fast.models.text import TextEncoder
-        from afd_fast.models.vae import WanDecoder
-
-        student = load_student(config.student, dtype=torch.bfloat16, device=device)
-        encode = TextEncoder.from_pretrained(config.wan_base, device=device)
-        decode = WanDecoder.from_pretrained(config.wan_base, device=device)
+    student, encode, decode = load_networks(config.student, config.wan_base, config.seed)
+    device = next(student.parameters()).device
     return System(
         student=student.requires_grad_(False),
         new_discriminator=lambda c: discriminator(c).to(device),
