@@ -11,15 +11,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from afd_fast.models.toy import ToyConfig, ToyStudent
+from afd_fast.teachers.physics import FRAMES
 from afd_fast.training import pretrain
 
 STEPS = 3000
+SHIPPED = {"toy": "base_student.safetensors", "toy_long": "base_student_long.safetensors"}
 
 
-def load(path: Path | None = None) -> ToyStudent:
-    """The shipped base student, or one that `make` or a run wrote."""
+def load(path: Path | None = None, *, name: str = "toy") -> ToyStudent:
+    """A shipped base student ("toy" of 12 frames, "toy_long" of 24), or one that `make` or a run wrote."""
     with (
-        as_file(files("afd_fast") / "assets" / "base_student.safetensors") as shipped,
+        as_file(files("afd_fast") / "assets" / SHIPPED[name]) as shipped,
         safe_open(path or shipped, "pt") as file,
     ):
         student = ToyStudent(ToyConfig(**json.loads(file.metadata()["config"])))
@@ -27,7 +29,7 @@ def load(path: Path | None = None) -> ToyStudent:
     return student
 
 
-def make(console: Console, out: Path, *, seed: int = 0) -> ToyStudent:
+def make(console: Console, out: Path, *, seed: int = 0, frames: int = FRAMES) -> ToyStudent:
     """Pretrain a base student from nothing; `out` gets the weights, with command, seed and loss as metadata."""
     losses: list[float] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -38,10 +40,10 @@ def make(console: Console, out: Path, *, seed: int = 0) -> ToyStudent:
             losses.append(loss)
             progress.update(task, completed=step, loss=loss)
 
-        student = pretrain.pretrain(STEPS, seed=seed, report=report)
+        student = pretrain.pretrain(STEPS, seed=seed, frames=frames, report=report)
     about = {
         "config": json.dumps(asdict(student.config)),
-        "command": f"afd-fast pretrain --seed {seed}",
+        "command": f"afd-fast pretrain --seed {seed} --frames {frames}",
         "seed": str(seed),
         "loss": f"{sum(losses[-200:]) / 200:.4f}",  # mean of the last 200 steps
     }

@@ -23,7 +23,9 @@ def _system(config, weights: Path | None = None):
     from afd_fast.training.state import toy_system
     from afd_fast.training.wan import wan_system
 
-    return toy_system(base_student.load(weights)) if config.student == "toy" else wan_system(config)
+    if config.student in base_student.SHIPPED:
+        return toy_system(base_student.load(weights, name=config.student))
+    return wan_system(config)
 
 
 def _run(config, out: Path | None, overwrite: bool, resume: bool, weights: Path | None = None) -> None:
@@ -39,7 +41,7 @@ def _run(config, out: Path | None, overwrite: bool, resume: bool, weights: Path 
     if not ranks.lead:
         return
     console.print(console_table(result))
-    last = result["rows"]["afd"]
+    last = result["rows"]["student"]
     if "reward_physics_correlation" in last:
         console.print(
             f"within prompts, discriminator score and physics score correlate at {last['reward_physics_correlation']:.2f}; "
@@ -124,14 +126,15 @@ def list_recipes() -> None:
 def pretrain(
     out: Annotated[Path, typer.Option(help="where the weights go")] = Path("base_student.safetensors"),
     seed: int = 0,
+    frames: Annotated[int, typer.Option(help="length of its clips; a multiple of 3")] = 12,
 ) -> None:
-    """Train the demo's base student from nothing: a few-step student of the wrong physics."""
+    """Train a base student of the embedded task from nothing: a few-step student of the wrong physics."""
     from afd_fast import base_student
     from afd_fast.config import ConfigError
 
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
-    base_student.make(console, out, seed=seed)
+    base_student.make(console, out, seed=seed, frames=frames)
 
 
 @app.command()

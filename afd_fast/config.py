@@ -10,14 +10,23 @@ class ConfigError(ValueError):
     """A configuration the user has to change; the message says how."""
 
 
+CHOICES = {
+    "method": ("afd", "sft", "gan", "dmd", "rejection"),
+    "v_old": ("ema", "self"),
+    "t_sampling": ("grid", "uniform"),
+    "disc_loss": ("bt", "gan"),
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """AFD on one device (Algorithm 1). Defaults are the demo's; `afd_fast.recipes` holds the named runs.
+    """A run of AFD (Algorithm 1) or of a baseline. Defaults are the demo's; `afd_fast.recipes` holds the named runs.
 
     Units: learning rates per step, `steps` in 0..1000, `ema` and `beta` in 0..1.
     """
 
     name: str = "demo"
+    method: str = "afd"  # or a baseline of afd_fast/training/baselines.py: "sft", "gan", "dmd", "rejection"
     seed: int = 0
     iterations: int = 300
     # data
@@ -55,6 +64,7 @@ class TrainConfig:
     lora_rank: int = 16
     ema: float = 0.9
     # discriminator
+    disc_loss: str = "bt"  # "bt": Bradley-Terry (Eq. 1); "gan": the binary loss of the ablation
     disc_lr: float = 2e-4
     disc_steps: int = 1  # per iteration
     disc_warmup: int = 20  # discriminator-only iterations before the first student update
@@ -70,10 +80,10 @@ class TrainConfig:
     shuffle_rewards: bool = False  # the control: advantages permuted across the batch
 
     def __post_init__(self):
-        if self.v_old not in ("ema", "self"):
-            raise ConfigError(f'v_old must be "ema" or "self", got {self.v_old!r}')
-        if self.t_sampling not in ("grid", "uniform"):
-            raise ConfigError(f't_sampling must be "grid" or "uniform", got {self.t_sampling!r}')
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = " or ".join(f'"{choice}"' for choice in choices)
+                raise ConfigError(f"{name} must be {known}, got {getattr(self, name)!r}")
         if self.rollouts_per_prompt < 2:
             raise ConfigError("rollouts_per_prompt must be at least 2: a single rollout has advantage 0")
         if self.prompts_per_step % max(1, self.shards):

@@ -76,7 +76,7 @@ def open_teacher(
     """ "physics", "folder:PATH" or "api:FILE" -> (teacher, training prompts, held-out prompts, problems)."""
     spec = config.teacher
     if spec == "physics":
-        return CachedTeacher(physics.PhysicsTeacher(), cache), *physics.split_prompts(), []
+        return CachedTeacher(physics.PhysicsTeacher(system.video[0]), cache), *physics.split_prompts(), []
     kind, _, path = spec.partition(":")
     if kind not in ("folder", "api") or not path:
         raise ConfigError(f'teacher must be "physics" or "folder:PATH" or "api:FILE", got {spec!r}')

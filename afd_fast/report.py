@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -20,8 +21,11 @@ from afd_fast.trainer import read_rows
 from afd_fast.video_io import write_video
 
 ZOOM, GAP = 10, 8  # px
-COLORS = {"base": "#8a8f98", "afd": "#2563eb", "teacher": "#16a34a"}
-NAMES = {"base": "base student", "afd": "AFD", "teacher": "teacher"}
+COLORS = {"base": "#8a8f98", "student": "#2563eb", "teacher": "#16a34a"}
+METHODS = {"afd": "AFD", "sft": "SFT", "gan": "GAN", "dmd": "score-free DMD", "rejection": "rejection sampling"}
+PANELS = {
+    "reward": "reward D(rollout)", "margin": "margin D(teacher) − D(student)", "accuracy": "pair accuracy of D",
+}  # fmt: skip
 # score -> (label, what is better: "low", "high" or "teacher")
 SCORES = {
     "residual_px": ("physics residual, px", "low"),
@@ -44,22 +48,22 @@ SCORES = {
 
 
 def table_rows(result: dict) -> list[dict]:
-    """The comparison: one row a score with base, AFD, teacher, the change and whether it is for the better."""
-    base, afd, teacher = (result["rows"][k] for k in ("base", "afd", "teacher"))
+    """The comparison: one row a score with base, trained student, teacher, the change and whether it is for the better."""
+    base, student, teacher = (result["rows"][k] for k in ("base", "student", "teacher"))
     rows = []
     for key, (label, better) in SCORES.items():
         if key not in base:
             continue
-        change = afd[key] - base[key]
+        change = student[key] - base[key]
         gain = {
             "low": -change,
             "high": change,
-            "teacher": abs(base[key] - teacher[key]) - abs(afd[key] - teacher[key]),
+            "teacher": abs(base[key] - teacher[key]) - abs(student[key] - teacher[key]),
         }[better]
         percent = f" ({100 * change / base[key]:+.0f} %)" if better == "low" and base[key] else ""
         rows.append(
             {
-                "key": key, "label": label, "base": f"{base[key]:.3f}", "afd": f"{afd[key]:.3f}",
+                "key": key, "label": label, "base": f"{base[key]:.3f}", "student": f"{student[key]:.3f}",
                 "teacher": f"{teacher[key]:.3f}", "change": f"{change:+.3f}{percent}", "better": gain > 0,
             }
         )  # fmt: skip
@@ -70,11 +74,12 @@ def console_table(result: dict) -> Table:
     """`table_rows` for the terminal."""
     table = Table(title=f"held-out prompts, {result['clips_judged']} clips a row", title_justify="left")
     table.add_column("score")
-    for name in ("base", "AFD", "teacher", "AFD - base"):
+    method = METHODS[result["config"]["method"]]
+    for name in ("base", method, "teacher", f"{method} - base"):
         table.add_column(name, justify="right")
     for row in table_rows(result):
         color = "green" if row["better"] else "red"
-        table.add_row(row["label"], row["base"], row["afd"], row["teacher"], f"[{color}]{row['change']}[/]")
+        table.add_row(row["label"], row["base"], row["student"], row["teacher"], f"[{color}]{row['change']}[/]")
     return table
 
 
@@ -97,29 +102,28 @@ def _smooth(values: list[float], window: int = 9) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(values))]
 
 
-def curves(metrics: list[dict], evaluations: list[dict], teacher: dict) -> str:
-    """Reward, margin, accuracy and the judge's scores over the run, as SVG."""
+def curves(metrics: list[dict], evaluations: list[dict], teacher: dict, method: str) -> str:
+    """Reward, margin and accuracy of D (without one, the loss) and the judge's scores over the run, as SVG."""
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.2), layout="constrained")
     steps = [m["step"] + 1 for m in metrics]
-    for axis, key, title in zip(
-        axes[0],
-        ("reward", "margin", "accuracy"),
-        ("reward D(rollout)", "margin D(teacher) − D(student)", "pair accuracy of D"),
-    ):
-        values = [m[key] for m in metrics]
-        axis.plot(steps, values, color=COLORS["afd"], alpha=0.25, lw=0.8)
-        axis.plot(steps, _smooth(values), color=COLORS["afd"], lw=1.6, label="training")
+    panels = list(PANELS.items()) if "margin" in metrics[-1] else [("loss", "training loss")]
+    for axis in axes[0, len(panels) :]:
+        axis.set_axis_off()
+    for axis, (key, title) in zip(axes[0], panels):
+        values = [m.get(key, math.nan) for m in metrics]
+        axis.plot(steps, values, color=COLORS["student"], alpha=0.25, lw=0.8)
+        axis.plot(steps, _smooth(values), color=COLORS["student"], lw=1.6, label="training")
         _style(axis, title)
     at = [e["step"] for e in evaluations]
-    axes[0, 2].plot(
-        at, [e["held_out_accuracy"] for e in evaluations], "o--", color="#d97706", ms=4, lw=1, label="held-out prompts"
-    )
-    axes[0, 2].axhline(0.5, color="#999", lw=0.8, ls=":")
-    axes[0, 2].legend(fontsize=8, frameon=False)
+    if "held_out_accuracy" in evaluations[-1]:
+        held_out = [e["held_out_accuracy"] for e in evaluations]
+        axes[0, 2].plot(at, held_out, "o--", color="#d97706", ms=4, lw=1, label="held-out prompts")
+        axes[0, 2].axhline(0.5, color="#999", lw=0.8, ls=":")
+        axes[0, 2].legend(fontsize=8, frameon=False)
     judged = "residual_px" in teacher
     keys = ("residual_px", "frechet", "general") if judged else ("dynamic", "frechet", "contrast")
     for axis, key in zip(axes[1], keys):
-        axis.plot(at, [e[key] for e in evaluations], "o-", color=COLORS["afd"], ms=4, lw=1.6, label="AFD")
+        axis.plot(at, [e[key] for e in evaluations], "o-", color=COLORS["student"], ms=4, lw=1.6, label=METHODS[method])
         axis.axhline(evaluations[0][key], color=COLORS["base"], lw=1, ls="--", label="base")
         axis.axhline(teacher[key], color=COLORS["teacher"], lw=1, ls="--", label="teacher")
         _style(axis, SCORES[key][0].split(" (")[0])
@@ -127,13 +131,13 @@ def curves(metrics: list[dict], evaluations: list[dict], teacher: dict) -> str:
     return _svg(figure)
 
 
-def height_tracks(clips: dict[str, Tensor]) -> str:
+def height_tracks(clips: dict[str, Tensor], method: str) -> str:
     """The ball's height over time in every sample clip, as SVG."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 2.6), sharey=True, layout="constrained")
     for axis, (name, video) in zip(axes, clips.items()):
         heights = track(video.flatten(0, 1).numpy() / 255)[0][..., 1]
         axis.plot(heights.T, color=COLORS[name], lw=1, alpha=0.7)
-        _style(axis, NAMES[name], "frame")
+        _style(axis, {"base": "base student", "student": METHODS[method]}.get(name, name), "frame")
     axes[0].set_ylabel("height", fontsize=8)
     return _svg(figure)
 
@@ -153,15 +157,15 @@ def write_report(run: Path) -> Path:
     result = json.loads((run / "result.json").read_text())
     with safe_open(run / "samples.safetensors", "pt") as file:
         prompts = json.loads(file.metadata()["prompts"])
-        clips = {name: file.get_tensor(name) for name in ("base", "afd", "teacher")}  # [n, P, 3, F, H, W]
+        clips = {name: file.get_tensor(name) for name in ("base", "student", "teacher")}  # [n, P, 3, F, H, W]
     metrics, evaluations = read_rows(run / "metrics.jsonl"), read_rows(run / "evaluations.jsonl")
     phases = [k for k in metrics[-1] if k.startswith("seconds/")]
     total = {k.removeprefix("seconds/"): sum(m.get(k, 0) for m in metrics) for k in phases}
-    judged = "residual_px" in result["rows"]["teacher"]
+    judged, method = "residual_px" in result["rows"]["teacher"], result["config"]["method"]
     videos = [
         {
             "prompt": prompt,
-            "strips": [side_by_side([clips[n][i, p] for n in clips], fps=6) for i in range(len(clips["afd"]))],
+            "strips": [side_by_side([clips[n][i, p] for n in clips], fps=6) for i in range(len(clips["student"]))],
         }
         for p, prompt in enumerate(prompts)
     ]
@@ -169,8 +173,9 @@ def write_report(run: Path) -> Path:
         "report.html"
     )
     html = template.render(
-        result=result, rows=table_rows(result), videos=videos, curves=curves(metrics, evaluations, result["rows"]["teacher"]),
-        tracks=height_tracks(clips) if judged else None, seconds=total, last=evaluations[-1], judged=judged,
+        result=result, rows=table_rows(result), videos=videos, curves=curves(metrics, evaluations, result["rows"]["teacher"], method),
+        tracks=height_tracks(clips, method) if judged else None, seconds=total, last=evaluations[-1], judged=judged,
+        method=METHODS[method],
     )  # fmt: skip
     path = run / "report.html"
     path.write_text(html)

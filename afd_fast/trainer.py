@@ -31,11 +31,11 @@ from afd_fast.evaluation import clips as clip_judge
 from afd_fast.evaluation import physics as physics_judge
 from afd_fast.models.lora import merged_lora
 from afd_fast.teachers import api
-from afd_fast.training import checkpoint
+from afd_fast.training import baselines, checkpoint
 from afd_fast.training.distributed import Ranks
 from afd_fast.training.lora import trainable
 from afd_fast.training.state import System, generator, new_state
-from afd_fast.training.step import TrainingError, sample_policy, train_step
+from afd_fast.training.step import TrainingError, sample_policy
 from afd_fast.video_io import deliver
 
 REFERENCE_CLIPS = 32  # teacher clips per held-out prompt behind the Frechet distance (physics only: they are free)
@@ -43,6 +43,7 @@ WATCHED, PAIR_R = (
     20,
     (0.01, 0.65),
 )  # iterations, and the range of sigmoid(D(student) - D(teacher)) that is no reason to worry
+NOTED = ("loss", "reward", "margin", "accuracy")  # beside the progress bar
 SAMPLE_PROMPTS, SAMPLES_PER_PROMPT = 8, 2  # shown in the report
 
 
@@ -178,6 +179,8 @@ class Trainer:
         """The judge's scores on held-out prompts and, for the discriminator, accuracy there and agreement with the judge."""
         clips, prompts = self.student_clips(self.config.eval_rollouts)
         row = {"step": self.state.step, **self.judge(clips, prompts)}
+        if self.config.method == "sft":  # has no use for a discriminator
+            return row
         teacher = (
             torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for i, p in enumerate(prompts)]).float()
             / 255
@@ -220,7 +223,7 @@ class Trainer:
                     self._record_evaluation(writer)
                 while state.step < config.iterations:
                     batch = self.data.batch(config, state.step, self.shards)
-                    metrics = train_step(state, config, batch, self.ranks)
+                    metrics = baselines.STEPS[config.method](state, config, batch, self.ranks)
                     self._check(metrics)
                     stop, last = self.ranks.any(self._stop), state.step == config.iterations
                     if lead:
@@ -229,7 +232,7 @@ class Trainer:
                         _append(self.out / "metrics.jsonl", row)
                         for key, value in metrics.items():
                             writer.add_scalar(key if "/" in key else f"train/{key}", value, state.step)
-                        note = " ".join(f"{k} {metrics[k]:.2f}" for k in ("reward", "margin", "accuracy"))
+                        note = " ".join(f"{k} {metrics[k]:.2f}" for k in NOTED if k in metrics)
                         self.progress.update(task, completed=state.step, note=note)
                         if on_step:
                             on_step(row)
@@ -249,6 +252,8 @@ class Trainer:
 
     def _watch(self, metrics: dict) -> None:
         """Say it when the discriminator gives no signal (Figure 5 of the paper), with the remedy."""
+        if "pair_r" not in metrics:
+            return
         self._pair_r.append(metrics["pair_r"])
         r = sum(self._pair_r) / len(self._pair_r)
         if len(self._pair_r) < WATCHED or PAIR_R[0] <= r <= PAIR_R[1]:
@@ -283,7 +288,9 @@ class Trainer:
                 writer.add_scalar(f"held_out/{key}", value, row["step"])
         keys = ("residual_px", "frechet", "general") if self.data.judged else ("dynamic", "frechet")
         shown = ", ".join(f"{k} {row[k]:.3f}" for k in keys)
-        self.console.print(f"iteration {row['step']:4d}: {shown}, held-out accuracy {row['held_out_accuracy']:.2f}")
+        if "held_out_accuracy" in row:
+            shown += f", held-out accuracy {row['held_out_accuracy']:.2f}"
+        self.console.print(f"iteration {row['step']:4d}: {shown}")
 
     def _finish(self, seconds: float) -> dict:
         """Judge the final student and the teacher, keep samples, weights and the result."""
@@ -293,7 +300,7 @@ class Trainer:
         teacher = self.data.clips(held * count, seeds) if self.data.judged else self.reference
         teacher_row = self.judge(teacher, held * count if self.data.judged else [])
         result = {
-            "rows": {"base": evaluations[0], "afd": evaluations[-1], "teacher": teacher_row},
+            "rows": {"base": evaluations[0], "student": evaluations[-1], "teacher": teacher_row},
             "prompts": {"train": len(self.data.train_prompts), "held_out": len(held)},
             "clips_judged": len(held) * count,
             "problems": self.data.problems,
@@ -315,11 +322,11 @@ class Trainer:
         return result
 
     def _save_samples(self) -> None:
-        """Clips of the first held-out prompts: AFD, and the base student from the same noise, and the teacher."""
+        """Clips of the first held-out prompts: base student, the trained one from the same noise, and the teacher."""
         count = SAMPLES_PER_PROMPT
         shown = self.data.held_out[:SAMPLE_PROMPTS]
         pick = lambda clips: clips.view(count, len(self.data.held_out), *clips.shape[1:])[:, : len(shown)]
-        afd = pick(self.student_clips(count)[0])
+        student = pick(self.student_clips(count)[0])
         trained = self.state.ema.shadow
         self.state.ema.shadow = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in trained.items()}
         base = pick(self.student_clips(count)[0])
@@ -328,7 +335,7 @@ class Trainer:
             [torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for p in shown]) for i in range(count)]
         )
         to8 = lambda x: (x * 255).round().to(torch.uint8).contiguous()
-        clips = {"afd": to8(afd), "base": to8(base), "teacher": teacher.contiguous()}
+        clips = {"base": to8(base), "student": to8(student), "teacher": teacher.contiguous()}
         save_file(clips, self.out / "samples.safetensors", {"prompts": json.dumps(shown)})
 
 

@@ -132,9 +132,9 @@ def test_run_on_physics_writes_everything(tmp_path, tiny_config, few_prompts):
     torch.manual_seed(0)
     result = trainer.start(tiny_config, toy_system(base_student.load()), tmp_path / "run", console=QUIET)
     run = tmp_path / "run"
-    assert set(result["rows"]) == {"base", "afd", "teacher"}
+    assert set(result["rows"]) == {"base", "student", "teacher"}
     assert result["rows"]["teacher"]["residual_px"] < 0.2 < result["rows"]["base"]["residual_px"]
-    assert -1 <= result["rows"]["afd"]["reward_physics_correlation"] <= 1
+    assert -1 <= result["rows"]["student"]["reward_physics_correlation"] <= 1
     assert [r["step"] for r in trainer.read_rows(run / "metrics.jsonl")] == [0, 1, 2, 3]
     assert [r["step"] for r in trainer.read_rows(run / "evaluations.jsonl")] == [0, 2, 4]
     assert list((run / "tensorboard").iterdir())

@@ -1,4 +1,4 @@
-"""Wan's VAE decoder, several latent frames and samples a call: latents to pixels, at once or as they arrive.
+"""Wan's VAE: the decoder, several latent frames and samples a call: latents to pixels, at once or as they arrive.
 
 The weights and arithmetic are diffusers' AutoencoderKLWan. Its own `decode` runs one latent frame at a time; a
 causal convolution with its cache of the last two frames is the same function for any split in which frame 0
@@ -44,8 +44,17 @@ class WanDecoder:
         return DecoderStream(self)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, F, H, W], as the student makes them, to pixels [B, 3, 4 F - 3, 8 H, 8 W] in [0, 1], float32."""
+        """Latents [B, C, F, H, W], as the student makes them, to pixels [B, 3, 4 F - 3, 8 H, 8 W] in [0, 1], float32.
+        Differentiable in the latents."""
         return self.stream()(latents)
+
+    @torch.no_grad()
+    def encode(self, videos: Tensor) -> Tensor:
+        """Pixels [B, 3, 4 F - 3, 8 H, 8 W] in [0, 1] to the latents [B, C, F, H, W] the student works in, float32: the
+        mode of the posterior, normalised."""
+        weight = next(self.vae.parameters())
+        latents = self.vae.encode((videos * 2 - 1).to(weight.device, weight.dtype)).latent_dist.mode().float()
+        return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
 
 
 class DecoderStream:
@@ -58,7 +67,6 @@ class DecoderStream:
         self.shape = None
         self.frames = 0
 
-    @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """Pixels in [0, 1] of these latent frames. Raises ValueError when the batch or size changes."""
         vae = self.decoder.vae

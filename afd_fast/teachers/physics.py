@@ -126,7 +126,7 @@ def render(centres: np.ndarray, radius: float, color, size: int = SIZE) -> np.nd
     return ((BACKGROUND + cover * (rgb - BACKGROUND)) * 255 + 0.5).astype(np.uint8)
 
 
-def sample_clips(prompts, rng: np.random.Generator, gravity=None, elasticity=None) -> Tensor:
+def sample_clips(prompts, rng: np.random.Generator, gravity=None, elasticity=None, frames=FRAMES) -> Tensor:
     """One clip per prompt -> uint8 [B, 3, F, H, W].
 
     gravity: (low, high) to draw from; elasticity: the same for each bounce word. None is the true world.
@@ -137,16 +137,20 @@ def sample_clips(prompts, rng: np.random.Generator, gravity=None, elasticity=Non
         state = initial_state(scene, rng)
         g = GRAVITY if gravity is None else rng.uniform(*gravity)
         e = scene.elasticity if elasticity is None else rng.uniform(*elasticity[scene.bounce])
-        clips.append(render(simulate(scene.radius, state, g, e), scene.radius, COLORS[scene.color]))
+        clips.append(render(simulate(scene.radius, state, g, e, frames), scene.radius, COLORS[scene.color]))
     return torch.from_numpy(np.stack(clips))
 
 
 class PhysicsTeacher:
-    """Prompt and seed -> [3, F, H, W] float in [0, 1], nothing else."""
+    """Prompt and seed -> [3, F, H, W] float in [0, 1], nothing else. A longer clip starts as the shorter one does."""
 
-    name = "physics-1"  # part of the cache key: change it with anything that changes a pixel
     fps = FPS
+
+    def __init__(self, frames: int = FRAMES):
+        self.frames = frames
+        # part of the cache key: change it with anything that changes a pixel
+        self.name = "physics-1" if frames == FRAMES else f"physics-1-{frames}"
 
     def __call__(self, prompt: str, seed: int) -> Tensor:
         rng = np.random.default_rng([seed, *prompt.encode()])  # one seed must not give every prompt the same start
-        return sample_clips([prompt], rng)[0].float() / 255
+        return sample_clips([prompt], rng, frames=self.frames)[0].float() / 255

@@ -9,28 +9,29 @@ import torch
 
 from afd_fast.models.toy import ToyConfig, ToyStudent, encode_video, tokenize
 from afd_fast.reference.flow import forward_noise, x0_from_velocity
-from afd_fast.teachers.physics import all_prompts, sample_clips
+from afd_fast.teachers.physics import FRAMES, all_prompts, sample_clips
 
 WRONG_GRAVITY = (0.3, 3.3)  # the truth is 3.0
 WRONG_ELASTICITY = {"low": (0.0, 0.385), "high": (0.0, 0.825)}  # the truth is 0.6 and 0.8
 Report = Callable[[int, int, float], None]  # step, of, loss
 
 
-def wrong_world_clips(count: int, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
+def wrong_world_clips(count: int, seed: int = 0, frames: int = FRAMES) -> tuple[torch.Tensor, list[str]]:
     """uint8 clips [count, 3, F, H, W] of the wrong world and their prompts."""
     rng = np.random.default_rng(seed)
     prompts = [all_prompts()[i] for i in rng.integers(0, len(all_prompts()), count)]
-    return sample_clips(prompts, rng, WRONG_GRAVITY, WRONG_ELASTICITY), prompts
+    return sample_clips(prompts, rng, WRONG_GRAVITY, WRONG_ELASTICITY, frames), prompts
 
 
 def pretrain(
-    steps: int, *, seed: int = 0, clips: int = 16000, batch: int = 64, lr: float = 2e-3, report: Report
-) -> ToyStudent:
+    steps: int, *, seed: int = 0, frames: int = FRAMES, clips: int = 16000, batch: int = 64, lr: float = 2e-3,
+    report: Report,
+) -> ToyStudent:  # fmt: skip
     """A many-step student of the wrong world (EMA weights)."""
     torch.manual_seed(seed)
-    data, prompts = wrong_world_clips(clips, seed)
+    data, prompts = wrong_world_clips(clips, seed, frames)
     ids = tokenize(prompts)
-    model = ToyStudent(ToyConfig())
+    model = ToyStudent(ToyConfig(frames=frames))
     average = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-2)
     for step in range(steps):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from afd_fast.config import TrainConfig
-from afd_fast.models.toy import ToyDiscriminator, ToyStudent, decode_video, tokenize
+from afd_fast.models.toy import ToyDiscriminator, ToyStudent, decode_video, encode_video, tokenize
 from afd_fast.reference.advantage import PerPromptStatTracker
 from afd_fast.teachers import physics
 from afd_fast.training.lora import add_lora, trainable
@@ -33,7 +33,8 @@ class System:
     student: nn.Module  # the call surface of CausalWan
     new_discriminator: Callable[[TrainConfig], nn.Module]  # with score(videos, prompts) -> [B]
     encode: Callable[[list[str]], Any]  # prompts -> what student.encode_text takes
-    decode: Callable[[Tensor], Tensor]  # latents [B, C, F, H, W] -> pixels in [0, 1]
+    decode: Callable[[Tensor], Tensor]  # latents [B, C, F, H, W] -> pixels in [0, 1]; differentiable
+    encode_video: Callable[[Tensor], Tensor]  # pixels -> latents
     shape: tuple[int, int, int, int]  # C, F, H, W of the latents
     chunk: int  # latent frames generated together
     video: tuple[int, int, int]  # F, H, W of the pixels
@@ -50,6 +51,7 @@ def toy_system(student: ToyStudent) -> System:
         new_discriminator=lambda config: ToyDiscriminator(c, config.disc_width),
         encode=lambda prompts: tokenize(prompts, c.text_len),
         decode=decode_video,
+        encode_video=encode_video,
         shape=(3, c.frames, c.height, c.width),
         chunk=c.chunk,
         video=(c.frames, c.height, c.width),

@@ -22,7 +22,7 @@ from afd_fast.config import TrainConfig
 from afd_fast.data import Shard
 from afd_fast.models.lora import merged_lora
 from afd_fast.reference.advantage import reward_to_r
-from afd_fast.reference.adversarial import approximate_gradient_penalty
+from afd_fast.reference.adversarial import approximate_gradient_penalty, gan_loss
 from afd_fast.reference.nft import NFTRecipe, NFTStats, nft_recipe
 from afd_fast.rollout import RolloutConfig, rollout, step_table
 from afd_fast.training.distributed import Ranks
@@ -65,7 +65,10 @@ def clip_gradients(named: dict[str, torch.nn.Parameter], max_norm: float, step: 
 
 
 def loss_recipe(config: TrainConfig, step: int = 0) -> NFTRecipe:
-    """The loss a configuration names, at iteration `step`: with ref_every = n the prior is there every n-th time, n-fold."""
+    """The loss a configuration names, at iteration `step`: with ref_every = n the prior is there every n-th time, n-fold.
+    Methods that regress on chosen videos have no policy loss: r = 1 and beta = 1 make it |v_theta - (eps - x0)|^2."""
+    if config.method in ("sft", "rejection"):
+        return nft_recipe("afd", beta=1.0, ref_coef=0.0, sample_reduction="mean", batch_reduction="mean")
     weight = config.prior_weight * config.ref_every if step % config.ref_every == 0 else 0.0
     return nft_recipe(config.recipe, beta=config.beta, ref_coef=weight, adv_clip=config.adv_clip)
 
@@ -92,14 +95,15 @@ def sample_policy(
 def discriminator_loss(
     state: TrainState, config: TrainConfig, teacher: Tensor, student: Tensor, prompts: list[str], rng
 ) -> tuple[Tensor, Tensor]:
-    """Bradley-Terry (Eq. 1) on paired videos [b, 3, F, H, W] in [0, 1], with instance noise and R1 / R2: the loss, and
-    the margins [b]."""
+    """Bradley-Terry (Eq. 1), or the binary loss of the ablation, on paired videos [b, 3, F, H, W] in [0, 1], with
+    instance noise and R1 / R2: the loss, and the margins [b]."""
     draw = lambda x: torch.randn(x.shape, generator=rng).to(x.device)
     noisy = lambda x, scale: x + scale / 2 * draw(x) if scale else x  # scale is for the [-1, 1] range
     both = torch.cat([noisy(teacher, config.instance_noise), noisy(student, config.instance_noise)])
     scores = state.discriminator.score(both, prompts * 2)
     of_teacher, of_student = scores.chunk(2)
-    loss = ops.bt_loss(of_teacher, of_student)
+    loss = ops.bt_loss if config.disc_loss == "bt" else gan_loss
+    loss = loss(of_teacher, of_student)
     if config.r1:
         shaken = state.discriminator.score(noisy(both, PENALTY_SIGMA), prompts * 2)
         loss = loss + 2 * config.r1 * approximate_gradient_penalty(scores, shaken, PENALTY_SIGMA)
@@ -193,24 +197,34 @@ def student_update(state: TrainState, config: TrainConfig, parts: list[tuple], r
             ratio = (stats.v_norm / stats.v_ref_norm).mean().item()
             row |= {"prior_loss": stats.prior_loss.item(), "velocity_norm_ratio": ratio}
         rows.append(row)
+    return average_rows(rows) | {"grad_norm": optimise(state, config, ranks)}
+
+
+def optimise(state: TrainState, config: TrainConfig, ranks: Ranks) -> float:
+    """The student's optimiser and EMA step on what all ranks have in `.grad`; returns the gradient's norm."""
     parameters = trainable(state.student)
     ranks.sum_gradients(parameters.values())
     grad_norm = clip_gradients(parameters, config.grad_norm, state.step)
     state.optimizer.step()
     state.ema.update(state.student)
-    return average_rows(rows) | {"grad_norm": grad_norm}
+    return grad_norm
 
 
-def train_step(state: TrainState, config: TrainConfig, shards: list[Shard], ranks: Ranks = Ranks()) -> dict[str, float]:
-    """One iteration on this rank's shards. Returns metrics, averaged over all ranks."""
-    seconds: dict[str, float] = {}
-    rng = lambda purpose, shard=0: generator(config.seed, state.step, purpose, shard)
-    learning_student = state.step >= config.disc_warmup
+def set_learning_rate(state: TrainState, config: TrainConfig) -> bool:
+    """The student's learning rate of this iteration; returns whether it is past the discriminator's warm-up."""
     for group in state.optimizer.param_groups:
         done = (state.step - config.disc_warmup) / max(1, config.iterations - config.disc_warmup)
         cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
         group["lr"] = config.student_lr * (cosine if config.lr_decay else 1.0)
+    return state.step >= config.disc_warmup
 
+
+def on_policy(
+    state: TrainState, config: TrainConfig, shards: list[Shard], ranks: Ranks, seconds: dict
+) -> tuple[list[Tensor], list[Tensor], dict]:
+    """Rollouts, the discriminator's update on them, and its scores after it: ([b, C, F, H, W], [b]) for every shard,
+    and metrics."""
+    rng = lambda purpose, shard: generator(config.seed, state.step, purpose, shard)
     lagged = config.v_old == "ema"
     with phase("rollout", seconds):
         x0 = [sample_policy(state, config, s.prompts, rng("rollout", s.index), average=lagged) for s in shards]
@@ -222,25 +236,41 @@ def train_step(state: TrainState, config: TrainConfig, shards: list[Shard], rank
         pairs = [(s.teacher.to(home), video, s.prompts, noise) for s, video, noise in zip(shards, videos, noises)]
         for _ in range(config.disc_steps):
             metrics = discriminator_update(state, config, pairs, ranks)
-    with phase("score", seconds):
-        with torch.no_grad():
-            scores = torch.cat([state.discriminator.score(v, s.prompts) for s, v in zip(shards, videos)])
-        prompts, rewards = ranks.gather([p for s in shards for p in s.prompts], scores)  # [B]
-        state.tracker.clear()  # every iteration is an epoch of its own
-        advantages = state.tracker.update(prompts, rewards).float()
-        if config.shuffle_rewards:
-            advantages = advantages[torch.randperm(len(advantages), generator=rng("shuffle"))]
-        r = reward_to_r(advantages, clip=config.adv_clip)
-        within = rewards.view(-1, config.rollouts_per_prompt)
-        metrics |= {
-            "reward": rewards.mean().item(),
-            "reward_std_in_prompt": within.std(1, unbiased=False).mean().item(),
-            "r_std": r.std().item(),
-        }
+    with phase("score", seconds), torch.no_grad():
+        scores = [state.discriminator.score(v, s.prompts) for s, v in zip(shards, videos)]
+    return x0, scores, metrics
+
+
+def optimality(
+    state: TrainState, config: TrainConfig, shards: list[Shard], scores: list[Tensor], ranks: Ranks
+) -> tuple[list[Tensor], dict]:
+    """r [b] in [0, 1] for every shard from everybody's scores (Eq. 2), and metrics."""
+    prompts, rewards = ranks.gather([p for s in shards for p in s.prompts], torch.cat(scores))  # [B]
+    state.tracker.clear()  # every iteration is an epoch of its own
+    advantages = state.tracker.update(prompts, rewards).float()
+    if config.shuffle_rewards:
+        order = torch.randperm(len(advantages), generator=generator(config.seed, state.step, "shuffle"))
+        advantages = advantages[order]
+    r = reward_to_r(advantages, clip=config.adv_clip)
+    within = rewards.view(-1, config.rollouts_per_prompt)
+    return list(r.split(len(shards[0].prompts))[shards[0].index :]), {
+        "reward": rewards.mean().item(),
+        "reward_std_in_prompt": within.std(1, unbiased=False).mean().item(),
+        "r_std": r.std().item(),
+    }
+
+
+def train_step(state: TrainState, config: TrainConfig, shards: list[Shard], ranks: Ranks = Ranks()) -> dict[str, float]:
+    """One iteration on this rank's shards. Returns metrics, averaged over all ranks."""
+    seconds: dict[str, float] = {}
+    learning_student = set_learning_rate(state, config)
+    x0, scores, metrics = on_policy(state, config, shards, ranks, seconds)
+    r, rewards = optimality(state, config, shards, scores, ranks)
+    metrics |= rewards
     if learning_student:
         with phase("update", seconds):
-            mine = r.split(len(shards[0].prompts))[shards[0].index :]
-            parts = [(x, ours.to(x.device), s.prompts, rng("update", s.index)) for x, ours, s in zip(x0, mine, shards)]
+            rng = lambda s: generator(config.seed, state.step, "update", s.index)
+            parts = [(x, own.to(x.device), s.prompts, rng(s)) for x, own, s in zip(x0, r, shards)]
             metrics |= student_update(state, config, parts, ranks)
     state.step += 1
     return ranks.mean(metrics | seconds)

@@ -31,6 +31,7 @@ def wan_system(config: TrainConfig) -> System:
         new_discriminator=lambda c: discriminator(c).to(device),
         encode=encode,
         decode=decode,
+        encode_video=decode.encode,
         shape=(student.config.in_dim, config.frames, config.height, config.width),
         chunk=config.chunk,
         video=(4 * config.frames - 3, 8 * config.height, 8 * config.width),
