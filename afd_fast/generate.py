@@ -79,6 +79,8 @@ def generate(
     batch: int = 1,
     seed: int = 0,
     fps: float = 16.0,
+    names: list[str] | None = None,
+    seeds: list[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerateStats:
     """Make one mp4 per prompt in out_dir.
@@ -88,6 +90,7 @@ def generate(
             `models.vae.WanDecoder`. write: (path, pixels [3, frames, H, W] in [0, 1], fps) writes a file.
         frames, height, width: of the latents; 21, 60, 104 are 81 frames of 480 x 832.
         batch: prompts generated together. seed: video i is drawn from seed + i, whatever the batch.
+        names, seeds: each video's file name and seed, where `file_name` and seed + i are not wanted.
         progress: called with (chunks done, chunks of all videos' batches).
 
     Raises ValueError for empty prompts, and what the student raises for sizes.
@@ -95,6 +98,10 @@ def generate(
     prompts = [p.strip() for p in prompts if p.strip()]
     if not prompts:
         raise ValueError("no prompts")
+    names = names or [file_name(i, prompt) for i, prompt in enumerate(prompts)]
+    seeds = seeds or [seed + i for i in range(len(prompts))]
+    if not len(names) == len(seeds) == len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, {len(names)} names, {len(seeds)} seeds")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     out_dir = Path(out_dir)
@@ -106,7 +113,7 @@ def generate(
     for indices in batches:
         with torch.no_grad():
             text = student.encode_text(encode([prompts[i] for i in indices]))
-        generators = [torch.Generator(student.device).manual_seed(seed + i) for i in indices]
+        generators = [torch.Generator(student.device).manual_seed(seeds[i]) for i in indices]
         shape = (student.config.in_dim, frames, height, width)
         options = {"device": student.device, "dtype": student.dtype}
         noise = torch.stack([torch.randn(shape, generator=g, **options) for g in generators])
@@ -131,7 +138,7 @@ def generate(
         stats.videos += len(indices)
         stats.frames += len(indices) * video.shape[2]
         for i, one in zip(indices, video):
-            write(out_dir / file_name(i, prompts[i]), one, fps)
+            write(out_dir / names[i], one, fps)
     return stats
 
 
