@@ -8,7 +8,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from afd_fast.evaluation.cli import app as evaluation
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
+app.add_typer(evaluation, name="eval")
 console = Console()
 
 Out = Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")]
@@ -111,6 +114,56 @@ def train(
     for key, value in (to_dict(config) | facts(config, _system(config))).items():
         table.add_row(key, str(value))
     console.print(table)
+
+
+Seeds = Annotated[int, typer.Option(help="runs of every row, with seeds from the recipe's on")]
+Jobs = Annotated[int, typer.Option(help="runs at the same time; each gets its share of the cores")]
+
+
+def _compare(recipe, overrides, variants, seeds: int, out: Path, jobs: int) -> None:
+    from afd_fast.compare import compare
+    from afd_fast.comparison_report import console_table, write_report
+
+    comparison = compare(recipe, overrides or [], variants, seeds, out, jobs=jobs, console=console)
+    console.print(console_table(comparison))
+    console.print(f"report: {write_report(out)}")
+
+
+@app.command(name="compare")
+def compare_methods(
+    recipe: str,
+    overrides: Keys = None,
+    methods: Annotated[str, typer.Option(help="of afd, sft, gan, dmd, rejection; the base student is always there")] = (
+        "base,sft,gan,dmd,afd"
+    ),
+    seeds: Seeds = 3,
+    out: Out = None,
+    jobs: Jobs = 1,
+) -> None:
+    """Train RECIPE with several methods over several seeds: one table, one report. The same command goes on after a stop."""
+    from afd_fast import compare
+
+    names = [name for name in methods.split(",") if name and name != "base"]
+    rows = lambda config: compare.methods(config, names)
+    _compare(recipe, overrides, rows, seeds, out or Path("runs") / f"compare-{recipe}", jobs)
+
+
+@app.command()
+def ablate(
+    what: Annotated[str, typer.Argument(help="disc_lr, disc_loss, v_old, t_sampling, k, prior or update")],
+    recipe: str,
+    overrides: Keys = None,
+    seeds: Seeds = 1,
+    out: Out = None,
+    jobs: Jobs = 1,
+) -> None:
+    """Train RECIPE with several settings of one thing (the paper's sweeps), as `compare` does."""
+    from afd_fast.compare import ABLATIONS
+    from afd_fast.config import ConfigError
+
+    if what not in ABLATIONS:
+        raise ConfigError(f"unknown ablation {what!r}; known: {', '.join(ABLATIONS)}")
+    _compare(recipe, overrides, ABLATIONS[what], seeds, out or Path("runs") / f"ablate-{what}-{recipe}", jobs)
 
 
 @app.command(name="recipes")

@@ -1,0 +1,145 @@
+"""Scores of finished videos by the official tools, each in its own environment (docs/evaluation.md)."""
+
+import os
+import shutil
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+console = Console()
+
+Folder = Annotated[Path, typer.Argument(help="the evaluation's folder", show_default=False)]
+FPS = 16.0  # of a Wan video; VBench's dynamic degree takes every round(fps / 8)-th frame
+
+
+@app.command()
+def export(
+    out: Folder,
+    vbench: Annotated[Path | None, typer.Option(help="VBench_full_info.json of the official repository")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="text file, one prompt a line, for the other tools")] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help='checkpoint that makes the videos, or "tiny"; without one, only the manifest of videos to put in OUT/videos'
+        ),
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option(help="videos a prompt; default 5 for VBench (25 for its flickering prompts), else 1")
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="diffusers repository of text encoder and VAE")
+    ] = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    frames: Annotated[int, typer.Option(help="latent frames; 21 are 81 frames of video")] = 21,
+    shift: float = 5.0,
+    chunk: int = 3,
+    batch: int = 1,
+    seed: int = 0,
+) -> None:
+    """Make the videos a tool expects, under the names it expects; run again to continue."""
+    from afd_fast.config import ConfigError
+    from afd_fast.evaluation import folder
+    from afd_fast.evaluation import vbench as suite
+    from afd_fast.generate import file_name
+
+    if (vbench is None) == (prompts is None):
+        raise ConfigError("give either --vbench VBench_full_info.json or --prompts FILE")
+    if vbench is not None:
+        n = suite.KEPT if n is None else n
+        clips = suite.clips(suite.suite(vbench), n, seed)
+    else:
+        lines = prompts.read_text(encoding="utf-8").splitlines() if prompts.is_file() else []
+        lines = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+        n = 1 if n is None else n
+        if not lines or n < 1:
+            raise ConfigError(f"{prompts} must be a file with at least one prompt, and --n at least 1")
+        names = [(prompt, f"{file_name(i, prompt)[:-4]}-{k}.mp4") for i, prompt in enumerate(lines) for k in range(n)]
+        clips = [folder.Clip(name, prompt, seed + i) for i, (prompt, name) in enumerate(names)]
+    settings = {"n": n, "student": student}
+    if student is not None:
+        settings |= {"base": base, "frames": frames, "shift": shift, "chunk": chunk, "fps": FPS}
+    folder.start(out, clips, settings)
+    if vbench is not None and not (out / suite.SUITE).exists():
+        shutil.copyfile(vbench, out / suite.SUITE)
+    todo = folder.missing(out, clips)
+    if student is not None and todo:
+        _generate(out, todo, student, base, seed, frames, shift, chunk, batch)
+        todo = folder.missing(out, clips)
+    console.print(f"{len(clips) - len(todo)} of {len(clips)} videos are in {out / 'videos'}; names: manifest.csv")
+
+
+def _generate(out, clips, student, base, seed, frames, shift, chunk, batch) -> None:
+    """Make clips; a file appears in OUT/videos only when it is whole."""
+    from afd_fast.generate import generate, load_networks
+    from afd_fast.rollout import RolloutConfig
+    from afd_fast.video_io import write_video
+
+    def write(path: Path, video, fps: float) -> None:
+        write_video(out / "partial.mp4", video, fps)
+        os.replace(out / "partial.mp4", path)
+
+    model, encode, decode = load_networks(student, base, seed)
+    size = {"height": 6, "width": 10} if student == "tiny" else {}
+    with Progress(console=console) as progress:
+        task = progress.add_task("chunks", total=None)
+        stats = generate(
+            model, [clip.prompt for clip in clips], out / "videos", encode=encode, decode=decode, write=write,
+            names=[clip.video for clip in clips], seeds=[clip.seed for clip in clips], frames=frames, batch=batch,
+            fps=FPS, config=RolloutConfig(shift=shift, chunk=chunk), **size,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    console.print(stats.line())
+
+
+@app.command()
+def run(
+    tool: Annotated[str, typer.Argument(help='"vbench", "videophy2", "videoalign", or "flickering" (computed here)')],
+    out: Folder,
+    env: Annotated[Path | None, typer.Option(help="the tool's virtual or conda environment")] = None,
+    repo: Annotated[Path | None, typer.Option(help="clone of the tool's repository (videophy2, videoalign)")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="folder of its model (videophy2, videoalign)")] = None,
+    dimension: Annotated[list[str] | None, typer.Option(help="of VBench, repeatable; default all")] = None,
+) -> None:
+    """Score the videos of a folder with an official tool; what is scored already is kept."""
+    from afd_fast.config import ConfigError
+    from afd_fast.evaluation import flickering, vbench, videoalign, videophy2
+
+    say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if tool == "flickering":
+        flickering.run(out, say)
+    elif tool == "vbench" and env is not None:
+        vbench.run(out, env, dimension, say)
+    elif tool in ("videophy2", "videoalign") and None not in (env, repo, checkpoint):
+        {"videophy2": videophy2, "videoalign": videoalign}[tool].run(out, env, repo, checkpoint, say)
+    else:
+        raise ConfigError(
+            "give `vbench OUT --env PATH`, `flickering OUT`, or `videophy2` or `videoalign` "
+            "with OUT --env PATH --repo PATH --checkpoint PATH"
+        )
+
+
+@app.command()
+def collect(out: Folder) -> None:
+    """Check what the tools wrote, print one table with 95 % intervals, and write it to OUT/scores.csv."""
+    from afd_fast.config import ConfigError
+    from afd_fast.evaluation import flickering, folder, vbench, videoalign, videophy2
+    from afd_fast.evaluation.intervals import Score
+
+    tools = [videophy2, videoalign, flickering]
+    if (out / vbench.SUITE).exists():
+        tools.insert(0, vbench)
+    scores = [score for tool in tools for score in tool.collect(out)]
+    if not scores:
+        raise ConfigError(f"{out} holds no results; run `afd-fast eval run` first")
+    folder.write_csv(out / "scores.csv", [field.name for field in fields(Score)], map(astuple, scores))
+    table = Table("", "score", "95 % interval", "videos", "")
+    for score in scores:
+        decimals = 2 if score.name.startswith("VBench") or score.value > 10 else 3
+        between = "" if score.low != score.low else f"{score.low:.{decimals}f} .. {score.high:.{decimals}f}"
+        table.add_row(score.name, f"{score.value:.{decimals}f}", between, str(score.videos), score.note)
+    console.print(table)

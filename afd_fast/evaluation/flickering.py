@@ -1,0 +1,64 @@
+"""VBench's temporal flickering without VBench: the one dimension that needs no weights.
+
+Legend: F frames, H x W pixels. Source: vbench/temporal_flickering.py, commit 45e79ec.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from afd_fast.config import ConfigError
+from afd_fast.evaluation import folder, intervals, vbench
+from afd_fast.evaluation.folder import Clip
+from afd_fast.evaluation.intervals import Score
+from afd_fast.video_io import read_video, to_uint8
+
+
+def temporal_flickering(frames: np.ndarray) -> float:
+    """(255 - mean absolute difference of neighbouring frames) / 255 of 8-bit frames [3, F, H, W]; 1 is a still.
+
+    The official value to float32's rounding on the same pixels; decoders differ in the last bit of a pixel.
+    ValueError unless 8-bit with F >= 2 (the tool's value is nan for one frame).
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1] < 2:
+        raise ValueError(f"uint8 [3, F >= 2, H, W] is needed, got {frames.dtype} {list(frames.shape)}")
+    images = frames.astype(np.int16).swapaxes(0, 1)  # [F, 3, H, W]; the tool's mean over frames is of equal parts
+    change = [np.abs(b - a).mean(dtype=np.float64) for a, b in pairwise(images)]
+    return float((255 - np.mean(change)) / 255)
+
+
+def results(out: Path) -> Path:
+    """The table `run` writes."""
+    return out / "results" / "flickering" / "scores.csv"
+
+
+def _clips(clips: list[Clip], out: Path) -> list[Clip]:
+    """Those of the dimension's own prompts where the folder is of VBench's list, else all."""
+    if not (out / vbench.SUITE).exists():
+        return clips
+    prompts = set(vbench.suite(out / vbench.SUITE).get("temporal_flickering", []))
+    return [clip for clip in clips if clip.prompt in prompts]
+
+
+def run(out: Path, say: Callable[[str], None] = print) -> None:
+    """Compute it for the folder's videos. ConfigError: videos missing or strays."""
+    clips = _clips(folder.check(out), out)
+    frames = (to_uint8(read_video(out / "videos" / clip.video)).numpy() for clip in clips)
+    rows = [(clip.video, temporal_flickering(video)) for clip, video in zip(clips, frames)]
+    results(out).parent.mkdir(parents=True, exist_ok=True)
+    folder.write_csv(results(out), ("video", "score"), rows)
+    say(f"flickering: {len(rows)} videos scored")
+
+
+def collect(out: Path) -> list[Score]:
+    """Its mean x 100 with a bootstrap interval; none if it was not run. ConfigError if it is of other videos."""
+    if not results(out).exists():
+        return []
+    values = {row["video"]: 100 * float(row["score"]) for row in folder.read_csv(results(out), ("video", "score"))}
+    clips = _clips(folder.read_manifest(out), out)
+    if values.keys() != {clip.video for clip in clips}:
+        raise ConfigError(f"{results(out)} is of other videos; run `afd-fast eval run flickering` again")
+    mean, bounds = sum(values.values()) / len(values), intervals.bootstrap(folder.by_prompt(clips, values))
+    return [Score("temporal flickering, computed here", mean, *bounds, len(values), "without the static filter")]

@@ -1,0 +1,237 @@
+"""VBench by its official tool: which videos it expects, running it, reading what it wrote.
+
+The tool is https://github.com/Vchitect/VBench (0.1.5, commit 45e79ec). A *suite* is the list in its VBench_full_info.json.
+Values are raw means in [0, 1]; totals are plain means x 100 over raw values, as in the paper's Table 1, not the leaderboard's.
+"""
+
+import json
+import math
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from afd_fast.config import ConfigError
+from afd_fast.evaluation import folder, intervals, official
+from afd_fast.evaluation.folder import Clip
+from afd_fast.evaluation.intervals import Score
+
+PHYSICS = ("temporal_flickering", "motion_smoothness", "dynamic_degree", "human_action", "spatial_relationship")
+GENERAL = (
+    "subject_consistency", "background_consistency", "aesthetic_quality", "imaging_quality", "object_class",
+    "multiple_objects", "color", "scene", "appearance_style", "temporal_style", "overall_consistency",
+)  # fmt: skip
+DIMENSIONS = PHYSICS + GENERAL
+YES_NO = ("dynamic_degree", "human_action")  # of a video; the score is the share of yes
+SUITE = "VBench_full_info.json"
+FLICKER, KEPT = (
+    25,
+    5,
+)  # videos a prompt made for temporal_flickering; the static filter keeps the first so many still ones
+STATIC = Path("static", "filtered_videos")
+
+
+def suite(path: Path) -> dict[str, list[str]]:
+    """{dimension: its prompts} of a VBench_full_info.json, in its order. ConfigError for anything else."""
+    prompts = defaultdict(list)
+    try:
+        for row in json.loads(path.read_text()):
+            for dimension in row["dimension"]:
+                prompts[dimension].append(row["prompt_en"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not VBench's {SUITE}: {error!r}") from error
+    if unknown := prompts.keys() - set(DIMENSIONS):
+        raise ConfigError(f"{path} names dimensions that VBench does not have: {', '.join(sorted(unknown))}")
+    return dict(prompts)
+
+
+def clips(prompts: dict[str, list[str]], n: int = KEPT, seed: int = 0) -> list[Clip]:
+    """The videos to make: `{prompt}-{i}.mp4`, i = 0..n-1, seeds counted up from `seed`.
+
+    n: 5, VBench's protocol, with 25 for the prompts of temporal_flickering; or 1, of which the paper's numbers are.
+    """
+    if n not in (1, KEPT):
+        raise ConfigError(f"VBench is scored on n=5 videos a prompt (its protocol) or n=1 (the paper's), got n={n}")
+    count: dict[str, int] = {}
+    for dimension, lines in prompts.items():
+        for prompt in lines:
+            many = FLICKER if dimension == "temporal_flickering" and n > 1 else n
+            count[prompt] = max(many, count.get(prompt, 0))
+    names = [(prompt, i) for prompt, many in count.items() for i in range(many)]
+    return [Clip(f"{prompt}-{i}.mp4", prompt, seed + k) for k, (prompt, i) in enumerate(names)]
+
+
+def expected(out: Path, dimension: str) -> dict[str, list[str]]:
+    """{prompt: files} that the tool should score for a dimension.
+
+    For temporal_flickering with n = 5 these are what the static filter kept: up to five a prompt, maybe none.
+    """
+    n = folder.read_settings(out)["n"]
+    names = {prompt: [f"{prompt}-{i}.mp4" for i in range(n)] for prompt in suite(out / SUITE).get(dimension, [])}
+    if dimension == "temporal_flickering" and n > 1:
+        kept = {path.name for path in (results(out) / STATIC).glob("*.mp4")}
+        names = {prompt: [name for name in files if name in kept] for prompt, files in names.items()}
+    return names
+
+
+def results(out: Path) -> Path:
+    """Where the tool's files are: a folder per dimension."""
+    return out / "results" / "vbench"
+
+
+def run(out: Path, env: Path, dimensions: list[str] | None = None, say: Callable[[str], None] = print) -> None:
+    """Score the folder's videos with the tool of an environment, a dimension at a time, on one GPU.
+
+    Dimensions that have complete results newer than the videos are not run again. A dimension that fails does not stop
+    the others; ToolError names all that failed. ConfigError: videos missing, strays, no such environment.
+    """
+    python = official.python_of(env, "vbench")
+    present = suite(out / SUITE)
+    wanted = dimensions or [name for name in DIMENSIONS if name in present]
+    if unknown := set(wanted) - present.keys():
+        raise ConfigError(f"{SUITE} has no dimension {', '.join(sorted(unknown))}; it has {', '.join(present)}")
+    newest = max((out / "videos" / clip.video).stat().st_mtime for clip in folder.check(out))
+    failed = []
+    for dimension in wanted:
+        try:
+            file = _file(out, dimension)
+            if file is None or file.stat().st_mtime < newest or _problem(out, dimension, file):
+                say(f"{dimension}: running, log in {results(out) / dimension / 'log.txt'}")
+                _run(out, python, dimension)
+            say(f"{dimension}: scored")
+        except official.ToolError as error:
+            failed.append(str(error))
+            say(f"{dimension}: failed")
+    if failed:
+        raise official.ToolError("\n".join(failed))
+
+
+def _run(out: Path, python: Path, dimension: str) -> None:
+    place = results(out).absolute() / dimension
+    shutil.rmtree(place, ignore_errors=True)  # results of an earlier export must not stay
+    place.mkdir(parents=True)
+    log, videos = place / "log.txt", out.absolute() / "videos"
+    if dimension == "temporal_flickering" and folder.read_settings(out)["n"] > 1:
+        videos = results(out).absolute() / STATIC
+        shutil.rmtree(videos.parent, ignore_errors=True)
+        main = "from vbench.cli.vbench import main; main()"
+        command = [python, "-c", main, "static_filter", "--videos_path", out.absolute() / "videos"]
+        official.call([*command, "--result_path", videos.parent], cwd=place, log=log)
+        if not any(videos.glob("*.mp4")):
+            raise official.failure(dimension, "VBench's static filter kept no video", log)
+    # Not `vbench evaluate`: it takes `python` from the path, joins its arguments into one string for a shell, and
+    # loses the status. Not several GPUs: appearance_style is then the mean over the last frames only.
+    command = [python, "-m", "vbench.launch.evaluate", "--videos_path", videos, "--output_path", place]
+    command += ["--full_json_dir", (out / SUITE).absolute(), "--dimension", dimension, "--mode", "vbench_standard"]
+    official.call(command, cwd=place, log=log)
+    file = _file(out, dimension)
+    if file is None:
+        raise official.failure(dimension, "VBench left no results file", log)
+    if problem := _problem(out, dimension, file):
+        raise official.failure(dimension, problem, log)
+
+
+def _file(out: Path, dimension: str) -> Path | None:
+    """The results file of a dimension. ConfigError if there are several."""
+    files = list((results(out) / dimension).glob("results_*_eval_results.json"))
+    if len(files) > 1:
+        raise ConfigError(f"{results(out) / dimension} holds {len(files)} results files; keep the right one")
+    return files[0] if files else None
+
+
+def _read(file: Path, dimension: str) -> tuple[float, dict[str, float], list[str]]:
+    """(the tool's mean, {video: value}, all names) of a file {dimension: [mean, [{video_path, video_results}, ...]]}.
+
+    imaging_quality's values of single videos are on a scale of 100, its mean is not: both are in [0, 1] here.
+    """
+    mean, rows = json.loads(file.read_text())[dimension]
+    names = [Path(row["video_path"]).name for row in rows]
+    scale = 100 if dimension == "imaging_quality" else 1
+    return float(mean), {name: float(row["video_results"]) / scale for name, row in zip(names, rows)}, names
+
+
+def _problem(out: Path, dimension: str, file: Path) -> str | None:
+    """What is wrong with a results file, or None."""
+    try:
+        mean, values, names = _read(file, dimension)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{file} is not a results file with {dimension}: {error!r}"
+    wanted = [name for files in expected(out, dimension).values() for name in files]
+    if dimension == "color":  # the tool leaves out videos in which it does not find the object
+        wanted = set(wanted) - (set(wanted) - set(names))
+    if problem := official.coverage(names, wanted):
+        return problem
+    if not values or not all(map(math.isfinite, values.values())):
+        return "a video has no number"
+    if dimension in YES_NO and not set(values.values()) <= {0.0, 1.0}:
+        return "a value is neither yes nor no"
+    average = sum(values.values()) / len(values)
+    if not math.isclose(mean, average, abs_tol=1e-3):  # one length of video: a mean over frames is one over videos
+        return f"the mean in {file.name} is {mean:.4f}, its videos' is {average:.4f}: scored on several GPUs, or edited"
+    return None
+
+
+def totals(values: dict) -> dict:
+    """{"physics": mean of its five x 100, "general": mean of the other eleven x 100}, each where all are there.
+
+    values: {dimension: raw value in [0, 1]}, floats or arrays. Source: Table 1's ten rows are these means (to 0.01).
+    """
+    return {
+        name: 100 * sum(values[dimension] for dimension in parts) / len(parts)
+        for name, parts in (("physics", PHYSICS), ("general", GENERAL))
+        if all(dimension in values for dimension in parts)
+    }
+
+
+def collect(out: Path) -> list[Score]:
+    """The scored dimensions and the totals that are complete, x 100, with 95 % intervals.
+
+    Dimensions scored on the same prompts are resampled together. ConfigError for a results file that lacks a video, has
+    one twice, has others, or whose mean is not its videos'.
+    """
+    means, tables, used = {}, {}, {}
+    for dimension in DIMENSIONS:
+        file = _file(out, dimension)
+        if file is None:
+            continue
+        if problem := _problem(out, dimension, file):
+            raise ConfigError(f"{dimension}: {problem}; run `afd-fast eval run vbench` again")
+        means[dimension], values, _ = _read(file, dimension)
+        files = expected(out, dimension)
+        tables[dimension] = [[values[name] for name in names if name in values] for names in files.values()]
+        used[dimension] = tuple(files)
+    draws = _draws(tables, used)
+    scores = [_score(name, 100 * means[name], tables[name], 100 * draws[name]) for name in means]
+    for name, total in totals(means).items():
+        videos = sum(len(group) for part in (PHYSICS if name == "physics" else GENERAL) for group in tables[part])
+        bounds = intervals.percentiles(totals(draws)[name])
+        scores.append(Score(f"VBench {name}", total, *bounds, videos, "mean of the dimensions' raw scores"))
+    return scores
+
+
+def _score(dimension: str, value: float, groups: list[list[float]], draws: np.ndarray) -> Score:
+    count, asked = sum(map(len, groups)), len(groups)
+    low, high = intervals.percentiles(draws) if asked > 1 else intervals.NONE
+    notes = []
+    if dimension in YES_NO:
+        yes = int(sum(map(sum, groups)))
+        notes.append(f"{yes}/{count}")
+        if count == asked:  # one video a prompt: independent
+            low, high = (100 * bound for bound in intervals.wilson(yes, count))
+    if empty := sum(not group for group in groups):
+        notes.append(f"{empty} of {asked} prompts without a video that could be scored")
+    return Score(f"VBench {dimension}", value, low, high, count, ", ".join(notes))
+
+
+def _draws(tables: dict[str, list], used: dict[str, tuple]) -> dict[str, np.ndarray]:
+    """{dimension: resampled means [DRAWS]}; those with the same prompts share their draws of prompts."""
+    rng, draws, shared = np.random.default_rng(0), {}, defaultdict(list)
+    for dimension, prompts in used.items():
+        shared[prompts].append(dimension)
+    for names in shared.values():
+        sums = np.array([[sum(group) for group in tables[name]] for name in names]).T  # [P, D]
+        counts = np.array([[len(group) for group in tables[name]] for name in names]).T
+        draws |= dict(zip(names, intervals.resampled_means(sums, counts, rng).T))
+    return draws

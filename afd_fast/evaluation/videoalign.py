@@ -1,0 +1,85 @@
+"""VideoAlign's VideoReward by its official code: visual quality, motion quality, text alignment, as z-scores.
+
+The code is https://github.com/KwaiVGI/VideoAlign (commit 219ab9d), a class without a command: `videoalign_driver.py` is
+run with its python. Conflict of interest: MQ is the model the discriminator starts from, so AFD raises it partly by
+construction; judge by VideoPhy-2 and VBench.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from afd_fast.config import ConfigError
+from afd_fast.evaluation import folder, intervals, official
+from afd_fast.evaluation.folder import Clip
+from afd_fast.evaluation.intervals import Score
+
+DRIVER = Path(__file__).with_name("videoalign_driver.py")
+NAMES = ("VQ", "MQ", "TA", "Overall")
+NOTE = {"MQ": "the discriminator starts from this model: not an independent judge"}
+
+
+def results(out: Path) -> Path:
+    """The table the driver writes."""
+    return out / "results" / "videoalign" / "scores.csv"
+
+
+def run(out: Path, env: Path, repo: Path, checkpoint: Path, say: Callable[[str], None] = print) -> None:
+    """Score the folder's videos. repo: a clone of the repository; checkpoint: the folder with model_config.json.
+
+    ConfigError says what is missing, ToolError that the driver left no complete table.
+    """
+    if not (repo / "inference.py").is_file():
+        raise ConfigError(f"{repo / 'inference.py'} is not there; --repo is a clone of github.com/KwaiVGI/VideoAlign")
+    if not (checkpoint / "model_config.json").is_file():
+        raise ConfigError(
+            f"{checkpoint} has no model_config.json; --checkpoint is a clone of hf.co/KwaiVGI/VideoReward"
+        )
+    python = official.python_of(env, "torch")
+    clips = folder.check(out)
+    videos, to = out.absolute() / "videos", results(out).absolute()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    table, log = to.with_name("input.csv"), to.with_name("log.txt")
+    folder.write_csv(table, ("video", "prompt"), [(videos / clip.video, clip.prompt) for clip in clips])
+    to.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    say(f"VideoAlign: running, log in {log}")
+    official.call([python, DRIVER.absolute(), checkpoint.absolute(), table, to], cwd=repo, log=log)
+    if problem := _problem(out, clips):
+        raise official.failure("VideoAlign", problem, log)
+    say("VideoAlign: scored")
+
+
+def _read(out: Path) -> list[tuple[str, list[float]]]:
+    rows = folder.read_csv(results(out), ("video", *NAMES))
+    return [(Path(row["video"]).name, [float(row[name] or "nan") for name in NAMES]) for row in rows]
+
+
+def _problem(out: Path, clips: list[Clip]) -> str | None:
+    """What is wrong with the driver's table, or None."""
+    try:
+        rows = _read(out)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    if problem := official.coverage([name for name, _ in rows], [clip.video for clip in clips]):
+        return problem
+    broken = [name for name, values in rows if not all(map(math.isfinite, values))]
+    return f"{broken[0]!r} has a value that is no number" if broken else None
+
+
+def collect(out: Path) -> list[Score]:
+    """Mean VQ, MQ, TA and Overall (z-scores) with bootstrap intervals; none if the tool was not run.
+
+    ConfigError for a table that lacks a video, has one twice, or has others.
+    """
+    if not results(out).exists():
+        return []
+    clips = folder.read_manifest(out)
+    if problem := _problem(out, clips):
+        raise ConfigError(f"VideoAlign: {problem}; run `afd-fast eval run videoalign` again")
+    values, scores = dict(_read(out)), []
+    for i, name in enumerate(NAMES):
+        column = {video: row[i] for video, row in values.items()}
+        mean, bounds = sum(column.values()) / len(column), intervals.bootstrap(folder.by_prompt(clips, column))
+        scores.append(Score(f"VideoAlign {name}", mean, *bounds, len(clips), NOTE.get(name, "")))
+    return scores
