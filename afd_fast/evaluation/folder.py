@@ -51,6 +51,8 @@ def read_settings(out: Path) -> dict:
 
 def read_manifest(out: Path) -> list[Clip]:
     """The expected videos, in their order. ConfigError where there is no manifest."""
+    if not (out / "manifest.csv").is_file():
+        raise ConfigError(f"{out} holds no manifest.csv; make it with `afd-fast eval export`")
     rows = read_csv(out / "manifest.csv", ("video", "prompt", "seed"))
     return [Clip(row["video"], row["prompt"], int(row["seed"])) for row in rows]
 
@@ -89,10 +91,11 @@ def by_prompt(clips: list[Clip], values: dict[str, float]) -> list[list[float]]:
 
 
 def _readable(path: Path) -> bool:
-    """Whether the file is a whole mp4: its index is written last, so a torn file does not open."""
+    """Whether the file is a whole mp4: it opens and holds every frame its index tells of."""
     try:
         with av.open(str(path)) as container:
-            return container.streams.video[0].frames > 0
+            sizes = [packet.size for packet in container.demux(video=0) if packet.size and not packet.is_corrupt]
+            return len(sizes) == container.streams.video[0].frames > 0
     except (av.FFmpegError, OSError, IndexError):
         return False
 
