@@ -6,7 +6,7 @@ import venv
 from pathlib import Path
 
 VBENCH = """
-import argparse, json, os, pathlib, sys
+import argparse, json, os, pathlib, sys, time
 parser = argparse.ArgumentParser()
 for name in ("videos_path", "output_path", "full_json_dir", "mode"):
     parser.add_argument("--" + name, required=True)
@@ -43,7 +43,7 @@ if dimension == "color":
 mean = sum(float(row["video_results"]) for row in rows) / len(rows)
 mean = mean / 100 if dimension == "imaging_quality" else mean
 os.makedirs(args.output_path, exist_ok=True)
-name = os.path.join(args.output_path, "results_2026-01-02-03:04:05")
+name = os.path.join(args.output_path, "results_2026-01-02-03:04:05." + str(time.time_ns()))
 json.dump({dimension: [mean, rows]}, open(name + "_eval_results.json", "w"))
 json.dump([], open(name + "_full_info.json", "w"))
 """
@@ -51,6 +51,8 @@ json.dump([], open(name + "_full_info.json", "w"))
 STATIC_FILTER = """
 import argparse, glob, json, os, re, shutil
 def main():
+    calls = os.path.join(os.path.dirname(__file__), "..", "launch", "calls")
+    assert "dynamic_degree" in open(calls).read()  # which fetches the weights
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=["static_filter"])
     parser.add_argument("--videos_path", required=True)

@@ -19,7 +19,7 @@ from afd_fast.video_io import read_video, to_uint8
 def temporal_flickering(frames: np.ndarray) -> float:
     """(255 - mean absolute difference of neighbouring frames) / 255 of 8-bit frames [3, F, H, W]; 1 is a still.
 
-    The official value to float32's rounding on the same pixels; decoders differ in the last bit of a pixel.
+    The official function's value to the rounding of its float32: 1e-8 on a 480 x 832 video read by cv2.
     ValueError unless 8-bit with F >= 2 (the tool's value is nan for one frame).
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1] < 2:
