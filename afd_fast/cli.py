@@ -166,6 +166,22 @@ def ablate(
     _compare(recipe, overrides, ABLATIONS[what], seeds, out or Path("runs") / f"ablate-{what}-{recipe}", jobs)
 
 
+@app.command()
+def estimate(
+    recipe: str,
+    overrides: Keys = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100 or rtx4090")] = "h100",
+) -> None:
+    """Least time and memory of one training iteration of RECIPE on a GPU, by phase; nothing is run or downloaded."""
+    from afd_fast import estimate as floor
+    from afd_fast import recipes
+    from afd_fast.config import with_overrides
+
+    device, config = floor.gpu_of(gpu), with_overrides(recipes.get(recipe), overrides or [])
+    found = floor.estimate(config)
+    console.print(*floor.tables(found, device), *found.about, sep="\n")
+
+
 @app.command(name="recipes")
 def list_recipes() -> None:
     """List the named runs."""

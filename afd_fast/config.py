@@ -15,6 +15,7 @@ CHOICES = {
     "v_old": ("ema", "self"),
     "t_sampling": ("grid", "uniform"),
     "disc_loss": ("bt", "gan"),
+    "update": ("detached", "teacher_forcing", "block_causal"),
 }
 
 
@@ -54,7 +55,9 @@ class TrainConfig:
     prior_weight: float = 3e-3  # lambda_prior
     adv_clip: float = 5.0
     global_std: bool = False  # True (Table 3) lets the spread of D between prompts shrink every advantage
+    update: str = "detached"  # the sampling function; "teacher_forcing": with the history's gradient; "block_causal"
     ref_every: int = 1  # v_ref every n-th iteration, its weight times n
+    gradient_checkpointing: bool = False  # of a Wan student, with update="teacher_forcing" or "block_causal"
     chunked_update: bool = False  # backward chunk by chunk: one chunk's activations in memory, not all
     t_sampling: str = "grid"  # "grid": the sampler's own steps; "uniform": U(0, 1)
     student_lr: float = 3e-3
@@ -84,6 +87,8 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 known = " or ".join(f'"{choice}"' for choice in choices)
                 raise ConfigError(f"{name} must be {known}, got {getattr(self, name)!r}")
+        if self.chunked_update and self.update != "detached":
+            raise ConfigError(f'chunked_update needs update="detached", not {self.update!r}')
         if self.rollouts_per_prompt < 2:
             raise ConfigError("rollouts_per_prompt must be at least 2: a single rollout has advantage 0")
         if self.prompts_per_step % max(1, self.shards):

@@ -37,7 +37,30 @@ def afd_table3() -> TrainConfig:
     )  # fmt: skip
 
 
-RECIPES = {f.__name__: f for f in (demo, demo_eq4, demo_lagged, demo_shuffled, afd_table3)}
+def demo_long() -> TrainConfig:
+    """`demo` on clips twice as long (24 frames, 8 chunks), where errors of the history add up."""
+    return replace(demo(), name="demo_long", student="toy_long", prompts_per_step=6)
+
+
+def baseline(config: TrainConfig, method: str) -> dict:
+    """Keys that turn a recipe into a baseline of training/baselines.py. Learning rates are multiples of the recipe's,
+    the best of the ones tried on the embedded task (docs/baselines.md); ConfigError for an unknown method."""
+    if method not in BASELINES:
+        raise ConfigError(f"unknown method {method!r}; known: {', '.join(BASELINES)}")
+    keys = dict(BASELINES[method])
+    rate = keys.pop("lr", 1.0)
+    return keys | {"student_lr": config.student_lr * rate}
+
+
+BASELINES = {
+    "afd": {},
+    "sft": {"method": "sft", "lr": 1.0, "v_old": "self", "disc_warmup": 0},
+    "rejection": {"method": "rejection", "lr": 1.0, "v_old": "self"},
+    "gan": {"method": "gan", "lr": 1.0, "v_old": "self"},
+    "dmd": {"method": "dmd", "lr": 1.0, "v_old": "self", "disc_steps": 5},
+}
+
+RECIPES = {f.__name__: f for f in (demo, demo_eq4, demo_lagged, demo_shuffled, demo_long, afd_table3)}
 
 
 def get(name: str) -> TrainConfig:

@@ -20,7 +20,7 @@ from afd_fast.evaluation.physics import track
 from afd_fast.trainer import read_rows
 from afd_fast.video_io import write_video
 
-ZOOM, GAP = 10, 8  # px
+GAP = 8  # px
 COLORS = {"base": "#8a8f98", "student": "#2563eb", "teacher": "#16a34a"}
 METHODS = {"afd": "AFD", "sft": "SFT", "gan": "GAN", "dmd": "score-free DMD", "rejection": "rejection sampling"}
 PANELS = {
@@ -83,14 +83,14 @@ def console_table(result: dict) -> Table:
     return table
 
 
-def _svg(figure) -> str:
+def svg(figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
-def _style(axis, title: str, xlabel: str = "iteration") -> None:
+def style(axis, title: str, xlabel: str = "iteration") -> None:
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel(xlabel, fontsize=8)
     axis.tick_params(labelsize=8)
@@ -98,7 +98,7 @@ def _style(axis, title: str, xlabel: str = "iteration") -> None:
     axis.grid(alpha=0.25)
 
 
-def _smooth(values: list[float], window: int = 9) -> list[float]:
+def smooth(values: list[float], window: int = 9) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(values))]
 
 
@@ -112,8 +112,8 @@ def curves(metrics: list[dict], evaluations: list[dict], teacher: dict, method: 
     for axis, (key, title) in zip(axes[0], panels):
         values = [m.get(key, math.nan) for m in metrics]
         axis.plot(steps, values, color=COLORS["student"], alpha=0.25, lw=0.8)
-        axis.plot(steps, _smooth(values), color=COLORS["student"], lw=1.6, label="training")
-        _style(axis, title)
+        axis.plot(steps, smooth(values), color=COLORS["student"], lw=1.6, label="training")
+        style(axis, title)
     at = [e["step"] for e in evaluations]
     if "held_out_accuracy" in evaluations[-1]:
         held_out = [e["held_out_accuracy"] for e in evaluations]
@@ -126,9 +126,9 @@ def curves(metrics: list[dict], evaluations: list[dict], teacher: dict, method: 
         axis.plot(at, [e[key] for e in evaluations], "o-", color=COLORS["student"], ms=4, lw=1.6, label=METHODS[method])
         axis.axhline(evaluations[0][key], color=COLORS["base"], lw=1, ls="--", label="base")
         axis.axhline(teacher[key], color=COLORS["teacher"], lw=1, ls="--", label="teacher")
-        _style(axis, SCORES[key][0].split(" (")[0])
+        style(axis, SCORES[key][0].split(" (")[0])
     axes[1, 0].legend(fontsize=8, frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def height_tracks(clips: dict[str, Tensor], method: str) -> str:
@@ -137,14 +137,14 @@ def height_tracks(clips: dict[str, Tensor], method: str) -> str:
     for axis, (name, video) in zip(axes, clips.items()):
         heights = track(video.flatten(0, 1).numpy() / 255)[0][..., 1]
         axis.plot(heights.T, color=COLORS[name], lw=1, alpha=0.7)
-        _style(axis, {"base": "base student", "student": METHODS[method]}.get(name, name), "frame")
+        style(axis, {"base": "base student", "student": METHODS[method]}.get(name, name), "frame")
     axes[0].set_ylabel("height", fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
-def side_by_side(panels: list[Tensor], fps: float) -> str:
-    """Videos [3, F, H, W] (uint8) beside each other, enlarged, as a data URL (mp4, H.264 4:2:0)."""
-    large = [p.repeat_interleave(ZOOM, -1).repeat_interleave(ZOOM, -2) for p in panels]
+def side_by_side(panels: list[Tensor], fps: float, zoom: int = 10) -> str:
+    """Videos [3, F, H, W] (uint8) beside each other, enlarged `zoom` times, as a data URL (mp4, H.264 4:2:0)."""
+    large = [p.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2) for p in panels]
     gap = torch.full((*large[0].shape[:-1], GAP), 255, dtype=torch.uint8)
     strip = torch.cat([part for panel in large for part in (gap, panel)][1:], -1)
     buffer = io.BytesIO()

@@ -15,7 +15,7 @@ LAYERS = [
     {"rollout", "generate", "config", "recipes", "flops", "video_io", "teachers"},
     {"training", "evaluation", "data"},
     {"trainer", "base_student", "estimate"},
-    {"report"},
+    {"report", "compare", "comparison_report"},
     {"cli"},
     {"__main__"},
 ]

@@ -103,3 +103,33 @@ def test_dry_run_says_sizes_and_writes_nothing(tmp_path, teacher):
     said = process.communicate()[0]
     assert process.returncode == 0 and "of them trained" in said and "21 frames, 48x80 pixels, 16 fps" in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["sft", "gan", "dmd", "rejection"])
+def test_baselines_train_a_wan_student(tmp_path, teacher, method):
+    """SFT through the VAE's encoder, GAN and DMD through its decoder."""
+    overrides = [f"method={method}", "v_old=self", "student_lr=1e-2"]
+    run = command("train", "afd_table3", *TINY, teacher, *overrides, "--out", tmp_path / "run")
+    assert run.wait() == 0, run.stdout.read()
+    rows = read_rows(tmp_path / "run/metrics.jsonl")
+    assert rows[2]["grad_norm"] > 0 and all(np.isfinite(v) for row in rows for v in row.values())
+    adapted, before = load_student(tmp_path / "run/student"), tiny()[0]
+    assert any(not torch.equal(p, adapted.state_dict()[n]) for n, p in before.state_dict().items())
+
+
+def test_vae_encodes_what_diffusers_does_and_decodes_with_gradient():
+    decode = tiny()[2]
+    videos = torch.rand(1, 3, 9, 16, 24)
+    latents = decode.encode(videos)
+    with torch.no_grad():
+        mode = decode.vae.encode(videos * 2 - 1).latent_dist.mode()
+    assert latents.shape == (1, 16, 3, 2, 3) and not latents.requires_grad
+    torch.testing.assert_close(latents * decode.std + decode.mean, mode)
+    x = latents.double().requires_grad_()
+    decode.vae.double()
+    weights = torch.randn(1, 3, 9, 16, 24, dtype=torch.float64)
+    value = lambda z: (decode(z) * weights).sum()
+    (gradient,) = torch.autograd.grad(value(x), x)
+    direction = torch.randn_like(x)
+    slope = (value(x.detach() + 1e-3 * direction) - value(x.detach() - 1e-3 * direction)) / 2e-3
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-2, atol=0)

@@ -223,8 +223,7 @@ class ToyStudent(nn.Module):
     ) -> Tensor:
         """All chunks at once: [clean || noisy] under the teacher-forcing mask, the full-gradient twin of
         the cached forward. x, clean: [B, 3, F, H, W]; t: [B, F] in 0..1000. Returns the velocity of x."""
-        if chunk not in (None, self.config.chunk):
-            raise ValueError(f"ToyStudent's chunk is {self.config.chunk}, not {chunk}")
+        self._check_chunk(chunk)
         history = (self.chunks - 1) * self.tokens  # nobody attends to the last clean chunk
         position = self.position.flatten(0, 1)
         h_clean = self.embed(self.patchify(clean))[:, :history] + position[:history]
@@ -236,6 +235,23 @@ class ToyStudent(nn.Module):
         for layer, block in enumerate(self.blocks):
             h = block(h, cond, text.keys[layer], text.values[layer], lambda k, v: (k, v, mask))
         return self.velocity(x, t, self.unpatchify(self.predict(h[:, history:], cond[:, history:])))
+
+    def forward_block_causal(self, x: Tensor, t: Tensor, text: ToyText, chunk: int | None = None) -> Tensor:
+        """All chunks at once, each given itself and the *noised* chunks before it: not the sampling function, but what
+        Astrolabe trains. x: [B, 3, F, H, W]; t: [B, F] in 0..1000. Returns the velocity of x."""
+        self._check_chunk(chunk)
+        h = self.embed(self.patchify(x)) + self.position.flatten(0, 1)
+        cond = self.condition(t[:, :: self.config.chunk], text).repeat_interleave(self.tokens, 1)
+        index = torch.arange(self.chunks, device=x.device).repeat_interleave(self.tokens)
+        seen = torch.ones(len(index), text.keys[0].shape[2], dtype=torch.bool, device=x.device)
+        mask = torch.cat([seen, index[:, None] >= index], 1)
+        for layer, block in enumerate(self.blocks):
+            h = block(h, cond, text.keys[layer], text.values[layer], lambda k, v: (k, v, mask))
+        return self.velocity(x, t, self.unpatchify(self.predict(h, cond)))
+
+    def _check_chunk(self, chunk: int | None) -> None:
+        if chunk not in (None, self.config.chunk):
+            raise ValueError(f"ToyStudent's chunk is {self.config.chunk}, not {chunk}")
 
     def _teacher_forcing_mask(self, text_len: int) -> Tensor:
         noisy = torch.arange(self.chunks).repeat_interleave(self.tokens)

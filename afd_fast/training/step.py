@@ -28,7 +28,7 @@ from afd_fast.rollout import RolloutConfig, rollout, step_table
 from afd_fast.training.distributed import Ranks
 from afd_fast.training.lora import disabled, trainable
 from afd_fast.training.state import System, TrainState, generator
-from afd_fast.training.update import nft_backward, student_velocity
+from afd_fast.training.update import UPDATES, nft_backward
 from afd_fast.video_io import deliver
 
 PENALTY_SIGMA = 0.05  # step of the finite-difference R1 / R2, in [0, 1] pixels
@@ -163,7 +163,8 @@ def student_loss(
     system, student = state.system, state.student
     t, noise, x_t = noised(system, config, x0, rng)
     context = system.encode(prompts)
-    velocity = lambda: student_velocity(student, x_t, t, student.encode_text(context), x0, system.chunk)
+    forward = UPDATES[config.update]
+    velocity = lambda: forward(student, x_t, t, student.encode_text(context), x0, system.chunk)
     v_ref, v_old, recipe = None, None, loss_recipe(config, state.step)
     with torch.no_grad():
         if recipe.ref_coef:

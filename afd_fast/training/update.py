@@ -4,8 +4,8 @@ A no-grad pass at t = 0 writes each clean chunk's keys and values to a cache; th
 gradient over that detached history. That is exactly the sampling function, with dense attention only, and of length
 nothing but the cache grows (with window and sink, not even that). Per-chunk t [B, F] is a noise level per frame.
 
-`student_velocity` keeps every chunk's graph, `nft_backward` one chunk's at a time. For parity: the full gradient is
-`model.forward_teacher_forcing`, Astrolabe's function on noised history is `model.forward_block_causal`.
+`student_velocity` keeps every chunk's graph, `nft_backward` one chunk's at a time. For comparison, `UPDATES` also holds
+the full gradient (teacher forcing) and Astrolabe's function of the noised history (block-causal).
 
 Legend: B samples, C channels, F latent frames, H x W latent pixels, S clips of F / S frames with a reward of their own.
 """
@@ -66,6 +66,15 @@ def student_velocity(model, x_t: Tensor, t: Tensor, text, clean: Tensor, chunk: 
     """v_theta(x_t, t | own clean history) [B, C, F, H, W] (active frames only), with the graphs of all chunks.
     Arguments as of `chunk_velocities`."""
     return torch.cat([v for _, v, _ in chunk_velocities(model, x_t, t, text, clean, chunk, **options)], 2)
+
+
+UPDATES = {  # v_theta [B, C, F, H, W] of (model, x_t, t, text, clean, chunk)
+    "detached": student_velocity,
+    "teacher_forcing": lambda model, x_t, t, text, clean, chunk: model.forward_teacher_forcing(
+        x_t, t * 1000, text, clean, chunk
+    ),
+    "block_causal": lambda model, x_t, t, text, clean, chunk: model.forward_block_causal(x_t, t * 1000, text, chunk),
+}
 
 
 def clip_loss(

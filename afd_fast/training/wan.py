@@ -25,6 +25,7 @@ def wan_system(config: TrainConfig) -> System:
             f"height={config.height} width={config.width} are not"
         )
     student, encode, decode = load_networks(config.student, config.wan_base, config.seed)
+    student.gradient_checkpointing = config.gradient_checkpointing
     device = next(student.parameters()).device
     return System(
         student=student.requires_grad_(False),
