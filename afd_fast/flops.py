@@ -15,6 +15,8 @@ from afd_fast.models.toy import ToyConfig
 from afd_fast.models.wan_parts import PATCH, CausalWanConfig
 from afd_fast.reference.nft import nft_recipe
 
+T5_LAYER, T5_LAYERS, T5_WIDTH = 4 * 4096**2 + 3 * 4096 * 10240, 24, 4096  # google/umt5-xxl/config.json
+T5_PARAMETERS = 5_680_910_336  # of its encoder, embedding included
 ATTENTION_BACKWARD = 2.5  # of its forward: five products for two, as flash kernels recompute the scores
 
 
@@ -199,6 +201,11 @@ class Student:
             out += 1 / config.ref_every * frozen
         return out + self.merge(rank) + frozen if config.v_old == "ema" else out
 
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of every frame of a sample (ToyStudent's cache grows to this)."""
+        return 2 * self.stack.layers * self.chunks * self.tokens * self.stack.kv_width * self.stack.size
+
 
 def wan(c: CausalWanConfig, frames: int, height: int, width: int, chunk: int, size: int) -> Student:
     """CausalWan on latents of frames x height x width, its weights of `size` bytes (2 or 4)."""
@@ -222,3 +229,40 @@ def toy(c: ToyConfig) -> Student:
         time=(*[(d, d)] * 2, *[(d, 6 * d)] * c.layers, (d, 2 * d)),
         pooled=((d, d), (d, d)), text_linears=((d, 2 * d),),
     )  # fmt: skip
+
+
+def vision_tower(c, clips: int, grid: tuple[int, int, int], size: int = 2) -> Work:
+    """Qwen2-VL's tower, forward. c: its vision config; grid: patches (t, h, w) of a clip, which attend within one t."""
+    e, rows = c.embed_dim, clips * grid[0] * grid[1] * grid[2]
+    wide, patch = c.spatial_merge_size**2 * e, c.in_channels * c.temporal_patch_size * c.patch_size**2
+    blocks = Stack(c.depth, ((e, 3 * e), (e, e), (e, c.mlp_ratio * e), (c.mlp_ratio * e, e)), 1, e, e, size)
+    merged = rows / c.spatial_merge_size**2
+    merger = product(merged, wide, wide, size) + product(merged, wide, c.hidden_size, size)
+    return product(rows, patch, e, size) + blocks.forward(rows, rows * grid[1] * grid[2], rows) + merger
+
+
+def language_model(c, size: int = 2) -> Stack:
+    """Qwen2-VL's decoder blocks with adapters on every linear, which compute in the trunk's precision. c: its text config."""
+    d, kv = c.hidden_size, c.hidden_size // c.num_attention_heads * c.num_key_value_heads
+    linears = (
+        (d, d),
+        (d, kv),
+        (d, kv),
+        (d, d),
+        (d, c.intermediate_size),
+        (d, c.intermediate_size),
+        (c.intermediate_size, d),
+    )
+    return Stack(c.num_hidden_layers, linears, 3, d, kv, size, adapter=size)
+
+
+def causal(clips: int, length: int) -> tuple[int, float, int]:
+    """(rows, pairs, keys) of clips of `length` tokens each, a token seeing itself and those before it."""
+    return clips * length, clips * length * (length + 1) / 2, clips * length
+
+
+def text_encoder(prompts: int, tokens: int) -> Work:
+    """UMT5-XXL on padded prompts, in bfloat16, attention unfused as transformers has it."""
+    rows, d = prompts * tokens, T5_WIDTH
+    layer = work(2 * rows * T5_LAYER + 4 * rows * tokens * d, T5_LAYER + 10 * rows * d, 2)
+    return T5_LAYERS * layer
