@@ -26,10 +26,8 @@ GENERAL = (
 DIMENSIONS = PHYSICS + GENERAL
 YES_NO = ("dynamic_degree", "human_action")  # of a video; the score is the share of yes
 SUITE = "VBench_full_info.json"
-FLICKER, KEPT = (
-    25,
-    5,
-)  # videos a prompt made for temporal_flickering; the static filter keeps the first so many still ones
+FLICKER = 25  # videos made for a prompt of temporal_flickering, of which
+KEPT = 5  # at most so many still ones are scored; also the tool's number for every other prompt
 STATIC = Path("static", "filtered_videos")
 
 
