@@ -120,7 +120,7 @@ class Networks:
 
 def networks(config: TrainConfig) -> Networks:
     """ConfigError for what a student cannot have, and for what is not counted."""
-    if config.method != "afd" or getattr(config, "update", "detached") != "detached":
+    if config.method != "afd" or config.update != "detached":
         raise ConfigError('estimate counts method="afd" with update="detached" only')
     if config.student in base_student.SHIPPED:
         system, name, size, real = toy_system(base_student.load(name=config.student)), "ToyStudent", 4, False

@@ -1,16 +1,24 @@
 """The formulas against PyTorch's counter on the real code, and sizes against the real objects."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
-from afd_fast import flops, recipes
-from afd_fast.config import with_overrides
+from afd_fast import estimate, flops, recipes
+from afd_fast.config import ConfigError, with_overrides
+from afd_fast.generate import tiny
+from afd_fast.models import CausalWanConfig
 from afd_fast.models.toy import ToyConfig, ToyStudent
+from afd_fast.rollout import RolloutConfig, rollout
+from afd_fast.training.lora import trainable
 from afd_fast.training.state import generator, new_state, toy_system
 from afd_fast.training.step import sample_policy, student_loss
+from afd_fast.training.update import chunk_velocities, student_velocity
 from afd_fast.training.wan import wan_system
+from tests.test_trainer import command
 
 PROMPTS = ["a red ball", "a blue ball"]
 aten = torch.ops.aten
@@ -74,3 +82,164 @@ def test_update(make, overrides):
             loss.backward()
 
     assert formula.update(2, config).flops == counted(call)
+
+
+def networks(*overrides, recipe="afd_table3"):
+    return estimate.networks(with_overrides(recipes.get(recipe), list(overrides)))
+
+
+def test_the_13b_student(monkeypatch):
+    """Parameters, adapters, cache and, on the meta device, FLOPs: two chunks of a full-size latent."""
+    net = networks("frames=6", "student=any.pt")
+    student = net.system.student
+    count = lambda parameters: sum(p.numel() for p in parameters)
+    assert count(p for n, p in student.named_parameters() if ".lora_" not in n) == 1_418_996_800
+    assert count(trainable(student).values()) == 256 * 30 * (8 * 2 * 1536 + 2 * (1536 + 8960)) == 349_962_240
+    assert net.formulas.cache_bytes == student.new_cache(1, 6, 60, 104).nbytes
+    x, t = torch.empty(1, 16, 6, 60, 104, device="meta", dtype=torch.bfloat16), torch.empty(1, 6, device="meta")
+    s, words = net.formulas, torch.empty(1, 512, 4096, device="meta", dtype=torch.bfloat16)
+    renoise = torch.empty(1, 1, 16, 3, 60, 104, device="meta", dtype=torch.bfloat16).expand(2, -1, -1, -1, -1, -1)
+    config = RolloutConfig(steps=(1000, 500))
+    sample = lambda: rollout(student, student.encode_text(words), x, config, renoise=renoise)
+    with torch.no_grad():
+        assert s.rollout(1, 2, 256).flops == counted(sample)
+    monkeypatch.setattr(flops, "ATTENTION_BACKWARD", 2.0)  # on meta it is not a flash kernel: no scores to recompute
+    backward = flops.total(s.backward(1, index, 256) for index in range(2)) + s.encode(1, 256, backward=True)
+    expected = s.encode(1, 256) + s.velocity(1, 256) + backward
+    update = lambda: student_velocity(student, x, t, student.encode_text(words), x, 3).sum().backward()
+    assert expected.flops == counted(update)
+
+
+def test_the_14b_student_has_its_own_sizes():
+    config = CausalWanConfig.wan_14b()
+    a, b = (flops.wan(c, 3, 60, 104, 3, 2).forward(1, 0).flops for c in (CausalWanConfig.wan_1_3b(), config))
+    assert 8 < b / a < 11
+
+
+@pytest.mark.parametrize("make", [wan_case, toy_case])
+def test_memory_of_the_optimiser_and_the_average(make):
+    config, system, _ = make([])
+    state = new_state(config, system)
+    trained = trainable(state.student)
+    for p in trained.values():
+        p.grad = torch.ones_like(p)
+    state.optimizer.step()
+    held = sum(x.nbytes for s in state.optimizer.state.values() for x in s.values() if x.ndim)
+    held += sum(x.nbytes for p in trained.values() for x in (p, p.grad)) + sum(
+        x.nbytes for x in state.ema.shadow.values()
+    )
+    found = estimate.estimate(config).memory if make is wan_case else None
+    count = sum(p.numel() for p in trained.values())
+    assert held == 20 * count
+    if found:
+        assert dict((name, n) for name, n, _ in found)["adapters, gradients, AdamW, EMA"] == held
+
+
+def test_activations_are_what_autograd_keeps():
+    """The meta device against a real bfloat16 student on the CPU, whose attention also keeps a log-sum-exp, and whose
+    LayerNorm keeps mean and deviation in bfloat16 where CUDA's has float32."""
+    net = networks("student=tiny", "frames=9", "height=12", "width=20", "lora_rank=4")
+    net.system.student.bfloat16()
+    for p in trainable(net.system.student).values():
+        p.data = p.data.float()
+    real = copy.deepcopy(net.system.student).to_empty(device="cpu")
+    for p in real.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    found = estimate.graph_bytes(net.system.student, net.system.shape, 3, batch=2)
+    x = torch.randn(2, 16, 9, 12, 20, dtype=torch.bfloat16)
+    sizes = []
+    with (kept := estimate.Kept(real)):
+        text = real.encode_text(torch.randn(2, 12, 24, dtype=torch.bfloat16))
+        in_text = kept.take()
+        for _ in chunk_velocities(real, x, torch.rand(2, 9), text, x, 3):
+            sizes.append(in_text + kept.take())
+    rows = 2 * 180  # samples, tokens
+    lse, statistics = rows * 4 * 4 * 4, rows * 6 * 2 * 2  # 4 attentions of 4 heads; 6 norms of what has a gradient
+    assert [a + lse - statistics for a in found] == sizes and found[2] > found[1] > found[0]
+
+
+def test_reward_model():
+    """Against a small VideoReward: the counter knows causal attention only in full."""
+    from tests.tiny_videoalign import clips, reward_model
+
+    model, prompts = reward_model(lora=4, checkpointing=False), ["a cat", "a dog"]
+    c, videos = model.backbone.config, clips(2, frames=8)
+    features = model.encode(videos)
+    grid = (len(features.clips[0]) // 6, 4, 6)
+    length = len(features.clips[0]) + len(model.prompts.prefix) + len(model.prompts.suffix("a cat"))
+    lm, shape = flops.language_model(c.text_config, 4), (2 * length, 2 * length**2, 2 * length)
+    assert flops.vision_tower(c.vision_config, 2, grid, 4).flops == counted(lambda: model.encode(videos))
+    head = flops.product(6, 64, 1, 4).flops
+    assert lm.forward(*shape, 4).flops + head == counted(lambda: model.score(features, prompts))
+    assert flops.causal(2, length)[1] == (2 * length**2 + 2 * length) / 2
+    scores = model.score(features, prompts).sum()
+    assert lm.backward(*shape, 4).flops == pytest.approx(counted(scores.backward), rel=1e-3)
+
+
+def test_vae_and_toy_discriminator_are_counted_as_they_run():
+    net = networks("student=tiny", "frames=6", "height=6", "width=10")
+    config = with_overrides(recipes.demo(), ["disc_width=8", "r1=0"])
+    latents = torch.randn(1, *net.system.shape)
+    with torch.no_grad():
+        work, largest = estimate.metered(lambda: net.system.decode(latents.to("meta")), 4)
+        real = tiny()[2]
+        assert work.single == counted(lambda: real(latents)) and 0 < largest < work.bytes
+    judge = estimate.toy_judge(config, net.system, 2)
+    model, videos = net.system.new_discriminator(config), torch.rand(4, 3, *net.system.video)
+    assert judge.score.flops == counted(lambda: model.score(videos[:2], ["a", "b"]))
+    assert judge.update.flops == counted(lambda: model.score(videos, ["a", "b"] * 2).sum().backward())
+    assert judge.trained == sum(p.numel() for p in model.parameters())
+
+
+def test_text_encoder_has_the_published_size():
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        d_model=4096,
+        d_kv=64,
+        num_heads=64,
+        d_ff=10240,
+        num_layers=24,
+        vocab_size=256384,
+        feed_forward_proj="gated-gelu",
+    )
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config)
+    assert sum(p.numel() for p in model.parameters()) == flops.T5_PARAMETERS
+    x = torch.empty(2, 512, 4096, device="meta")
+    layer = model.encoder.block[0]
+    mask = torch.empty(2, 1, 512, 512, device="meta")
+    assert flops.text_encoder(2, 512).flops == 24 * counted(lambda: layer(x, attention_mask=mask))
+
+
+def test_roofline():
+    gpu = flops.GPU("x", half=100.0, single=10.0, bandwidth=5.0, memory=1.0)
+    assert flops.Work(200, 30, 1).seconds(gpu) == 5.0 and flops.Work(200, 30, 1).bound(gpu) == "compute"
+    assert flops.Work(200, 30, 50).seconds(gpu) == 10.0 and flops.Work(200, 30, 50).bound(gpu) == "bandwidth"
+    assert flops.product(2, 3, 5, 2) == flops.Work(60, 0, 2 * (6 + 10 + 15))
+    x = torch.empty(2, 3, device="meta", dtype=torch.bfloat16)
+    assert estimate.metered(lambda: x @ x.new_empty(3, 5), 2)[0] == flops.product(2, 3, 5, 2)
+
+
+def test_shards_share_the_work_and_shrink_the_memory():
+    one, four = (estimate.estimate(with_overrides(recipes.demo(), [f"shards={n}"])) for n in (1, 4))
+    for phase in ("decode", "score"):
+        assert one.phases[phase].flops == four.phases[phase].flops
+    assert one.phases["update"].flops < four.phases["update"].flops < 1.1 * one.phases["update"].flops  # merges
+    assert four.peak[0] < 0.5 * one.peak[0]
+
+
+def test_command(tmp_path):
+    tiny_run = ["student=tiny", "discriminator=toy", "frames=6", "height=6", "width=10"]
+    process = command("estimate", "afd_table3", *tiny_run, "--gpu", "a100", cwd=tmp_path)
+    said = process.communicate()[0]
+    assert process.returncode == 0 and "A100 80 GB: a floor, not a measurement" in said and "at the peak" in said
+    assert "no checkpoint was read" in " ".join(said.split()) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", ["method=sft", "frames=7"])
+def test_what_cannot_be_counted_is_said(wrong):
+    with pytest.raises(ConfigError, match="counts method=|whole chunks"):
+        networks("student=tiny", wrong)
+    with pytest.raises(ConfigError, match="known: h100, h200"):
+        estimate.gpu_of("b200")
