@@ -23,10 +23,13 @@ Keys = Annotated[list[str] | None, typer.Argument(help="key=value overrides of t
 def _system(config, weights: Path | None = None):
     """The networks of a configuration; weights: of a toy student other than the shipped one."""
     from afd_fast import base_student
+    from afd_fast.config import ConfigError
     from afd_fast.training.state import toy_system
     from afd_fast.training.wan import wan_system
 
     if config.student in base_student.SHIPPED:
+        if config.stream or config.window:
+            raise ConfigError("stream and window need a Wan student: the embedded one has a fixed length")
         return toy_system(base_student.load(weights, name=config.student))
     return wan_system(config)
 

@@ -46,6 +46,10 @@ class TrainConfig:
     width: int = 104
     chunk: int = 3  # latent frames a Wan student generates together
     # rollout
+    stream: int | None = None  # latent frames of a long rollout, of which `frames` at a time are trained and judged
+    active_clips: int = 1  # of `frames` each that are trained together at a random place of the stream
+    window: int | None = None  # latent frames a chunk attends to (a rolling cache), `sink` first ones always among them
+    sink: int = 0
     steps: tuple[float, ...] = (1000, 750, 500, 250)
     shift: float = 1.0
     # student update
@@ -89,6 +93,12 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be {known}, got {getattr(self, name)!r}")
         if self.chunked_update and self.update != "detached":
             raise ConfigError(f'chunked_update needs update="detached", not {self.update!r}')
+        if self.stream is not None and (self.stream % self.frames or self.method != "afd"):
+            raise ConfigError(f"stream={self.stream} must be a multiple of frames={self.frames}, with method=afd")
+        if self.active_clips < 1 or self.active_clips * self.frames > (self.stream or self.frames):
+            raise ConfigError(
+                f"active_clips={self.active_clips} of frames={self.frames} do not fit stream={self.stream}"
+            )
         if self.rollouts_per_prompt < 2:
             raise ConfigError("rollouts_per_prompt must be at least 2: a single rollout has advantage 0")
         if self.prompts_per_step % max(1, self.shards):

@@ -36,7 +36,7 @@ from afd_fast.training.distributed import Ranks
 from afd_fast.training.lora import trainable
 from afd_fast.training.state import System, generator, new_state
 from afd_fast.training.step import TrainingError, sample_policy
-from afd_fast.video_io import deliver
+from afd_fast.training.streaming import clip, stream_step
 
 REFERENCE_CLIPS = 32  # teacher clips per held-out prompt behind the Frechet distance (physics only: they are free)
 WATCHED, PAIR_R = (
@@ -166,13 +166,14 @@ class Trainer:
         return clip_judge.evaluate(clips.numpy(), self.reference.numpy())
 
     def student_clips(self, per_prompt: int) -> tuple[Tensor, list[str]]:
-        """Held-out rollouts of the averaged student, with the same noise at every call."""
+        """Held-out rollouts of the averaged student, with the same noise at every call; of a stream its last clip."""
         prompts = self.data.held_out * per_prompt
         size, videos = self.config.eval_batch or len(prompts), []
         for number, start in enumerate(range(0, len(prompts), size)):
             rng = generator(0, 0, "evaluation", number)
-            latents = sample_policy(self.state, self.config, prompts[start : start + size], rng, average=True)
-            videos.append(deliver(self.state.system.decode(latents).cpu(), self.config.codec_crf))
+            part, length = prompts[start : start + size], self.config.stream or self.state.system.shape[1]
+            latents = sample_policy(self.state, self.config, part, rng, average=True, frames=length)
+            videos.append(clip(self.state.system, self.config, latents, length - self.state.system.shape[1]).cpu())
         return torch.cat(videos), prompts
 
     def evaluate(self) -> dict[str, float]:
@@ -221,9 +222,10 @@ class Trainer:
                 task = self.progress.add_task(config.name, total=config.iterations, completed=state.step, note="")
                 if state.step == 0 and lead:
                     self._record_evaluation(writer)
+                iterate = stream_step if config.stream else baselines.STEPS[config.method]
                 while state.step < config.iterations:
                     batch = self.data.batch(config, state.step, self.shards)
-                    metrics = baselines.STEPS[config.method](state, config, batch, self.ranks)
+                    metrics = iterate(state, config, batch, self.ranks)
                     self._check(metrics)
                     stop, last = self.ranks.any(self._stop), state.step == config.iterations
                     if lead:

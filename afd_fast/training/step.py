@@ -15,6 +15,7 @@ import time
 
 import nvtx
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from afd_fast import ops
@@ -75,21 +76,34 @@ def loss_recipe(config: TrainConfig, step: int = 0) -> NFTRecipe:
 
 def rollout_config(config: TrainConfig, chunk: int) -> RolloutConfig:
     """The sampler a configuration names."""
-    return RolloutConfig(steps=config.steps, shift=config.shift, chunk=chunk)
+    return RolloutConfig(steps=config.steps, shift=config.shift, chunk=chunk, window=config.window, sink=config.sink)
 
 
 def sample_policy(
-    state: TrainState, config: TrainConfig, prompts: list[str], rng: torch.Generator, average: bool
+    state: TrainState,
+    config: TrainConfig,
+    prompts: list[str],
+    rng: torch.Generator,
+    average: bool,
+    *,
+    frames: int | None = None,
+    history: Tensor | None = None,
 ) -> Tensor:
-    """Latents [B, C, F, H, W] of the current student, or of its average; adapters merged meanwhile."""
+    """Latents [B, C, F, H, W] of the current student, or of its average; adapters merged meanwhile. frames: other than
+    the system's. history: latents [B or 1, C, F0, H, W] that these go on from, not in the result."""
     system, student = state.system, state.student
-    noise = torch.randn(len(prompts), *system.shape, generator=rng).to(next(student.parameters()))
+    channels, length, height, width = system.shape
+    noise = torch.randn(len(prompts), channels, frames or length, height, width, generator=rng)
+    noise = noise.to(next(student.parameters()))
     if noise.is_cuda:
         rng = torch.Generator(noise.device).manual_seed(rng.initial_seed())
     weights = state.ema.applied(student) if average else contextlib.nullcontext()
     with torch.no_grad(), weights:
-        text = student.encode_text(system.encode(prompts))
-        return rollout(student, text, noise, rollout_config(config, system.chunk), generator=rng)
+        shared = history is not None and len(history) < len(prompts)  # a prefix run once needs its one prompt
+        text = student.encode_text(system.encode(prompts[:1] if shared else prompts))
+        sampler = rollout_config(config, system.chunk)
+        x = rollout(student, text, noise, sampler, generator=rng, initial_latent=history)
+        return x if history is None else x[:, :, history.shape[2] :]
 
 
 def discriminator_loss(
@@ -154,17 +168,25 @@ def student_loss(
     prompts: list[str],
     rng,
     *,
+    active: range | None = None,
     backward: float | None = None,
 ) -> tuple[Tensor, NFTStats | None]:
     """NFT + prior loss (Eq. 3-5) of the student on rollouts x0 [b, C, F, H, W] with optimality r [b].
 
+    active: the frames that are trained, of a longer stream with r [b, S] for its S clips (with `backward` only).
     backward: also add this multiple of its gradient, chunk by chunk (`nft_backward`; no stats then).
     """
     system, student = state.system, state.student
     t, noise, x_t = noised(system, config, x0, rng)
     context = system.encode(prompts)
     forward = UPDATES[config.update]
-    velocity = lambda: forward(student, x_t, t, student.encode_text(context), x0, system.chunk)
+    options = {"window": config.window, "sink": config.sink} if config.window else {}
+    options |= {} if active is None else {"active": active}
+
+    def velocity():
+        v = forward(student, x_t, t, student.encode_text(context), x0, system.chunk, **options)
+        return v if active is None else F.pad(v, (0, 0, 0, 0, active.start, x0.shape[2] - active.stop))
+
     v_ref, v_old, recipe = None, None, loss_recipe(config, state.step)
     with torch.no_grad():
         if recipe.ref_coef:
@@ -176,19 +198,22 @@ def student_loss(
     given = {"noise": noise, "v_old": v_old, "v_ref": v_ref, "recipe": recipe}
     if backward is not None:
         text = student.encode_text(context)
-        loss = nft_backward(student, x_t, t, text, x0, system.chunk, r=r, scale=backward, **given)
+        loss = nft_backward(student, x_t, t, text, x0, system.chunk, r=r, scale=backward, **given, **options)
         return loss, None
     return ops.nft_loss(velocity(), x0, r, t, frame_dim=2, return_stats=True, **given)
 
 
-def student_update(state: TrainState, config: TrainConfig, parts: list[tuple], ranks: Ranks = Ranks()) -> dict:
-    """One optimiser and EMA step on `student_loss`; parts: its (x0, r, prompts, rng) for every shard of this rank."""
+def student_update(
+    state: TrainState, config: TrainConfig, parts: list[tuple], ranks: Ranks = Ranks(), *, active: range | None = None
+) -> dict:
+    """One optimiser and EMA step on `student_loss`; parts: its (x0, r, prompts, rng) for every shard of this rank.
+    active: of a stream, as there."""
     share = 1 if loss_recipe(config).batch_reduction == "sum" else len(parts) * ranks.world
     state.optimizer.zero_grad()
     rows = []
     for part in parts:
-        if config.chunked_update:
-            loss, _ = student_loss(state, config, *part, backward=1 / share)
+        if config.chunked_update or active:
+            loss, _ = student_loss(state, config, *part, active=active, backward=1 / share)
             rows.append({"loss": loss.item()})
             continue
         loss, stats = student_loss(state, config, *part)
@@ -243,10 +268,12 @@ def on_policy(
 
 
 def optimality(
-    state: TrainState, config: TrainConfig, shards: list[Shard], scores: list[Tensor], ranks: Ranks
+    state: TrainState, config: TrainConfig, shards: list[Shard], scores: list[Tensor], ranks: Ranks, clips: int = 1
 ) -> tuple[list[Tensor], dict]:
-    """r [b] in [0, 1] for every shard from everybody's scores (Eq. 2), and metrics."""
-    prompts, rewards = ranks.gather([p for s in shards for p in s.prompts], torch.cat(scores))  # [B]
+    """r [b] in [0, 1] for every shard from everybody's scores (Eq. 2), and metrics. clips: with several clips of a row,
+    scores [clips * b] clip by clip; a clip is compared with the same clip of its prompt's other rows."""
+    names = [f"{p}#{clip}" if clip else p for s in shards for clip in range(clips) for p in s.prompts]
+    prompts, rewards = ranks.gather(names, torch.cat(scores))  # [B]
     state.tracker.clear()  # every iteration is an epoch of its own
     advantages = state.tracker.update(prompts, rewards).float()
     if config.shuffle_rewards:
@@ -254,7 +281,7 @@ def optimality(
         advantages = advantages[order]
     r = reward_to_r(advantages, clip=config.adv_clip)
     within = rewards.view(-1, config.rollouts_per_prompt)
-    return list(r.split(len(shards[0].prompts))[shards[0].index :]), {
+    return list(r.split(clips * len(shards[0].prompts))[shards[0].index :]), {
         "reward": rewards.mean().item(),
         "reward_std_in_prompt": within.std(1, unbiased=False).mean().item(),
         "r_std": r.std().item(),

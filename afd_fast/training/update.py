@@ -70,10 +70,12 @@ def student_velocity(model, x_t: Tensor, t: Tensor, text, clean: Tensor, chunk: 
 
 UPDATES = {  # v_theta [B, C, F, H, W] of (model, x_t, t, text, clean, chunk)
     "detached": student_velocity,
-    "teacher_forcing": lambda model, x_t, t, text, clean, chunk: model.forward_teacher_forcing(
-        x_t, t * 1000, text, clean, chunk
+    "teacher_forcing": lambda model, x_t, t, text, clean, chunk, **window: model.forward_teacher_forcing(
+        x_t, t * 1000, text, clean, chunk, **window
     ),
-    "block_causal": lambda model, x_t, t, text, clean, chunk: model.forward_block_causal(x_t, t * 1000, text, chunk),
+    "block_causal": lambda model, x_t, t, text, clean, chunk, **window: model.forward_block_causal(
+        x_t, t * 1000, text, chunk, **window
+    ),
 }
 
 
