@@ -209,8 +209,7 @@ class Estimate:
     def peak(self) -> tuple[float, str]:
         """(bytes, phase) of the largest phase."""
         held = {p: sum(n for _, n, where in self.memory if not where or p in where) for p in self.phases}
-        phase = max(held, key=held.get)
-        return held[phase], phase
+        return max((n, p) for p, n in held.items())
 
 
 def estimate(config: TrainConfig) -> Estimate:
@@ -229,11 +228,12 @@ def estimate(config: TrainConfig) -> Estimate:
     text = flops.text_encoder(config.prompts_per_step // shards, s.text_len) if net.real else Work()
     trained = sum(p.numel() for p in trainable(system.student).values())
     phases = {
-        "rollout": shards * (text + s.rollout(b, len(config.steps), config.lora_rank)),
+        "prompts": 2 * shards * text,
+        "rollout": shards * s.rollout(b, len(config.steps), config.lora_rank),
         "decode": shards * b * decode,
         "discriminator": config.disc_steps * (shards * judge.update + Work(bytes=OPTIMISER * judge.trained)),
         "score": shards * judge.score,
-        "update": shards * (text + s.update(b, config)),
+        "update": shards * s.update(b, config),
         "optimiser": Work(bytes=(OPTIMISER + AVERAGE) * trained),
     }
     graphs, clips = graph_bytes(system.student, system.shape, system.chunk), 12 * b * shards * math.prod(system.video)
@@ -257,7 +257,7 @@ def estimate(config: TrainConfig) -> Estimate:
     about = [f"student: {net.name}; discriminator: {judge.name}; {shards} x {b} videos of {system.video[0]} frames, "
              f"{system.video[1]} x {system.video[2]} pixels; no checkpoint was read"]  # fmt: skip
     if net.real:
-        about.append("rollout and update hold a pass of UMT5-XXL over the prompts each")
+        about.append("prompts: a pass of UMT5-XXL in the rollout and one in the update")
     if judge.name.startswith("VideoReward"):
         about.append(f"the discriminator's text is taken to be {REWARD_TEXT} tokens")
     return Estimate(about, phases, memory)
@@ -281,9 +281,10 @@ def tables(e: Estimate, gpu: flops.GPU) -> tuple[Table, Table]:
         time.add_column(column, justify="left" if column in ("phase", "bound by") else "right")
     floor = sum(w.seconds(gpu) for w in e.phases.values())
     for name, w in (e.phases | {"all": total(e.phases.values())}).items():
-        seconds, bound = (floor, "") if name == "all" else (w.seconds(gpu), w.bound(gpu) if w.bytes else "no products")
+        seconds, bound = (floor, "") if name == "all" else (w.seconds(gpu), w.bound(gpu))
         figures = (w.half / 1e12, w.single / 1e12, w.bytes / 1e9, seconds * 1e3)
-        time.add_row(name, *map(short, figures), bound)
+        if w.bytes:
+            time.add_row(name, *map(short, figures), bound)
     size = Table(title="memory, without what the allocator and kernels need", title_justify="left")
     size.add_column("what"), size.add_column("GB", justify="right"), size.add_column("in")
     for name, n, where in e.memory:

@@ -158,6 +158,13 @@ def test_activations_are_what_autograd_keeps():
     assert [a + lse - statistics for a in found] == sizes and found[2] > found[1] > found[0]
 
 
+def test_a_storage_is_counted_once_and_a_weight_never():
+    linear, x = torch.nn.Linear(4, 4), torch.randn(8, 4, requires_grad=True)
+    with (kept := estimate.Kept(linear)):
+        y = linear(x) + linear(x[:2]).sum()
+    assert y.requires_grad and kept.take() == x.nbytes and kept.take() == 0
+
+
 def test_reward_model():
     """Against a small VideoReward: the counter knows causal attention only in full."""
     from tests.tiny_videoalign import clips, reward_model
