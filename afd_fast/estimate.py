@@ -120,8 +120,8 @@ class Networks:
 
 def networks(config: TrainConfig) -> Networks:
     """ConfigError for what a student cannot have, and for what is not counted."""
-    if config.method != "afd" or config.update != "detached":
-        raise ConfigError('estimate counts method="afd" with update="detached" only')
+    if config.method != "afd" or config.update != "detached" or config.stream or config.window:
+        raise ConfigError('estimate counts method="afd" with update="detached", without stream= and window=')
     if config.student in base_student.SHIPPED:
         system, name, size, real = toy_system(base_student.load(name=config.student)), "ToyStudent", 4, False
         formulas = flops.toy(system.student.config)

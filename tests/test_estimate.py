@@ -244,9 +244,9 @@ def test_command(tmp_path):
     assert "no checkpoint was read" in " ".join(said.split()) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", ["method=sft", "frames=7"])
+@pytest.mark.parametrize("wrong", ["method=sft", "frames=7", "window=9", "stream=42", "update=block_causal"])
 def test_what_cannot_be_counted_is_said(wrong):
     with pytest.raises(ConfigError, match="counts method=|whole chunks"):
-        networks("student=tiny", wrong)
+        networks("student=tiny", "chunked_update=false", wrong)
     with pytest.raises(ConfigError, match="known: h100, h200"):
         estimate.gpu_of("b200")
