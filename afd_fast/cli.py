@@ -268,7 +268,7 @@ def report(run: Path) -> None:
 def env() -> None:
     """Print versions, devices and which implementation serves every operator."""
     from afd_fast import ops
-    from afd_fast.trainer import environment
+    from afd_fast.run_folder import environment
 
     table = Table(show_header=False)
     for key, value in environment().items():

@@ -11,7 +11,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 from afd_fast.report import METHODS, SCORES, side_by_side, smooth, style, svg
-from afd_fast.trainer import read_rows
+from afd_fast.run_folder import read_rows
 
 PROMPTS = 6  # shown
 EDGE = {"base": "#8a8f98", "teacher": "#16a34a"}

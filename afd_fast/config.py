@@ -35,6 +35,7 @@ class TrainConfig:
     teacher_clips: int = 4  # finished videos bought per prompt
     prompts_per_step: int = 12
     rollouts_per_prompt: int = 8  # K; with K = 1 every advantage is 0
+    fsdp: bool = False  # under torchrun: the student's parameters are split over the ranks, checkpoints are DCP folders
     shards: int = 1  # parts of the batch with random numbers of their own: worked on one by one, shared by the ranks
     codec_crf: int | None = None  # H.264 quality both sides pass through before the discriminator; None: 8-bit only
     # networks
@@ -68,7 +69,7 @@ class TrainConfig:
     lr_decay: bool = True  # cosine to 5 %
     weight_decay: float = 1e-4
     grad_norm: float = 1.0
-    lora_rank: int = 16
+    lora_rank: int = 16  # 0: every weight is trained, in float32, and v_ref comes from a frozen copy
     ema: float = 0.9
     # discriminator
     disc_loss: str = "bt"  # "bt": Bradley-Terry (Eq. 1); "gan": the binary loss of the ablation
@@ -105,7 +106,6 @@ class TrainConfig:
             raise ConfigError(f"shards={self.shards} must divide prompts_per_step={self.prompts_per_step}")
         for name in (
             "iterations",
-            "lora_rank",
             "prompts_per_step",
             "shards",
             "ref_every",

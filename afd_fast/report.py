@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from afd_fast.evaluation.physics import track
-from afd_fast.trainer import read_rows
+from afd_fast.run_folder import read_rows
 from afd_fast.video_io import write_video
 
 GAP = 8  # px

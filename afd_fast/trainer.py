@@ -6,14 +6,10 @@ tensorboard/, checkpoints/, and at the end result.json, samples.safetensors and 
 
 import json
 import math
-import os
-import platform
-import shutil
 import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-import afd_fast
-from afd_fast.config import ConfigError, TrainConfig, from_dict, to_dict
+from afd_fast.config import TrainConfig, to_dict
 from afd_fast.data import REFERENCE_SEEDS, TEACHER_ROW_SEEDS, collect
 from afd_fast.evaluation import clips as clip_judge
 from afd_fast.evaluation import physics as physics_judge
 from afd_fast.models.lora import merged_lora
+from afd_fast.run_folder import add_video, append, environment, prepare_folder, read_rows, rewind
 from afd_fast.teachers import api
 from afd_fast.training import baselines, checkpoint
-from afd_fast.training.distributed import Ranks
+from afd_fast.training.distributed import Ranks, whole
 from afd_fast.training.lora import trainable
 from afd_fast.training.state import System, generator, new_state
 from afd_fast.training.step import TrainingError, sample_policy
@@ -51,73 +47,6 @@ class Interrupted(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved itself."""
 
 
-def environment() -> dict:
-    """Versions and machine, for reports."""
-    packages = ("torch", "triton", "peft", "transformers", "diffusers", "av", "pymunk", "numpy")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "afd_fast": afd_fast.__version__,
-        "python": platform.python_version(),
-        **versions,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "threads": torch.get_num_threads(),
-    }
-
-
-def prepare_folder(out: Path, config: TrainConfig, *, overwrite: bool, resume: bool) -> None:
-    """Make the run folder, or refuse before anything is touched."""
-    if resume:
-        if not (out / "config.json").exists():
-            raise ConfigError(f"{out} holds no run to resume")
-        saved = from_dict(json.loads((out / "config.json").read_text()))
-        if saved != config:
-            odd = [k for k, v in to_dict(config).items() if to_dict(saved)[k] != v]
-            raise ConfigError(
-                f"{out} was started with another configuration ({', '.join(odd)} differ); resume with the same one"
-            )
-        return
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise ConfigError(
-                f"{out} exists; continue it with --resume, replace it with --overwrite, or choose another --out"
-            )
-        if not (out / "config.json").exists():
-            raise ConfigError(f"{out} is not a run folder (no config.json): --overwrite will not delete it")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(to_dict(config), indent=1))
-    (out / "environment.json").write_text(json.dumps(environment(), indent=1))
-
-
-def _append(path: Path, row: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def read_rows(path: Path, before: int | None = None) -> list[dict]:
-    """Rows of a JSONL file; a half-written last line is dropped. before: only rows with step < before."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return [row for row in rows if before is None or row["step"] < before]
-
-
-def _rewind(path: Path, before: int) -> None:
-    rows = read_rows(path, before)
-    partial = path.with_suffix(".part")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
-
-
 class Trainer:
     """One run in one folder. `run()` trains to the end; `system` holds the pretrained student it starts from.
 
@@ -129,6 +58,7 @@ class Trainer:
     ):
         self.config, self.out, self.console, self.ranks = config, out, console, ranks
         self.shards = ranks.share(config.shards)
+        self.lockstep = config.fsdp and ranks.world > 1  # the student runs only when it runs on every rank
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
@@ -179,6 +109,9 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """The judge's scores on held-out prompts and, for the discriminator, accuracy there and agreement with the judge."""
         clips, prompts = self.student_clips(self.config.eval_rollouts)
+        if not self.ranks.lead:
+            return {}
+        self.sample = torch.cat(list(clips[: min(4, len(self.data.held_out))]), -1)  # beside each other
         row = {"step": self.state.step, **self.judge(clips, prompts)}
         if self.config.method == "sft":  # has no use for a discriminator
             return row
@@ -207,20 +140,22 @@ class Trainer:
         elapsed = 0.0
         folder = self.out / "checkpoints"
         if resume and (path := checkpoint.latest(folder)):
-            saved = checkpoint.load(path)
+            sharded = path.suffix == ".dcp"
+            blank = lambda keys: {"state": state.blank(keys), "elapsed": 0.0}
+            saved = checkpoint.load_sharded(path, blank, self.ranks) if sharded else checkpoint.load(path)
             state.load_state_dict(saved["state"])
             elapsed = saved["elapsed"]
             self.console.print(f"resuming after iteration {state.step} ({path})")
         if lead:
-            _rewind(self.out / "metrics.jsonl", state.step)
-            _rewind(self.out / "evaluations.jsonl", state.step + bool(state.step))
+            rewind(self.out / "metrics.jsonl", state.step)
+            rewind(self.out / "evaluations.jsonl", state.step + bool(state.step))
         writer = SummaryWriter(self.out / "tensorboard", purge_step=state.step) if lead else None
         previous = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         started = time.perf_counter() - elapsed
         try:
             with self.progress:
                 task = self.progress.add_task(config.name, total=config.iterations, completed=state.step, note="")
-                if state.step == 0 and lead:
+                if state.step == 0:
                     self._record_evaluation(writer)
                 iterate = stream_step if config.stream else baselines.STEPS[config.method]
                 while state.step < config.iterations:
@@ -231,21 +166,24 @@ class Trainer:
                     if lead:
                         self._watch(metrics)
                         row = {"step": state.step - 1, "elapsed": time.perf_counter() - started, **metrics}
-                        _append(self.out / "metrics.jsonl", row)
+                        append(self.out / "metrics.jsonl", row)
                         for key, value in metrics.items():
                             writer.add_scalar(key if "/" in key else f"train/{key}", value, state.step)
                         note = " ".join(f"{k} {metrics[k]:.2f}" for k in NOTED if k in metrics)
                         self.progress.update(task, completed=state.step, note=note)
                         if on_step:
                             on_step(row)
-                        if state.step % config.eval_every == 0 or last:
-                            self._record_evaluation(writer)
-                        if state.step % config.checkpoint_every == 0 or last or stop:
-                            elapsed = time.perf_counter() - started
-                            checkpoint.save(folder, state.step, {"state": state.state_dict(), "elapsed": elapsed})
+                    if state.step % config.eval_every == 0 or last:
+                        self._record_evaluation(writer)
+                    if state.step % config.checkpoint_every == 0 or last or stop:
+                        payload = {"state": state.state_dict(), "elapsed": time.perf_counter() - started}
+                        if config.fsdp:
+                            checkpoint.save_sharded(folder, state.step, payload, self.ranks)
+                        elif lead:
+                            checkpoint.save(folder, state.step, payload)
                     if stop and not last:
                         raise Interrupted(f"stopped after iteration {state.step}; continue with --resume")
-                return self._finish(time.perf_counter() - started) if lead else {}
+                return self._finish(time.perf_counter() - started)
         finally:
             if writer:
                 writer.close()
@@ -282,12 +220,15 @@ class Trainer:
                 f"iteration {self.state.step}: {', '.join(bad)} not finite; stopped before a checkpoint could be overwritten"
             )
 
-    def _record_evaluation(self, writer: SummaryWriter) -> None:
-        row = self.evaluate()
-        _append(self.out / "evaluations.jsonl", row)
+    def _record_evaluation(self, writer: SummaryWriter | None) -> None:
+        row = self.evaluate() if self.ranks.lead or self.lockstep else {}
+        if not self.ranks.lead:
+            return
+        append(self.out / "evaluations.jsonl", row)
         for key, value in row.items():
             if key != "step" and math.isfinite(value):
                 writer.add_scalar(f"held_out/{key}", value, row["step"])
+        add_video(writer, "held_out/sample", self.sample, self.state.system.fps, row["step"])
         keys = ("residual_px", "frechet", "general") if self.data.judged else ("dynamic", "frechet")
         shown = ", ".join(f"{k} {row[k]:.3f}" for k in keys)
         if "held_out_accuracy" in row:
@@ -296,6 +237,10 @@ class Trainer:
 
     def _finish(self, seconds: float) -> dict:
         """Judge the final student and the teacher, keep samples, weights and the result."""
+        weights, adapters = self._weights() if self.ranks.lead or self.lockstep else ({}, {})
+        self._save_samples()
+        if not self.ranks.lead:
+            return {}
         evaluations = read_rows(self.out / "evaluations.jsonl")
         held, count = self.data.held_out, self.config.eval_rollouts
         seeds = [TEACHER_ROW_SEEDS + i // len(held) for i in range(len(held) * count)]
@@ -310,18 +255,20 @@ class Trainer:
             "config": to_dict(self.config),
             "environment": environment(),
         }
-        self._save_samples()
-        with self.state.ema.applied(self.state.student), merged_lora(self.state.student):
-            weights = {
-                name.replace(".base_layer", ""): p.contiguous()
-                for name, p in self.state.student.state_dict().items()
-                if ".lora_" not in name
-            }
-            self.state.system.save(weights, to_dict(self.config), self.out)
+        self.state.system.save(weights, adapters, to_dict(self.config), self.out)
         partial = self.out / "result.part"
         partial.write_text(json.dumps(result, indent=1))
         partial.replace(self.out / "result.json")
         return result
+
+    def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The averaged student's own weights with adapters merged, and the adapters."""
+        with self.state.ema.applied(self.state.student), merged_lora(self.state.student):
+            state = {n: whole(p).clone() for n, p in self.state.student.state_dict().items()}
+        return (
+            {n.replace(".base_layer", ""): p for n, p in state.items() if ".lora_" not in n},
+            {n: p for n, p in state.items() if ".lora_" in n},
+        )
 
     def _save_samples(self) -> None:
         """Clips of the first held-out prompts: base student, the trained one from the same noise, and the teacher."""
@@ -329,10 +276,15 @@ class Trainer:
         shown = self.data.held_out[:SAMPLE_PROMPTS]
         pick = lambda clips: clips.view(count, len(self.data.held_out), *clips.shape[1:])[:, : len(shown)]
         student = pick(self.student_clips(count)[0])
-        trained = self.state.ema.shadow
-        self.state.ema.shadow = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in trained.items()}
+        trained, reference = self.state.ema.shadow, self.state.reference
+        if reference is not None:
+            self.state.ema.shadow = dict(reference.named_parameters())
+        else:
+            self.state.ema.shadow = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in trained.items()}
         base = pick(self.student_clips(count)[0])
         self.state.ema.shadow = trained
+        if not self.ranks.lead:
+            return
         teacher = torch.stack(
             [torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for p in shown]) for i in range(count)]
         )

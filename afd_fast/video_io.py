@@ -113,6 +113,18 @@ def codec_round_trip(video: Tensor, crf: int, fps: float = 24) -> Tensor:
     return F.avg_pool2d(decoded.transpose(0, 1), zoom).transpose(0, 1) if zoom > 1 else decoded
 
 
+def gif(video: Tensor, fps: float) -> bytes:
+    """[3, F, H, W] in [0, 1] as an animated GIF, as TensorBoard shows videos; small frames enlarged."""
+    from PIL import Image
+
+    zoom = max(1, 96 // video.shape[-2])
+    frames = to_uint8(video).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2).permute(1, 2, 3, 0).numpy()
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+    return buffer.getvalue()
+
+
 def deliver(videos: Tensor, crf: int | None = None) -> Tensor:
     """The door: what a finished video keeps of pixels [B, 3, F, H, W]: range [0, 1], 8 bits, and with `crf`
     the losses of H.264. Teacher and student clips both pass it, so that neither is told by its container."""

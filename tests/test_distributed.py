@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from afd_fast import base_student
 from afd_fast.config import ConfigError, TrainConfig
 from afd_fast.data import Shard
-from afd_fast.trainer import read_rows
+from afd_fast.run_folder import read_rows
 from afd_fast.training import checkpoint, step
 from afd_fast.training.distributed import Ranks
 from afd_fast.training.state import new_state, toy_system
@@ -84,3 +85,27 @@ def test_every_shard_draws_its_own_numbers(monkeypatch):
     state = new_state(config, toy_system(base_student.load()))
     step.train_step(state, config, [Shard(i, ["a red ball dropped"] * 2, torch.rand(2, 3, 12, 16, 16)) for i in (0, 1)])
     assert len(seen) == 6 and len(set(seen)) == 6
+
+
+def test_sharded_parameters_are_the_whole_ones(tmp_path, folder_teacher):
+    """FSDP2 and DCP: two processes against one, a stop, and a resume on another number of processes."""
+    alone, together, stopped = tmp_path / "alone", tmp_path / "together", tmp_path / "stopped"
+    jobs = [run(alone, folder_teacher), run(together, folder_teacher, "fsdp=true", processes=2)]
+    for job in jobs:
+        assert job.wait() == 0, job.stdout.read()
+    assert checkpoint.latest(together / "checkpoints").suffix == ".dcp"
+    student = lambda out: load_file(out / "student.safetensors")
+    a, b = student(alone), student(together)
+    assert all(torch.allclose(a[n], b[n], rtol=0, atol=2e-6 * a[n].abs().max().item() + 1e-9) for n in a)
+    base = base_student.load().state_dict()
+    assert any((a[n] - base[n]).abs().max() > 1e-4 for n in a)
+
+    job = run(stopped, folder_teacher, "fsdp=true", processes=2)
+    wait_for_rows(stopped / "metrics.jsonl", 3)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait() != 0
+    assert not (stopped / "result.json").exists()
+    job = run(stopped, folder_teacher, "fsdp=true", "--resume")
+    assert job.wait() == 0, job.stdout.read()
+    again = student(stopped)
+    assert all(torch.allclose(b[n], again[n], rtol=0, atol=2e-6 * a[n].abs().max().item() + 1e-9) for n in a)

@@ -14,7 +14,7 @@ LAYERS = [
     {"models"},
     {"rollout", "generate", "config", "recipes", "flops", "video_io", "teachers"},
     {"training", "evaluation", "data"},
-    {"trainer", "base_student", "estimate"},
+    {"trainer", "base_student", "estimate", "run_folder"},
     {"report", "compare", "comparison_report"},
     {"cli"},
     {"__main__"},

@@ -180,3 +180,25 @@ def test_reference_every_nth_iteration_has_the_same_weight_on_average():
     state, (x0, r) = double_state(config), inputs()
     state.step = 1
     assert "prior_loss" not in student_update(state, config, [(x0, r, PROMPTS, generator(0, 0, "update"))])
+
+
+def test_without_adapters_every_weight_is_trained_against_a_frozen_copy():
+    config = replace(CONFIG, lora_rank=0, prior_weight=3.0)
+    state = new_state(config, toy_system(base_student.load()))
+    assert set(trainable(state.student)) == {n for n, _ in state.student.named_parameters()}
+    state.student.double(), state.reference.double()
+    with torch.no_grad():
+        for p in state.student.parameters():
+            p += 0.01 * torch.randn(p.shape, generator=generator(0, 0, "test"))
+    (x0, r), frozen = inputs(), {n: p.clone() for n, p in state.reference.named_parameters()}
+    t, noise = drawn(config, x0)
+    loss, _ = student_loss(state, config, x0, r, PROMPTS, generator(0, 0, "update"))
+    x_t = (1 - wide(t)) * x0 + wide(t) * noise
+    run = lambda m: student_velocity(m, x_t, t, m.encode_text(tokenize(PROMPTS)), x0, 3)
+    with torch.no_grad():
+        v, v_ref = run(state.student), run(state.reference)
+        expected = (v - (noise - x0)).square().sum() + 3.0 * (wide(r) * (v - v_ref).square()).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    state.ema.shadow = {n: p.detach().clone() for n, p in trainable(state.student).items()}
+    student_update(state, config, [(x0, r, PROMPTS, generator(0, 0, "update"))])
+    assert all(torch.equal(p, frozen[n]) for n, p in state.reference.named_parameters())

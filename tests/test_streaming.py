@@ -11,7 +11,7 @@ from afd_fast.config import ConfigError
 from afd_fast.data import Shard
 from afd_fast.models import CausalWan, CausalWanConfig
 from afd_fast.reference.advantage import PerPromptStatTracker, reward_to_r
-from afd_fast.trainer import read_rows
+from afd_fast.run_folder import read_rows
 from afd_fast.training import checkpoint, streaming
 from afd_fast.training.lora import disabled, trainable
 from afd_fast.training.state import generator, new_state

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from afd_fast import base_student, trainer
+from afd_fast import base_student, run_folder, trainer
 from afd_fast.config import ConfigError, TrainConfig, to_dict
 from afd_fast.report import write_report
 from afd_fast.trainer import Trainer
@@ -73,10 +73,10 @@ def test_kill_9_and_resume_ends_at_the_same_bits(tmp_path, folder_teacher):
         again = run(tmp_path / name, "--resume")
         assert again.wait() == 0, again.stdout.read()
         assert same(checkpoint.load(checkpoint.latest(tmp_path / name / "checkpoints"))["state"], final)
-        rows = trainer.read_rows(tmp_path / name / "metrics.jsonl")
+        rows = run_folder.read_rows(tmp_path / name / "metrics.jsonl")
         assert [r["step"] for r in rows] == list(range(6))
         untimed = lambda r: {k: v for k, v in r.items() if "seconds" not in k and k != "elapsed"}
-        straight_rows = trainer.read_rows(tmp_path / "straight" / "metrics.jsonl")
+        straight_rows = run_folder.read_rows(tmp_path / "straight" / "metrics.jsonl")
         assert [untimed(r) for r in rows] == [untimed(r) for r in straight_rows]
     report = (tmp_path / "straight" / "report.html").read_text()
     assert "short.mp4: 3 frames" in report and "broken.mp4" in report
@@ -115,17 +115,17 @@ def test_existing_folder_is_never_replaced_silently(tmp_path, tiny_config):
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     with pytest.raises(ConfigError, match="--resume.*--overwrite"):
-        trainer.prepare_folder(out, tiny_config, overwrite=False, resume=False)
+        run_folder.prepare_folder(out, tiny_config, overwrite=False, resume=False)
     with pytest.raises(ConfigError, match="not a run folder"):
-        trainer.prepare_folder(out, tiny_config, overwrite=True, resume=False)
+        run_folder.prepare_folder(out, tiny_config, overwrite=True, resume=False)
     assert (out / "thesis.txt").read_text() == "years of work"
     (out / "config.json").write_text(json.dumps(to_dict(tiny_config)))
     with pytest.raises(ConfigError, match=r"another configuration \(seed"):
-        trainer.prepare_folder(out, TrainConfig(**{**to_dict(tiny_config), "seed": 9}), overwrite=False, resume=True)
-    trainer.prepare_folder(out, tiny_config, overwrite=True, resume=False)
+        run_folder.prepare_folder(out, TrainConfig(**{**to_dict(tiny_config), "seed": 9}), overwrite=False, resume=True)
+    run_folder.prepare_folder(out, tiny_config, overwrite=True, resume=False)
     assert not (out / "thesis.txt").exists()
     with pytest.raises(ConfigError, match="no run to resume"):
-        trainer.prepare_folder(tmp_path / "nothing", tiny_config, overwrite=False, resume=True)
+        run_folder.prepare_folder(tmp_path / "nothing", tiny_config, overwrite=False, resume=True)
 
 
 def test_run_on_physics_writes_everything(tmp_path, tiny_config, few_prompts):
@@ -135,8 +135,8 @@ def test_run_on_physics_writes_everything(tmp_path, tiny_config, few_prompts):
     assert set(result["rows"]) == {"base", "student", "teacher"}
     assert result["rows"]["teacher"]["residual_px"] < 0.2 < result["rows"]["base"]["residual_px"]
     assert -1 <= result["rows"]["student"]["reward_physics_correlation"] <= 1
-    assert [r["step"] for r in trainer.read_rows(run / "metrics.jsonl")] == [0, 1, 2, 3]
-    assert [r["step"] for r in trainer.read_rows(run / "evaluations.jsonl")] == [0, 2, 4]
+    assert [r["step"] for r in run_folder.read_rows(run / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [r["step"] for r in run_folder.read_rows(run / "evaluations.jsonl")] == [0, 2, 4]
     assert list((run / "tensorboard").iterdir())
     html = write_report(run).read_text()
     assert "correlate at" in html and "physics residual" in html and html.count("<svg") == 2

@@ -8,6 +8,7 @@ import logging
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 log = logging.getLogger("afd_fast")
 
@@ -46,9 +47,9 @@ def merged_lora(model: nn.Module):
     """Within the context the model's PEFT LoRA layers run as plain linears with W' (rank 256 on every linear
     costs 24 % more FLOPs and about a thousand launches a forward otherwise); after it they hold the very same W.
 
-    W is set aside, not subtracted from, so nothing is lost to rounding. Raises NotImplementedError for adapters
-    that are not plain LoRA on a linear (DoRA, lora bias, convolutions) and ValueError inside torch.compile'd or
-    sharded modules whose weight cannot be exchanged.
+    W is set aside, not subtracted from, so nothing is lost to rounding; sharded weights (FSDP2) are changed in place and
+    copied back. Raises NotImplementedError for adapters
+    that are not plain LoRA on a linear (DoRA, lora bias, convolutions).
     """
     layers = _lora_layers(model)
     for layer in layers:
@@ -67,13 +68,21 @@ def merged_lora(model: nn.Module):
                     if name in layer.lora_A:
                         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
                         merged = merge_weight(merged, a, b, layer.scaling[name])
-                kept.append((layer, weight.data))
-                weight.data = merged
+                if isinstance(weight, DTensor):  # FSDP gathers from this very memory
+                    kept.append((layer, weight.detach().clone()))
+                    weight.copy_(merged)
+                else:
+                    kept.append((layer, weight.data))
+                    weight.data = merged
                 layer._disable_adapters = True  # PEFT's flag; its setter would also touch requires_grad
         yield model
     finally:
         for layer, original in kept:
-            layer.base_layer.weight.data = original
+            if isinstance(original, DTensor):
+                with torch.no_grad():
+                    layer.base_layer.weight.copy_(original)
+            else:
+                layer.base_layer.weight.data = original
             layer._disable_adapters = False
 
 

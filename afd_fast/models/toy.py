@@ -131,6 +131,10 @@ class Block(nn.Module):
         batch, length, width = x.shape
         return x.view(batch, length, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
+    def encode_text(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The prompt's keys and values [B, heads, L, D / heads]."""
+        return self.split(self.text_kv(tokens), 2)
+
     def forward(self, x: Tensor, cond: Tensor, text_k: Tensor, text_v: Tensor, attend) -> Tensor:
         """attend(k, v) -> (keys, values, mask) puts this call's own keys behind the history."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, -1)
@@ -165,7 +169,7 @@ class ToyStudent(nn.Module):
     def encode_text(self, ids: Tensor) -> ToyText:
         """Word ids [B, L] of `tokenize` -> what every later call needs of the prompt."""
         tokens, pooled = self.text(ids)
-        pairs = [block.split(block.text_kv(tokens), 2) for block in self.blocks]
+        pairs = [block.encode_text(tokens) for block in self.blocks]
         return ToyText(pooled, [k for k, _ in pairs], [v for _, v in pairs])
 
     def new_cache(self, batch: int, frames: int, height: int, width: int) -> ToyCache:

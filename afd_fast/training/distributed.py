@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from afd_fast.config import ConfigError
 
@@ -43,8 +45,8 @@ class Ranks:
         return [p for names, _ in everybody for p in names], torch.cat([r for _, r in everybody]).to(rewards.device)
 
     def sum_gradients(self, parameters) -> None:
-        """Add up the gradients of all ranks, in place, in one message."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        """Add up the gradients of all ranks, in place, in one message. FSDP has done it for parameters it shards."""
+        gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
         if self.world == 1 or not gradients:
             return
         flat = torch.cat([g.flatten() for g in gradients])
@@ -60,6 +62,11 @@ class Ranks:
         dist.all_reduce(total)
         return dict(zip(values, (total / self.world).tolist()))
 
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
     def any(self, flag: bool) -> bool:
         """Whether it is true on some rank."""
         return self.mean({"flag": float(flag)})["flag"] > 0
@@ -72,6 +79,45 @@ class Ranks:
         yield
         if self.lead and self.world > 1:
             dist.barrier()
+
+
+def shard_parameters(model: nn.Module) -> None:
+    """Split the parameters of a student over the ranks with FSDP2, block by block: each rank keeps its part, and gathers
+    a block's weights for the block's forward and backward. Gradients add up over the ranks (`sum_gradients`' convention).
+
+    Every rank has to take part in every forward then. The blocks' `modulation` tables, which are read between blocks,
+    stay whole.
+    """
+    tables = {b.modulation for b in model.blocks if isinstance(b.modulation, nn.Parameter)}
+    entries = ("encode_text", "conditioning", "forward_teacher_forcing", "forward_block_causal")
+    for module in (*model.blocks, model):
+        fully_shard(module, ignored_params=tables)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+        module.set_gradient_divide_factor(1.0)
+        for name in entries:
+            if hasattr(module, name):
+                register_fsdp_forward_method(module, name)
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, any other tensor itself."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor put together (all ranks have to ask), any other tensor itself."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, of sharded ones over all ranks."""
+    mine = [g.to_local() for g in gradients if isinstance(g, DTensor)]
+    norm = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
+    if not mine:
+        return norm
+    square = torch.nn.utils.get_total_norm(mine).square()
+    dist.all_reduce(square)
+    return (square + norm.square()).sqrt()
 
 
 def _device() -> str:

@@ -1,5 +1,6 @@
 """Everything a run is made of, and how its random numbers are drawn."""
 
+import copy
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -9,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from afd_fast.config import TrainConfig
 from afd_fast.models.toy import ToyDiscriminator, ToyStudent, decode_video, encode_video, tokenize
 from afd_fast.reference.advantage import PerPromptStatTracker
 from afd_fast.teachers import physics
+from afd_fast.training.distributed import shard_parameters
 from afd_fast.training.lora import add_lora, trainable
 
 
@@ -39,7 +43,8 @@ class System:
     chunk: int  # latent frames generated together
     video: tuple[int, int, int]  # F, H, W of the pixels
     fps: float
-    save: Callable[[dict[str, Tensor], dict, Path], None]  # (the student's own weights, facts, run folder) -> files
+    # (the student's own weights with adapters merged, the adapters by themselves, facts, run folder) -> files
+    save: Callable[[dict[str, Tensor], dict[str, Tensor], dict, Path], None]
     lora_targets: list[str]  # linear layers that get adapters
 
 
@@ -56,7 +61,7 @@ def toy_system(student: ToyStudent) -> System:
         chunk=c.chunk,
         video=(c.frames, c.height, c.width),
         fps=physics.FPS,
-        save=lambda weights, about, folder: save_file(
+        save=lambda weights, adapters, about, folder: save_file(
             weights, folder / "student.safetensors", {"config": json.dumps(asdict(c)), "run": json.dumps(about)}
         ),
         lora_targets=["qkv", "proj", "up", "down"],
@@ -80,76 +85,109 @@ class EMA:
     def applied(self, model: nn.Module):
         """The averaged weights inside the block, the trained ones again after it."""
         parameters = trainable(model)
-        kept = {name: p.data for name, p in parameters.items()}
-        for name, p in parameters.items():
-            p.data = self.shadow[name]
+        kept = {name: p.detach().clone() if isinstance(p, DTensor) else p.data for name, p in parameters.items()}
+        self._put(parameters, self.shadow)
         try:
             yield
         finally:
-            for name, p in parameters.items():
-                p.data = kept[name]
+            self._put(parameters, kept)
+
+    @staticmethod
+    @torch.no_grad()
+    def _put(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+        for name, p in parameters.items():
+            if isinstance(p, DTensor):  # FSDP gathers from this very memory
+                p.copy_(values[name])
+            else:
+                p.data = values[name]
 
 
 @dataclass
 class TrainState:
     """The system with its student (adapters in place), the average, discriminator, optimisers, reward statistics,
-    iterations done."""
+    iterations done. reference: the frozen initial student where there are no adapters to switch off."""
 
     system: System
     ema: EMA
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     discriminator: nn.Module
-    disc_optimizer: torch.optim.Optimizer
+    disc_optimizer: torch.optim.AdamW
     tracker: PerPromptStatTracker
+    reference: nn.Module | None = None
     step: int = 0
 
     @property
     def student(self) -> nn.Module:
         return self.system.student
 
-    def parts(self) -> dict:
+    def trained(self) -> dict[str, tuple[dict[str, nn.Parameter], torch.optim.AdamW, str]]:
+        """Name -> (trained parameters, their optimiser, its key in a checkpoint)."""
         return {
-            "optimizer": self.optimizer, "disc_optimizer": self.disc_optimizer
-        }  # fmt: skip
+            "student": (trainable(self.student), self.optimizer, "optimizer"),
+            "discriminator": (trainable(self.discriminator), self.disc_optimizer, "disc_optimizer"),
+        }
 
     def state_dict(self) -> dict:
-        """Tensors and plain values: what a checkpoint holds. What is not trained is not in it."""
-        return {
-            "step": self.step,
-            "student": {name: p.detach() for name, p in trainable(self.student).items()},
-            "ema": self.ema.shadow,
-            "discriminator": {name: p.detach() for name, p in trainable(self.discriminator).items()},
-            **{name: part.state_dict() for name, part in self.parts().items()},
-        }
+        """Tensors and plain values: what a checkpoint holds. What is not trained is not in it. An optimiser's state is
+        by parameter name; there is none before its first step."""
+        saved = {"step": self.step, "disc_lr": self.disc_optimizer.param_groups[0]["lr"], "ema": self.ema.shadow}
+        for name, (parameters, optimizer, key) in self.trained().items():
+            saved[name] = {n: p.detach() for n, p in parameters.items()}
+            saved[key] = {n: dict(optimizer.state[p]) for n, p in parameters.items() if p in optimizer.state}
+        return saved
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict) -> None:
         """Inverse of `state_dict`; ValueError when the parameters do not match."""
-        for key, parameters in (("student", trainable(self.student)), ("discriminator", trainable(self.discriminator))):
-            if parameters.keys() != saved[key].keys():
-                odd = sorted(parameters.keys() ^ saved[key].keys())
+        for name, (parameters, optimizer, key) in self.trained().items():
+            if parameters.keys() != saved[name].keys():
+                odd = sorted(parameters.keys() ^ saved[name].keys())
                 raise ValueError(f"the checkpoint belongs to another configuration: {odd[:3]} ... do not match")
-            for name, p in parameters.items():
-                p.copy_(saved[key][name])
+            for n, p in parameters.items():
+                p.copy_(saved[name][n])
+                if n in saved[key]:
+                    optimizer.state[p] = {k: x.to(p.device) if x.ndim else x for k, x in saved[key][n].items()}
         for name, average in self.ema.shadow.items():
             average.copy_(saved["ema"][name])
-        for name, part in self.parts().items():
-            part.load_state_dict(saved[name])
+        for group in self.disc_optimizer.param_groups:
+            group["lr"] = saved["disc_lr"]
         self.step = saved["step"]
+
+    def blank(self, keys: set[str]) -> dict:
+        """A `state_dict` to read a sharded checkpoint into; keys: its flattened names, which tell which optimiser has
+        taken a step."""
+        empty = self.state_dict()
+        for parameters, _, key in self.trained().values():
+            zeros = lambda p: {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+            stepped = any(k.startswith(f"state.{key}.") for k in keys)
+            empty[key] = {n: zeros(p.detach()) for n, p in parameters.items()} if stepped else {}
+        return empty
 
 
 def new_state(config: TrainConfig, system: System) -> TrainState:
-    """A fresh run; deterministic in config.seed. The system's student gets its adapters."""
+    """A fresh run; deterministic in config.seed. The system's student gets its adapters; with lora_rank=0 all of it is
+    trained, in float32."""
     torch.manual_seed(config.seed)
-    student = system.student
+    student, reference = system.student, None
     if config.lora_rank:
         add_lora(student, config.lora_rank, system.lora_targets)
+    else:
+        reference = copy.deepcopy(student.float()).requires_grad_(False)
+        student.requires_grad_()
+    if config.fsdp and dist.is_initialized():
+        for module in (student, reference):
+            if module is not None:
+                shard_parameters(module)
     discriminator = system.new_discriminator(config)
     return TrainState(
         system=system,
         ema=EMA(student, config.ema),
         optimizer=torch.optim.AdamW(
-            trainable(student).values(),
+            groups(trainable(student)),
             config.student_lr,
             betas=(0.9, 0.999),
             eps=1e-8,
@@ -160,4 +198,12 @@ def new_state(config: TrainConfig, system: System) -> TrainState:
             trainable(discriminator).values(), config.disc_lr, betas=(0.0, 0.99), weight_decay=1e-3
         ),
         tracker=PerPromptStatTracker(config.global_std),
+        reference=reference,
     )
+
+
+def groups(parameters: dict[str, nn.Parameter]) -> list[dict]:
+    """Parameter groups of an optimiser: sharded tensors and others do not mix in one."""
+    sharded = [p for p in parameters.values() if isinstance(p, DTensor)]
+    others = [p for p in parameters.values() if not isinstance(p, DTensor)]
+    return [{"params": group} for group in (sharded, others) if group]

@@ -26,7 +26,7 @@ from afd_fast.reference.advantage import reward_to_r
 from afd_fast.reference.adversarial import approximate_gradient_penalty, gan_loss
 from afd_fast.reference.nft import NFTRecipe, NFTStats, nft_recipe
 from afd_fast.rollout import RolloutConfig, rollout, step_table
-from afd_fast.training.distributed import Ranks
+from afd_fast.training.distributed import Ranks, local, total_norm
 from afd_fast.training.lora import disabled, trainable
 from afd_fast.training.state import System, TrainState, generator
 from afd_fast.training.update import UPDATES, nft_backward
@@ -54,14 +54,16 @@ def clip_gradients(named: dict[str, torch.nn.Parameter], max_norm: float, step: 
     """Scale the gradients down to `max_norm` together; returns the norm before. TrainingError that names the tensor
     when one is not finite, before an optimiser could spread it."""
     gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
-    norm = torch.nn.utils.get_total_norm(gradients.values())
+    norm = total_norm(list(gradients.values()))
     if not norm.isfinite():
-        bad = next((name for name, g in gradients.items() if not g.isfinite().all()), "all together")
+        bad = next((name for name, g in gradients.items() if not local(g).isfinite().all()), "all together")
         raise TrainingError(
             f"iteration {step}: the gradient of {bad} is not finite. Stopped before a weight was changed; the last "
             "checkpoint is valid. A lower student_lr (disc_lr, if it is the discriminator's) often helps"
         )
-    torch.nn.utils.clip_grads_with_norm_(named.values(), max_norm, norm)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for g in gradients.values():
+        local(g).mul_(scale.to(g.device))
     return norm.item()
 
 
@@ -183,15 +185,15 @@ def student_loss(
     options = {"window": config.window, "sink": config.sink} if config.window else {}
     options |= {} if active is None else {"active": active}
 
-    def velocity():
-        v = forward(student, x_t, t, student.encode_text(context), x0, system.chunk, **options)
+    def velocity(model=student):
+        v = forward(model, x_t, t, model.encode_text(context), x0, system.chunk, **options)
         return v if active is None else F.pad(v, (0, 0, 0, 0, active.start, x0.shape[2] - active.stop))
 
     v_ref, v_old, recipe = None, None, loss_recipe(config, state.step)
     with torch.no_grad():
         if recipe.ref_coef:
-            with disabled(student):
-                v_ref = velocity()
+            with disabled(student) if state.reference is None else contextlib.nullcontext():
+                v_ref = velocity(state.reference or student)
         if config.v_old == "ema":
             with state.ema.applied(student), merged_lora(student):
                 v_old = velocity()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from afd_fast.config import ConfigError, TrainConfig
@@ -38,7 +39,7 @@ def wan_system(config: TrainConfig) -> System:
         video=(4 * config.frames - 3, 8 * config.height, 8 * config.width),
         fps=FPS,
         lora_targets=LORA_TARGETS,
-        save=lambda weights, about, folder: save(student, weights, about, folder),
+        save=lambda weights, adapters, about, folder: save(student, weights, adapters, about, folder),
     )
 
 
@@ -51,11 +52,20 @@ def discriminator(config: TrainConfig) -> nn.Module:
     return load_video_reward(config.discriminator, lora_rank=config.disc_lora_rank)
 
 
-def save(student: nn.Module, weights: dict[str, Tensor], about: dict, folder: Path) -> None:
-    """student/: a diffusers folder of the adapted weights, with a model card."""
+def save(
+    student: nn.Module, weights: dict[str, Tensor], adapters: dict[str, Tensor], about: dict, folder: Path
+) -> None:
+    """student/: a diffusers folder of the adapted weights, with a model card. lora/: the adapters alone, as PEFT writes them."""
+    from peft import LoraConfig
+
     from afd_fast.models.weights import save_diffusers
 
     save_diffusers(student, folder / "student", weights)
+    if adapters:
+        named = {f"base_model.model.{n.replace('.default.', '.')}": p.cpu() for n, p in adapters.items()}
+        rank = about["lora_rank"]
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS).save_pretrained(folder / "lora")
+        save_file(named, folder / "lora/adapter_model.safetensors", {"format": "pt"})
     rows = "\n".join(f"| {key} | {value} |" for key, value in about.items())
     (folder / "student/README.md").write_text(
         f"""---
@@ -69,7 +79,8 @@ A causal video student ({about["student"]}) distilled from a black-box teacher (
 Distillation (arXiv 2605.26105) with afd_fast: averaged weights, adapters merged. It may have inherited the teacher's biases, and
 the teacher's terms of use apply to what was learnt from it.
 
-Load it with `afd_fast.models.load_student("student")`, or as the transformer of a diffusers Wan pipeline.
+Load it with `afd_fast.models.load_student("student")`, or as the transformer of a diffusers Wan pipeline. Beside it, `lora/`
+holds the adapters alone: `load_student(BASE, lora="lora")`.
 
 | setting | value |
 |---|---|
