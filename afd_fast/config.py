@@ -64,6 +64,7 @@ class TrainConfig:
     ref_every: int = 1  # v_ref every n-th iteration, its weight times n
     gradient_checkpointing: bool = False  # of a Wan student, with update="teacher_forcing" or "block_causal"
     chunked_update: bool = False  # backward chunk by chunk: one chunk's activations in memory, not all
+    update_batch: int | None = None  # rows a backward; None: all of a shard's
     t_sampling: str = "grid"  # "grid": the sampler's own steps; "uniform": U(0, 1)
     student_lr: float = 3e-3
     lr_decay: bool = True  # cosine to 5 %
@@ -100,6 +101,8 @@ class TrainConfig:
             raise ConfigError(
                 f"active_clips={self.active_clips} of frames={self.frames} do not fit stream={self.stream}"
             )
+        if self.update_batch is not None and self.update_batch < 1:
+            raise ConfigError(f"update_batch must be at least 1, got {self.update_batch}")
         if self.rollouts_per_prompt < 2:
             raise ConfigError("rollouts_per_prompt must be at least 2: a single rollout has advantage 0")
         if self.prompts_per_step % max(1, self.shards):

@@ -228,7 +228,7 @@ def estimate(config: TrainConfig) -> Estimate:
     text = flops.text_encoder(config.prompts_per_step // shards, s.text_len) if net.real else Work()
     trained = sum(p.numel() for p in trainable(system.student).values())
     phases = {
-        "prompts": 2 * shards * text,
+        "prompts": shards * text,
         "rollout": shards * s.rollout(b, len(config.steps), config.lora_rank),
         "decode": shards * b * decode,
         "discriminator": config.disc_steps * (shards * judge.update + Work(bytes=OPTIMISER * judge.trained)),
@@ -236,6 +236,7 @@ def estimate(config: TrainConfig) -> Estimate:
         "update": shards * s.update(b, config),
         "optimiser": Work(bytes=(OPTIMISER + AVERAGE) * trained),
     }
+    rows = min(b, config.update_batch or b)  # of one backward
     graphs, clips = graph_bytes(system.student, system.shape, system.chunk), 12 * b * shards * math.prod(system.video)
     merged = s.stack.layers * s.stack.size * sum(i * o for i, o in s.stack.linears)
     memory = [
@@ -245,19 +246,20 @@ def estimate(config: TrainConfig) -> Estimate:
         ("its gradients and AdamW states", 12 * judge.trained, ()),
         ("VAE's weights", vae, ()),
         ("text encoder's weights", 2 * flops.T5_PARAMETERS if net.real else 0, ()),
-        (f"KV cache of {b} samples", b * s.cache_bytes, ("rollout", "update")),
+        (f"KV cache of {b} samples", b * s.cache_bytes, ("rollout",)),
+        (f"KV cache of {rows} samples", rows * s.cache_bytes, ("update",)),
         ("merged weights beside them", merged, ("rollout", *(["update"] if config.v_old == "ema" else []))),
         ("VAE: past frames, largest product", vae_needs, ("decode",)),
         ("student's clips", clips, ("decode", "discriminator", "score")),
         ("teacher's clips", clips, ("discriminator", "score")),
         ("discriminator's activations", judge.kept, ("discriminator",)),
         (f"activations of {'a chunk' if config.chunked_update else 'all chunks'}",
-         b * (max(graphs) if config.chunked_update else sum(graphs)), ("update",)),
+         rows * (max(graphs) if config.chunked_update else sum(graphs)), ("update",)),
     ]  # fmt: skip
     about = [f"student: {net.name}; discriminator: {judge.name}; {shards} x {b} videos of {system.video[0]} frames, "
              f"{system.video[1]} x {system.video[2]} pixels; no checkpoint was read"]  # fmt: skip
     if net.real:
-        about.append("prompts: a pass of UMT5-XXL in the rollout and one in the update")
+        about.append("prompts: a pass of UMT5-XXL for those that are new; later iterations have none")
     if judge.name.startswith("VideoReward"):
         about.append(f"the discriminator's text is taken to be {REWARD_TEXT} tokens")
     return Estimate(about, phases, memory)
@@ -293,7 +295,5 @@ def tables(e: Estimate, gpu: flops.GPU) -> tuple[Table, Table]:
     peak, phase = e.peak
     size.add_row("at the peak", short(peak / 1e9), phase)
     if peak >= gpu.memory:
-        size.caption = (
-            f"[red]does not fit[/] in {gpu.memory / 1e9:.0f} GB: make shards smaller (shards= divides prompts_per_step)"
-        )
+        size.caption = f"[red]does not fit[/] in {gpu.memory / 1e9:.0f} GB: lower update_batch, or make shards smaller (shards= divides prompts_per_step)"
     return time, size

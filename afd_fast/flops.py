@@ -8,6 +8,7 @@ from these numbers is a floor, not a forecast.
 Legend: b samples, N tokens of a chunk, (i, o) a linear from width i to o, r rank of an adapter.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from afd_fast.config import TrainConfig
@@ -199,7 +200,8 @@ class Student:
         frozen = self.velocity(b) + self.encode(b)
         if config.prior_weight:
             out += 1 / config.ref_every * frozen
-        return out + self.merge(rank) + frozen if config.v_old == "ema" else out
+        merges = math.ceil(b / (config.update_batch or b))  # one for each backward
+        return out + merges * self.merge(rank) + frozen if config.v_old == "ema" else out
 
     @property
     def cache_bytes(self) -> int:
@@ -212,7 +214,7 @@ def wan(c: CausalWanConfig, frames: int, height: int, width: int, chunk: int, si
     d, patch = c.dim, PATCH**2
     linears = (*[(d, d)] * 6, (d, c.ffn_dim), (c.ffn_dim, d))  # self q k v o, cross q o, MLP
     return Student(
-        Stack(c.num_layers, linears, 3, d, d, size), frames // chunk, chunk * height * width // patch, c.text_len,
+        Stack(c.num_layers, linears, 3, d, d, size, adapter=size), frames // chunk, chunk * height * width // patch, c.text_len,
         before=((patch * c.in_dim, d),), after=((d, patch * c.out_dim),),
         time=((c.freq_dim, d), (d, d), (d, 6 * d)), rows=chunk, tabled=True,
         text=((c.text_dim, d), (d, d)), text_linears=((d, d), (d, d)), text_adapted=True,

@@ -32,7 +32,7 @@ def afd_table3() -> TrainConfig:
         name="afd_table3", student="Self-Forcing/self_forcing_dmd.pt", discriminator="KwaiVGI/VideoReward",
         teacher="folder:teacher", iterations=1000, teacher_clips=1, prompts_per_step=8, rollouts_per_prompt=4, shift=5.0,
         recipe="afd", v_old="self", beta=0.1, prior_weight=1e-4, adv_clip=5.0, global_std=True, t_sampling="uniform",
-        student_lr=1e-5, lr_decay=False, weight_decay=1e-4, grad_norm=1.0, lora_rank=256, ema=0.99, chunked_update=True,
+        student_lr=1e-5, lr_decay=False, weight_decay=1e-4, grad_norm=1.0, lora_rank=256, ema=0.99, shards=8, chunked_update=True, update_batch=1,
         disc_lr=1e-5, instance_noise=0.0, r1=0.0, eval_rollouts=1, eval_batch=4,
     )  # fmt: skip
 
@@ -56,8 +56,8 @@ BASELINES = {
     "afd": {},
     "sft": {"method": "sft", "lr": 1.0, "v_old": "self", "disc_warmup": 0},
     "rejection": {"method": "rejection", "lr": 1.0, "v_old": "self"},
-    "gan": {"method": "gan", "lr": 1.0, "v_old": "self"},
-    "dmd": {"method": "dmd", "lr": 1.0, "v_old": "self", "disc_steps": 5},
+    "gan": {"method": "gan", "lr": 1 / 3, "v_old": "self"},
+    "dmd": {"method": "dmd", "lr": 1 / 3, "v_old": "self", "disc_steps": 5},
 }
 
 RECIPES = {f.__name__: f for f in (demo, demo_eq4, demo_lagged, demo_shuffled, demo_long, afd_table3)}

@@ -39,7 +39,16 @@ def counted(call) -> int:
 
 
 def wan_case(overrides):
-    small = ["student=tiny", "discriminator=toy", "disc_width=8", "frames=9", "height=6", "width=10", "lora_rank=4"]
+    small = [
+        "student=tiny",
+        "shards=1",
+        "discriminator=toy",
+        "disc_width=8",
+        "frames=9",
+        "height=6",
+        "width=10",
+        "lora_rank=4",
+    ]
     config = with_overrides(recipes.afd_table3(), [*small, *overrides])
     system = wan_system(config)
     return config, system, flops.wan(system.student.config, 9, 6, 10, 3, 4)
@@ -76,7 +85,7 @@ def test_update(make, overrides):
     x0, r = torch.randn(2, *system.shape), torch.tensor([0.1, 0.9])
 
     def call():
-        backward = 1.0 if config.chunked_update else None
+        backward = 1.0 if config.chunked_update or config.update_batch else None  # as student_update asks
         loss, _ = student_loss(state, config, x0, r, PROMPTS, generator(0, 0, "test"), backward=backward)
         if backward is None:
             loss.backward()
@@ -237,7 +246,7 @@ def test_shards_share_the_work_and_shrink_the_memory():
 
 
 def test_command(tmp_path):
-    tiny_run = ["student=tiny", "discriminator=toy", "frames=6", "height=6", "width=10"]
+    tiny_run = ["student=tiny", "shards=1", "discriminator=toy", "frames=6", "height=6", "width=10"]
     process = command("estimate", "afd_table3", *tiny_run, "--gpu", "a100", cwd=tmp_path)
     said = process.communicate()[0]
     assert process.returncode == 0 and "A100 80 GB: a floor, not a measurement" in said and "at the peak" in said

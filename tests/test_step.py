@@ -158,14 +158,15 @@ def test_policy_samples_from_the_weights_it_names(average):
     assert torch.allclose(unchanged, initial, atol=1e-5) and not torch.allclose(changed, initial, atol=1e-2)
 
 
+@pytest.mark.parametrize("chunked, update_batch", [(True, None), (True, 1), (True, 3), (False, 3)])
 @pytest.mark.parametrize("v_old", ["self", "ema"])
-def test_chunked_update_is_the_same_step(v_old):
+def test_chunked_update_is_the_same_step(v_old, chunked, update_batch):
     config = replace(CONFIG, recipe="afd" if v_old == "self" else "diffusionnft", v_old=v_old)
     whole, (x0, r) = double_state(config), inputs()
     chunked = double_state(config)
     part = lambda: [(x0, r, PROMPTS, generator(0, 0, "update"))]
     a = student_update(whole, config, part())
-    b = student_update(chunked, replace(config, chunked_update=True), part())
+    b = student_update(chunked, replace(config, chunked_update=chunked, update_batch=update_batch), part())
     assert (
         abs(a["loss"] - b["loss"]) <= 1e-9 * a["loss"] and abs(a["grad_norm"] - b["grad_norm"]) <= 1e-9 * a["grad_norm"]
     )

@@ -24,7 +24,7 @@ from tests.test_wan_training import TINY, teacher  # noqa: F401  (a fixture)
 
 CONFIG = replace(
     recipes.afd_table3(), student="tiny", discriminator="toy", disc_width=8, frames=6, height=6, width=10, stream=24,
-    active_clips=2, window=9, sink=3, lora_rank=4, prompts_per_step=2, rollouts_per_prompt=2, disc_warmup=0,
+    active_clips=2, window=9, sink=3, lora_rank=4, prompts_per_step=2, rollouts_per_prompt=2, shards=1, disc_warmup=0,
     prior_weight=0.1,
 )  # fmt: skip
 PROMPTS = ["a cat", "a cat", "a dog", "a dog"]

@@ -19,7 +19,7 @@ from afd_fast.video_io import write_video
 from tests.test_trainer import command, same
 
 TINY = [
-    "student=tiny", "discriminator=toy", "disc_width=8", "frames=6", "height=6", "width=10", "iterations=3", "prompts_per_step=2",
+    "student=tiny", "shards=1", "discriminator=toy", "disc_width=8", "frames=6", "height=6", "width=10", "iterations=3", "prompts_per_step=2",
     "rollouts_per_prompt=2", "disc_warmup=1", "lora_rank=4", "eval_every=3", "checkpoint_every=1", "teacher_clips=1", "eval_rollouts=2", "eval_batch=1",
 ]  # fmt: skip
 
@@ -79,6 +79,28 @@ def test_adapters_are_float32_on_a_bfloat16_student():
     )
 
 
+def test_adapters_compute_in_the_layers_dtype_with_float32_gradients():
+    """Against a float64 layer: to bfloat16's precision; and no float32 copy of the input is kept."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False))
+    model.bfloat16()
+    add_lora(model, 8, ["0"])
+    layer = lora_layers(model)[0]
+    torch.nn.init.normal_(layer.lora_B.default.weight, std=0.1)
+    x = torch.randn(32, 64, dtype=torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = model(x)
+    assert y.dtype == torch.bfloat16 and {t.dtype for t in kept if t.shape == x.shape} == {torch.bfloat16}
+    weight, a, b = (w.detach().double() for w in (layer.base_layer.weight, layer.lora_A.default.weight, layer.lora_B.default.weight))  # fmt: skip
+    exact = x.double() @ (weight + b @ a).T
+    assert (y.double() - exact).norm() < 0.01 * exact.norm()
+    y.backward(torch.ones_like(y))
+    want = b.sum(0)[:, None] * x.double().sum(0)
+    assert layer.lora_A.default.weight.grad.dtype == torch.float32
+    assert (layer.lora_A.default.weight.grad - want).norm() < 0.02 * want.norm()
+
+
 def test_table_3():
     c = recipes.afd_table3()
     assert (c.lora_rank, c.prior_weight, c.beta, c.adv_clip, c.ema, c.student_lr) == (256, 1e-4, 0.1, 5.0, 0.99, 1e-5)
@@ -123,6 +145,7 @@ def test_baselines_train_a_wan_student(tmp_path, teacher, method):
 
 
 def test_vae_encodes_what_diffusers_does_and_decodes_with_gradient():
+    torch.manual_seed(0)
     decode = tiny()[2]
     videos = torch.rand(1, 3, 9, 16, 24)
     latents = decode.encode(videos)
@@ -137,4 +160,4 @@ def test_vae_encodes_what_diffusers_does_and_decodes_with_gradient():
     (gradient,) = torch.autograd.grad(value(x), x)
     direction = torch.randn_like(x)
     slope = (value(x.detach() + 1e-3 * direction) - value(x.detach() - 1e-3 * direction)) / 2e-3
-    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-2, atol=0)
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=5e-2, atol=0)  # decodes in float32, clamps

@@ -12,6 +12,7 @@ Legend: P prompts, K rollouts each, B = P * K samples (b in a shard), C channels
 import contextlib
 import math
 import time
+from collections.abc import Callable
 
 import nvtx
 import torch
@@ -176,14 +177,45 @@ def student_loss(
     """NFT + prior loss (Eq. 3-5) of the student on rollouts x0 [b, C, F, H, W] with optimality r [b].
 
     active: the frames that are trained, of a longer stream with r [b, S] for its S clips (with `backward` only).
-    backward: also add this multiple of its gradient, chunk by chunk (`nft_backward`; no stats then).
+    backward: also add this multiple of its gradient, `update_batch` rows at a time and, with `chunked_update` or `active`,
+    chunk by chunk (`nft_backward`); no stats then.
     """
+    t, noise, x_t = noised(state.system, config, x0, rng)
+    if backward is None:
+        velocity, given = velocities(state, config, x_t, t, x0, prompts)
+        given |= {"noise": noise, "return_stats": True}
+        return ops.nft_loss(velocity(), x0, r, t, frame_dim=2, **given)
+    size, loss = config.update_batch or len(x0), 0.0
+    for start in range(0, len(x0), size):
+        rows = slice(start, start + size)
+        own = (x_t[rows], t[rows], x0[rows], prompts[rows])
+        velocity, given = velocities(state, config, *own, active)
+        share = len(own[0]) / len(x0) if given["recipe"].batch_reduction == "mean" else 1.0
+        given |= {"noise": noise[rows], "r": r[rows]}
+        if config.chunked_update or active:
+            text = state.student.encode_text(state.system.encode(own[3]))
+            given |= window(config) | {"active": active, "scale": backward * share}
+            part = nft_backward(state.student, *own[:2], text, own[2], state.system.chunk, **given)
+        else:
+            part = ops.nft_loss(velocity(), own[2], t=own[1], frame_dim=2, **given)
+            (part * backward * share).backward()
+        loss = loss + share * part.detach()
+    return loss, None
+
+
+def window(config: TrainConfig) -> dict:
+    """Options of the cache that a configuration names."""
+    return {"window": config.window, "sink": config.sink} if config.window else {}
+
+
+def velocities(
+    state: TrainState, config: TrainConfig, x_t: Tensor, t: Tensor, x0: Tensor, prompts: list[str], active=None
+) -> tuple[Callable, dict]:
+    """(function that computes v_theta with its graph, v_ref and v_old and the recipe they are for); of a stream's active
+    frames v_ref and v_old hold zeros elsewhere."""
     system, student = state.system, state.student
-    t, noise, x_t = noised(system, config, x0, rng)
-    context = system.encode(prompts)
-    forward = UPDATES[config.update]
-    options = {"window": config.window, "sink": config.sink} if config.window else {}
-    options |= {} if active is None else {"active": active}
+    context, forward = system.encode(prompts), UPDATES[config.update]
+    options = window(config) | ({} if active is None else {"active": active})
 
     def velocity(model=student):
         v = forward(model, x_t, t, model.encode_text(context), x0, system.chunk, **options)
@@ -197,12 +229,7 @@ def student_loss(
         if config.v_old == "ema":
             with state.ema.applied(student), merged_lora(student):
                 v_old = velocity()
-    given = {"noise": noise, "v_old": v_old, "v_ref": v_ref, "recipe": recipe}
-    if backward is not None:
-        text = student.encode_text(context)
-        loss = nft_backward(student, x_t, t, text, x0, system.chunk, r=r, scale=backward, **given, **options)
-        return loss, None
-    return ops.nft_loss(velocity(), x0, r, t, frame_dim=2, return_stats=True, **given)
+    return velocity, {"v_old": v_old, "v_ref": v_ref, "recipe": recipe}
 
 
 def student_update(
@@ -214,7 +241,7 @@ def student_update(
     state.optimizer.zero_grad()
     rows = []
     for part in parts:
-        if config.chunked_update or active:
+        if config.chunked_update or config.update_batch or active:
             loss, _ = student_loss(state, config, *part, active=active, backward=1 / share)
             rows.append({"loss": loss.item()})
             continue

@@ -28,10 +28,19 @@ def wan_system(config: TrainConfig) -> System:
     student, encode, decode = load_networks(config.student, config.wan_base, config.seed)
     student.gradient_checkpointing = config.gradient_checkpointing
     device = next(student.parameters()).device
+    known: dict[str, Tensor] = {}
+
+    def embed(prompts: list[str]) -> list[Tensor]:
+        """Every prompt goes through the text encoder once; its embedding stays on the host."""
+        new = [p for p in dict.fromkeys(prompts) if p not in known]
+        if new:
+            known.update(zip(new, (x.cpu() for x in encode(new)), strict=True))
+        return [known[p].to(device) for p in prompts]
+
     return System(
         student=student.requires_grad_(False),
         new_discriminator=lambda c: discriminator(c).to(device),
-        encode=encode,
+        encode=embed,
         decode=decode,
         encode_video=decode.encode,
         shape=(student.config.in_dim, config.frames, config.height, config.width),
