@@ -75,6 +75,7 @@ class TrainConfig:
     # discriminator
     disc_loss: str = "bt"  # "bt": Bradley-Terry (Eq. 1); "gan": the binary loss of the ablation
     disc_lr: float = 2e-4
+    disc_lr_auto: bool = False  # doubled where the discriminator is stale, halved where it overpowers (Figure 5)
     disc_steps: int = 1  # per iteration
     disc_warmup: int = 20  # discriminator-only iterations before the first student update
     disc_width: int = 48  # of the toy discriminator

@@ -8,7 +8,6 @@ import json
 import math
 import signal
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,10 +34,9 @@ from afd_fast.training.step import TrainingError, sample_policy
 from afd_fast.training.streaming import clip, stream_step
 
 REFERENCE_CLIPS = 32  # teacher clips per held-out prompt behind the Frechet distance (physics only: they are free)
-WATCHED, PAIR_R = (
-    20,
-    (0.01, 0.65),
-)  # iterations, and the range of sigmoid(D(student) - D(teacher)) that is no reason to worry
+WATCHED = 20  # iterations
+PAIR_R = (0.01, 0.65)  # the range of sigmoid(D(student) - D(teacher)) that is no reason to worry
+AUTO_RANGE = 10.0  # disc_lr_auto stays within this factor of disc_lr
 NOTED = ("loss", "reward", "margin", "accuracy")  # beside the progress bar
 SAMPLE_PROMPTS, SAMPLES_PER_PROMPT = 8, 2  # shown in the report
 
@@ -71,7 +69,6 @@ class Trainer:
             console.print(f"[yellow]left out:[/] {problem}")
         self.state = new_state(config, system)
         self._stop = False
-        self._pair_r: deque[float] = deque(maxlen=WATCHED)
 
     def _track(self, items, description: str):
         task = self.progress.add_task(description, total=len(items), note="")
@@ -163,8 +160,8 @@ class Trainer:
                     metrics = iterate(state, config, batch, self.ranks)
                     self._check(metrics)
                     stop, last = self.ranks.any(self._stop), state.step == config.iterations
+                    self._watch(metrics)
                     if lead:
-                        self._watch(metrics)
                         row = {"step": state.step - 1, "elapsed": time.perf_counter() - started, **metrics}
                         append(self.out / "metrics.jsonl", row)
                         for key, value in metrics.items():
@@ -191,23 +188,28 @@ class Trainer:
                 signal.signal(s, handler)
 
     def _watch(self, metrics: dict) -> None:
-        """Say it when the discriminator gives no signal (Figure 5 of the paper), with the remedy."""
+        """Say it when the discriminator gives no signal (Figure 5 of the paper), with the remedy; with disc_lr_auto, apply
+        it: the discriminator's learning rate twice or half what it was."""
         if "pair_r" not in metrics:
             return
-        self._pair_r.append(metrics["pair_r"])
-        r = sum(self._pair_r) / len(self._pair_r)
-        if len(self._pair_r) < WATCHED or PAIR_R[0] <= r <= PAIR_R[1]:
+        seen = self.state.pair_r = [*self.state.pair_r, metrics["pair_r"]][-WATCHED:]
+        r = sum(seen) / len(seen)
+        if len(seen) < WATCHED or PAIR_R[0] <= r <= PAIR_R[1]:
             return
+        stale = r > PAIR_R[1]
         what = (
-            "stale: raise disc_lr or disc_steps"
-            if r > PAIR_R[1]
-            else "overpowering: lower disc_lr, raise r1 or instance_noise"
+            "stale: raise disc_lr or disc_steps" if stale else "overpowering: lower disc_lr, raise r1 or instance_noise"
         )
+        if self.config.disc_lr_auto:
+            (group,) = self.state.disc_optimizer.param_groups
+            low, high = self.config.disc_lr / AUTO_RANGE, self.config.disc_lr * AUTO_RANGE
+            group["lr"] = min(max(group["lr"] * (2 if stale else 0.5), low), high)
+            what = f"{what.partition(':')[0]}: disc_lr is now {group['lr']:.3g}"
         self.console.print(
             f"[yellow]iteration {self.state.step}:[/] sigmoid(D(student) - D(teacher)) has been {r:.3f} over {WATCHED} "
             f"iterations; the discriminator is {what}"
         )
-        self._pair_r.clear()
+        self.state.pair_r = []
 
     def _ask_to_stop(self, *_):
         self._stop = True

@@ -11,12 +11,19 @@ import statistics
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from afd_fast import nft_loss, nft_recipe
 from afd_fast.models import CausalWan, CausalWanConfig
 from afd_fast.training.update import nft_backward
 
+aten = torch.ops.aten
+CPU_FLASH = {  # which the counter does not know
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
 SIZES = {
     "small": (
         lambda: CausalWanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=4, text_len=16, text_dim=64),
@@ -56,7 +63,7 @@ def main() -> None:
 
     flops, gradients = {}, {}
     for name, run in (("detached", detached), ("forced", forced)):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_FLASH) as counter:
             run()
         flops[name] = counter.get_total_flops()
         gradients[name] = (

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 from afd_fast import estimate, flops, recipes
@@ -18,18 +17,10 @@ from afd_fast.training.state import generator, new_state, toy_system
 from afd_fast.training.step import sample_policy, student_loss
 from afd_fast.training.update import chunk_velocities, student_velocity
 from afd_fast.training.wan import wan_system
+from benchmarks.update import CPU_FLASH
 from tests.test_trainer import command
 
 PROMPTS = ["a red ball", "a blue ball"]
-aten = torch.ops.aten
-CPU_FLASH = {  # which the counter does not know
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kw: flop_counter.sdpa_flop_count(
-        q, k, v
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda g, q, k, v, *args, **kw: flop_counter.sdpa_backward_flop_count(g, q, k, v)
-    ),
-}
 
 
 def counted(call) -> int:

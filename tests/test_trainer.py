@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,6 +176,27 @@ def test_a_discriminator_without_signal_is_said_with_its_remedy(tmp_path, tiny_c
         run._watch({"pair_r": r})
     said = console.export_text()
     assert said.count("the discriminator is") == bool(remedy) and (remedy or "") in said
+
+
+@pytest.mark.parametrize(
+    "r, factors", [(0.9, [2, 4, 8, 10, 10]), (0.001, [0.5, 0.25, 0.125, 0.1, 0.1]), (0.3, [1] * 5)]
+)
+def test_disc_lr_auto_applies_the_remedy_within_bounds_and_is_kept(tmp_path, tiny_config, few_prompts, r, factors):
+    config = replace(tiny_config, disc_lr_auto=True)
+    make = lambda: Trainer(config, toy_system(base_student.load()), tmp_path, cache=tmp_path / "cache", console=QUIET)
+    run, rates = make(), []
+    for _ in range(5):
+        for _ in range(20):
+            run._watch({"pair_r": r})
+        rates.append(run.state.disc_optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([config.disc_lr * f for f in factors])
+    for _ in range(7):
+        run._watch({"pair_r": r})
+    again = make()
+    again.state.load_state_dict(run.state.state_dict())
+    assert again.state.disc_optimizer.param_groups[0]["lr"] == rates[-1] and len(again.state.pair_r) == (
+        20 if r == 0.3 else 7
+    )
 
 
 @pytest.mark.parametrize(

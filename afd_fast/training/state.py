@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ class TrainState:
     disc_optimizer: torch.optim.AdamW
     tracker: PerPromptStatTracker
     reference: nn.Module | None = None
+    pair_r: list[float] = field(default_factory=list)  # of the last iterations, for the trainer's watch
     step: int = 0
 
     @property
@@ -130,7 +131,8 @@ class TrainState:
     def state_dict(self) -> dict:
         """Tensors and plain values: what a checkpoint holds. What is not trained is not in it. An optimiser's state is
         by parameter name; there is none before its first step."""
-        saved = {"step": self.step, "disc_lr": self.disc_optimizer.param_groups[0]["lr"], "ema": self.ema.shadow}
+        saved = {"step": self.step, "pair_r": self.pair_r, "ema": self.ema.shadow}
+        saved["disc_lr"] = self.disc_optimizer.param_groups[0]["lr"]
         for name, (parameters, optimizer, key) in self.trained().items():
             saved[name] = {n: p.detach() for n, p in parameters.items()}
             saved[key] = {n: dict(optimizer.state[p]) for n, p in parameters.items() if p in optimizer.state}
@@ -151,7 +153,7 @@ class TrainState:
             average.copy_(saved["ema"][name])
         for group in self.disc_optimizer.param_groups:
             group["lr"] = saved["disc_lr"]
-        self.step = saved["step"]
+        self.step, self.pair_r = saved["step"], list(saved["pair_r"])
 
     def blank(self, keys: set[str]) -> dict:
         """A `state_dict` to read a sharded checkpoint into; keys: its flattened names, which tell which optimiser has
