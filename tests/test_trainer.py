@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from safetensors import safe_open
 
 from afd_fast import base_student, run_folder, trainer
 from afd_fast.config import ConfigError, TrainConfig, to_dict
@@ -227,3 +228,10 @@ def test_env_names_versions():
     process = command("env")
     output = process.communicate()[0]
     assert process.returncode == 0 and torch.__version__.split("+")[0] in output and "nft_loss" in output
+
+
+def test_the_long_world_is_judged_in_full(tmp_path):
+    run = command("train", "demo_long", *TINY[:-1], "iterations=2", "lora_rank=4", "--out", tmp_path / "run")
+    assert run.wait() == 0, run.stdout.read()
+    with safe_open(tmp_path / "run/samples.safetensors", "pt") as file:
+        assert file.get_slice("student").get_shape()[-3:] == file.get_slice("teacher").get_shape()[-3:] == [24, 16, 16]

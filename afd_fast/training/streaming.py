@@ -81,8 +81,8 @@ def continuations(state: TrainState, config: TrainConfig, prompts: list[str], rn
 
 
 def clip(system: System, config: TrainConfig, latents: Tensor, first: int) -> Tensor:
-    """The finished video [b, 3, F, H, W] of the `frames` latent frames from `first` on, as long as a teacher's. The chunk
+    """The finished video [b, 3, F, H, W] of a clip's latent frames from `first` on, as long as a teacher's. The chunk
     before goes through the decoder with them, for its history, and is cut off."""
     before = min(first, system.chunk)
-    pixels = system.decode(latents[:, :, first - before : first + config.frames])
+    pixels = system.decode(latents[:, :, first - before : first + system.shape[1]])
     return deliver(pixels[:, :, -system.video[0] :], config.codec_crf)
