@@ -47,6 +47,14 @@ class TeacherVideos:
         """Whether the physics judge can score this teacher's prompts."""
         return isinstance(getattr(self.teacher, "teacher", self.teacher), physics.PhysicsTeacher)
 
+    @property
+    def first_held_out(self) -> list[str]:
+        """The held-out prompts of the world the base student knows, where this teacher shows it in another look: what the
+        student forgets is measured on them."""
+        if not self.judged or physics.parse(self.held_out[0]).look == "day":
+            return []
+        return [p.rpartition(", ")[0] for p in self.held_out]
+
     def clips(self, prompts: list[str], seeds: Iterable[int]) -> Tensor:
         """Videos [B, 3, F, H, W] in [0, 1] for (prompt, seed) pairs, through the same door as the student's."""
         return deliver(torch.stack([self.teacher(p, s) for p, s in zip(prompts, seeds)]), self.codec_crf)
@@ -73,11 +81,12 @@ class TeacherVideos:
 def open_teacher(
     config: TrainConfig, system: System, cache: Path, track: Track
 ) -> tuple[Teacher, list[str], list[str], list[str]]:
-    """ "physics", "folder:PATH" or "api:FILE" -> (teacher, training prompts, held-out prompts, problems)."""
+    """ "physics", "physics:dusk", "folder:PATH" or "api:FILE" -> (teacher, training prompts, held-out prompts, problems)."""
     spec = config.teacher
-    if spec == "physics":
-        return CachedTeacher(physics.PhysicsTeacher(system.video[0]), cache), *physics.split_prompts(), []
     kind, _, path = spec.partition(":")
+    if kind == "physics" and path in ("", *physics.LOOKS):
+        teacher = CachedTeacher(physics.PhysicsTeacher(system.video[0]), cache)
+        return teacher, *physics.split_prompts(look=path or "day"), []
     if kind not in ("folder", "api") or not path:
         raise ConfigError(f'teacher must be "physics" or "folder:PATH" or "api:FILE", got {spec!r}')
     fit = {"frames": system.video[0], "size": system.video[1:], "fps": system.fps}

@@ -41,6 +41,10 @@ SCORES = {
     "shape": ("  shape is a disc", "high"),
     "motion": ("  motion matches", "high"),
     "flicker": ("background flicker, %", "low"),
+    "background": ("background brightness", "teacher"),
+    "first_residual_px": ("first domain: physics residual, px", "low"),
+    "first_general": ("first domain: general quality", "high"),
+    "first_background": ("first domain: background brightness", "low"),
     "dynamic": ("dynamic degree, % of range per frame", "teacher"),
     "brightness": ("brightness", "teacher"),
     "contrast": ("contrast", "teacher"),
@@ -54,17 +58,18 @@ def table_rows(result: dict) -> list[dict]:
     for key, (label, better) in SCORES.items():
         if key not in base:
             continue
+        shown = teacher.get(key, math.nan)
         change = student[key] - base[key]
         gain = {
             "low": -change,
             "high": change,
-            "teacher": abs(base[key] - teacher[key]) - abs(student[key] - teacher[key]),
+            "teacher": abs(base[key] - shown) - abs(student[key] - shown),
         }[better]
         percent = f" ({100 * change / base[key]:+.0f} %)" if better == "low" and base[key] else ""
         rows.append(
             {
                 "key": key, "label": label, "base": f"{base[key]:.3f}", "student": f"{student[key]:.3f}",
-                "teacher": f"{teacher[key]:.3f}", "change": f"{change:+.3f}{percent}", "better": gain > 0,
+                "teacher": f"{shown:.3f}" if key in teacher else "", "change": f"{change:+.3f}{percent}", "better": gain > 0,
             }
         )  # fmt: skip
     return rows

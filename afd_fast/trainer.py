@@ -65,6 +65,8 @@ class Trainer:
             with ranks.lead_first():  # the others then find every video in the cache
                 self.data = collect(config, system, cache, self._track)
             self.reference = self._reference_clips() if ranks.lead else None
+            first = self.data.first_held_out if ranks.lead else []
+            self.first_reference = self._reference_of(first) if first else None
         for problem in self.data.problems:
             console.print(f"[yellow]left out:[/] {problem}")
         self.state = new_state(config, system)
@@ -80,8 +82,10 @@ class Trainer:
         """Teacher clips [N, 3, F, H, W] of the held-out prompts that student clips are compared with."""
         if not self.data.judged:
             return torch.cat([self.data.videos[p] for p in self.data.held_out]).float() / 255
-        prompts = self.data.held_out * REFERENCE_CLIPS
-        pairs = [(p, REFERENCE_SEEDS + i // len(self.data.held_out)) for i, p in enumerate(prompts)]
+        return self._reference_of(self.data.held_out)
+
+    def _reference_of(self, held_out: list[str]) -> Tensor:
+        pairs = [(p, REFERENCE_SEEDS + i) for i in range(REFERENCE_CLIPS) for p in held_out]
         return torch.cat([self.data.clips([p], [s]) for p, s in self._track(pairs, "judge's reference videos")])
 
     # -- judging ---------------------------------------------------------------------------------------------
@@ -92,9 +96,9 @@ class Trainer:
             return physics_judge.evaluate(clips.numpy(), prompts, self.reference.numpy())
         return clip_judge.evaluate(clips.numpy(), self.reference.numpy())
 
-    def student_clips(self, per_prompt: int) -> tuple[Tensor, list[str]]:
+    def student_clips(self, per_prompt: int, held_out: list[str] | None = None) -> tuple[Tensor, list[str]]:
         """Held-out rollouts of the averaged student, with the same noise at every call; of a stream its last clip."""
-        prompts = self.data.held_out * per_prompt
+        prompts = (held_out or self.data.held_out) * per_prompt
         size, videos = self.config.eval_batch or len(prompts), []
         for number, start in enumerate(range(0, len(prompts), size)):
             rng = generator(0, 0, "evaluation", number)
@@ -106,10 +110,16 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """The judge's scores on held-out prompts and, for the discriminator, accuracy there and agreement with the judge."""
         clips, prompts = self.student_clips(self.config.eval_rollouts)
+        first = self.data.first_held_out
+        first_clips, _ = self.student_clips(self.config.eval_rollouts, first) if first else (None, None)
         if not self.ranks.lead:
             return {}
         self.sample = torch.cat(list(clips[: min(4, len(self.data.held_out))]), -1)  # beside each other
         row = {"step": self.state.step, **self.judge(clips, prompts)}
+        if first:
+            again = first * self.config.eval_rollouts
+            scores = physics_judge.evaluate(first_clips.numpy(), again, self.first_reference.numpy())
+            row |= {f"first_{key}": scores[key] for key in ("residual_px", "general", "background")}
         if self.config.method == "sft":  # has no use for a discriminator
             return row
         teacher = (

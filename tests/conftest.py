@@ -26,7 +26,7 @@ def tiny_config():
 def few_prompts(monkeypatch):
     """The physics world with six training and two held-out prompts."""
     prompts = physics.all_prompts()
-    monkeypatch.setattr(physics, "split_prompts", lambda: (prompts[:60:10], prompts[5:50:30]))
+    monkeypatch.setattr(physics, "split_prompts", lambda **look: (prompts[:60:10], prompts[5:50:30]))
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,18 @@ import numpy as np
 import pytest
 import torch
 
-from afd_fast.evaluation.physics import evaluate, frechet, measured_bounce, measured_gravity, physics_residual, track
+from afd_fast.evaluation.physics import (
+    by_day,
+    evaluate,
+    frechet,
+    measured_bounce,
+    measured_gravity,
+    physics_residual,
+    track,
+)
 from afd_fast.teachers import Teacher
 from afd_fast.teachers.physics import (
+    BACKGROUND,
     BOUNCES,
     COLORS,
     FPS,
@@ -16,6 +25,7 @@ from afd_fast.teachers.physics import (
     render,
     sample_clips,
     simulate,
+    split_prompts,
 )  # fmt: skip
 
 PROMPTS = all_prompts()[::5]
@@ -103,3 +113,21 @@ def test_frechet_of_gaussians():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0, 1, (200_000, 2)), rng.normal([1, 0], [2, 1], (200_000, 2))
     assert frechet(a, b) == pytest.approx(2.0, rel=0.03)
+
+
+def test_dusk_is_day_in_another_look():
+    prompts = all_prompts()[:6]
+    dusk = [f"{p}, dusk" for p in prompts]
+    rng = lambda: np.random.default_rng(0)
+    day, late = (sample_clips(p, rng()).numpy() / 255 for p in (prompts, dusk))
+    assert np.median(day) == pytest.approx(BACKGROUND, abs=2e-3) and np.median(late) == pytest.approx(0.15, abs=2e-3)
+    assert abs(by_day(late, dusk) - day).max() < 4e-3 and by_day(day, prompts) is day  # 8 bits
+    scores = evaluate(late, dusk, late)
+    plain = evaluate(day, prompts, day)
+    assert scores["background"] == pytest.approx(0.15, abs=2e-3)
+    assert all(scores[k] == pytest.approx(plain[k], abs=0.02) for k in ("residual_px", "general", "gravity"))
+    assert evaluate(day, dusk, late)["background"] == pytest.approx(BACKGROUND, abs=2e-3)  # not adapted: seen
+    with pytest.raises(ValueError, match="dusk"):
+        parse(f"{prompts[0]}, dawn")
+    train, held_out = split_prompts(look="dusk")
+    assert [p.removesuffix(", dusk") for p in held_out] == split_prompts()[1] and len(train) == 112

@@ -235,3 +235,13 @@ def test_the_long_world_is_judged_in_full(tmp_path):
     assert run.wait() == 0, run.stdout.read()
     with safe_open(tmp_path / "run/samples.safetensors", "pt") as file:
         assert file.get_slice("student").get_shape()[-3:] == file.get_slice("teacher").get_shape()[-3:] == [24, 16, 16]
+
+
+def test_another_look_is_judged_in_both_domains(tmp_path):
+    """The style shift: every evaluation also has the first domain's scores, which tell what was forgotten."""
+    run = command("train", "demo", *TINY, "teacher=physics:dusk", "--out", tmp_path / "run")
+    assert run.wait() == 0, run.stdout.read()
+    rows = json.loads((tmp_path / "run/result.json").read_text())["rows"]
+    assert rows["base"]["background"] < 0.08 < 0.14 < rows["teacher"]["background"]
+    assert rows["base"]["first_general"] > 0.9 and rows["student"]["first_background"] < 0.08
+    assert "first domain" in (tmp_path / "run/report.html").read_text()

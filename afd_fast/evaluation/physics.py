@@ -7,7 +7,16 @@ from functools import cache
 
 import numpy as np
 
-from afd_fast.teachers.physics import BACKGROUND, BOUNCES, COLORS, FPS, GRAVITY, parse
+from afd_fast.teachers.physics import BACKGROUND, BOUNCES, COLORS, FPS, GRAVITY, LOOKS, Scene, parse
+
+
+def by_day(clips: np.ndarray, prompts: list[str]) -> np.ndarray:
+    """Clips [N, 3, F, H, W] with the look that the prompts ask for (one for all) undone, so that day's judge can read them."""
+    (look,) = {parse(p).look for p in prompts}
+    if look == "day":
+        return clips
+    dark = LOOKS[look]
+    return (BACKGROUND + (clips - dark) * (1 - BACKGROUND) / (1 - dark)).clip(0, 1)
 
 
 def track(clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -47,8 +56,12 @@ def _bank(radius: float, elasticity: float, frames: int) -> np.ndarray:
 
 def physics_residual(clips: np.ndarray, prompts: list[str]) -> np.ndarray:
     """[N] px: rms distance of a clip's height track to the nearest track that the true gravity and the
-    prompt's bounce allow, over all starts."""
-    scenes = [parse(p) for p in prompts]
+    prompt's bounce allow, over all starts. clips: as delivered, in the look their prompts ask for."""
+    return residual(by_day(clips, prompts), [parse(p) for p in prompts])
+
+
+def residual(clips: np.ndarray, scenes: list[Scene]) -> np.ndarray:
+    """`physics_residual` of clips by day."""
     heights = track(clips)[0][..., 1]  # [N, F]
     out = np.empty(len(clips))
     for i, (scene, y) in enumerate(zip(scenes, heights)):
@@ -99,9 +112,12 @@ def evaluate(clips: np.ndarray, prompts: list[str], reference: np.ndarray) -> di
 
     physics: residual_px, gravity, gravity_error (relative), bounce_high / bounce_low (elasticity), frechet,
     dynamic_px (motion per frame). general: mean of color, size, shape, motion (shares of clips or frames
-    that match the prompt). flicker: mean absolute change of background pixels between frames, percent.
+    that match the prompt). flicker: mean absolute change of background pixels between frames, percent. background: its
+    brightness. Everything else is measured with the look undone, which is one for all prompts and the reference.
     """
     clips = np.asarray(clips, dtype=np.float64).clip(0, 1)
+    background = np.median(clips.max(1).reshape(len(clips), -1), 1).mean()
+    clips, reference = by_day(clips, prompts), by_day(np.asarray(reference, dtype=np.float64), prompts)
     scenes = [parse(p) for p in prompts]
     radius = np.array([s.radius for s in scenes])
     width = clips.shape[-1]
@@ -109,8 +125,8 @@ def evaluate(clips: np.ndarray, prompts: list[str], reference: np.ndarray) -> di
     heights = centres[..., 1]
     gravity, bounce = measured_gravity(heights, radius), measured_bounce(heights, radius)
     out = {
-        "residual_px": physics_residual(clips, prompts).mean(),
-        "frechet": frechet(_features(centres), _features(track(np.asarray(reference, dtype=np.float64))[0])),
+        "residual_px": residual(clips, scenes).mean(),
+        "frechet": frechet(_features(centres), _features(track(reference)[0])),
         "gravity": np.nanmedian(gravity),
         "gravity_error": np.nanmean(abs(gravity.clip(-2, 8) - GRAVITY)) / GRAVITY,
     }
@@ -137,4 +153,5 @@ def evaluate(clips: np.ndarray, prompts: list[str], reference: np.ndarray) -> di
 
     still = (bright[:, 1:] < BACKGROUND + 0.25) & (bright[:, :-1] < BACKGROUND + 0.25)
     out["flicker"] = 100 * abs(np.diff(clips, axis=2)).mean(1)[still].mean()
+    out["background"] = background
     return {k: float(v) for k, v in out.items()}

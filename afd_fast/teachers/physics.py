@@ -25,9 +25,10 @@ COLORS = {
 }  # fmt: skip
 RADII = {"small": 0.11, "large": 0.16}
 BOUNCES = {"low": 0.6, "high": 0.8}  # elasticity in the true world
+LOOKS = {"day": BACKGROUND, "dusk": 0.15}  # brightness of the background; the range above it shrinks with it
 MOTIONS = ("dropped", "thrown left", "thrown right", "tossed up")
 GRAMMAR = re.compile(
-    rf"a ({'|'.join(RADII)}) ({'|'.join(COLORS)}) ball ({'|'.join(MOTIONS)}), ({'|'.join(BOUNCES)}) bounce"
+    rf"a ({'|'.join(RADII)}) ({'|'.join(COLORS)}) ball ({'|'.join(MOTIONS)}), ({'|'.join(BOUNCES)}) bounce(?:, (dusk))?"
 )
 
 
@@ -39,6 +40,7 @@ class Scene:
     color: str
     motion: str
     bounce: str
+    look: str = "day"
 
     @property
     def radius(self) -> float:
@@ -55,10 +57,10 @@ def parse(prompt: str) -> Scene:
     if not match:
         raise ValueError(
             f"the physics teacher cannot render {prompt!r}; it knows "
-            '"a {small|large} {color} ball {dropped|thrown left|thrown right|tossed up}, {low|high} bounce" '
+            '"a {small|large} {color} ball {dropped|thrown left|thrown right|tossed up}, {low|high} bounce[, dusk]" '
             f"with colors {', '.join(COLORS)}"
         )
-    return Scene(*match.groups())
+    return Scene(*match.groups(default="day"))
 
 
 def all_prompts() -> list[str]:
@@ -69,9 +71,9 @@ def all_prompts() -> list[str]:
     ]
 
 
-def split_prompts(held_out: int = 16) -> tuple[list[str], list[str]]:
-    """(training, held-out) prompts; the same split for every seed so that runs compare."""
-    prompts = all_prompts()
+def split_prompts(held_out: int = 16, look: str = "day") -> tuple[list[str], list[str]]:
+    """(training, held-out) prompts; the same split for every seed and look so that runs compare."""
+    prompts = [p if look == "day" else f"{p}, {look}" for p in all_prompts()]
     order = np.random.default_rng(0).permutation(len(prompts))
     return [prompts[i] for i in order[held_out:]], [prompts[i] for i in order[:held_out]]
 
@@ -116,14 +118,17 @@ def simulate(radius, state, gravity, elasticity, frames=FRAMES, substeps=20) -> 
     return centres
 
 
-def render(centres: np.ndarray, radius: float, color, size: int = SIZE) -> np.ndarray:
-    """Antialiased disc on a dark background: centres [F, 2] -> uint8 [3, F, H, W]."""
+def render(centres: np.ndarray, radius: float, color, look: str = "day", size: int = SIZE) -> np.ndarray:
+    """Antialiased disc on the look's background: centres [F, 2] -> uint8 [3, F, H, W]."""
     yy, xx = np.mgrid[0:size, 0:size]
     px = centres[:, 0, None, None] * size - 0.5
     py = (1 - centres[:, 1, None, None]) * size - 0.5
     cover = np.clip(radius * size - np.hypot(xx - px, yy - py) + 0.5, 0, 1)  # [F, H, W]
     rgb = np.asarray(color)[:, None, None, None]
-    return ((BACKGROUND + cover * (rgb - BACKGROUND)) * 255 + 0.5).astype(np.uint8)
+    image = BACKGROUND + cover * (rgb - BACKGROUND)
+    if look != "day":
+        image = LOOKS[look] + (image - BACKGROUND) * (1 - LOOKS[look]) / (1 - BACKGROUND)
+    return (image * 255 + 0.5).astype(np.uint8)
 
 
 def sample_clips(prompts, rng: np.random.Generator, gravity=None, elasticity=None, frames=FRAMES) -> Tensor:
@@ -137,7 +142,8 @@ def sample_clips(prompts, rng: np.random.Generator, gravity=None, elasticity=Non
         state = initial_state(scene, rng)
         g = GRAVITY if gravity is None else rng.uniform(*gravity)
         e = scene.elasticity if elasticity is None else rng.uniform(*elasticity[scene.bounce])
-        clips.append(render(simulate(scene.radius, state, g, e, frames), scene.radius, COLORS[scene.color]))
+        centres = simulate(scene.radius, state, g, e, frames)
+        clips.append(render(centres, scene.radius, COLORS[scene.color], scene.look))
     return torch.from_numpy(np.stack(clips))
 
 
