@@ -121,7 +121,7 @@ def test_dusk_is_day_in_another_look():
     rng = lambda: np.random.default_rng(0)
     day, late = (sample_clips(p, rng()).numpy() / 255 for p in (prompts, dusk))
     assert np.median(day) == pytest.approx(BACKGROUND, abs=2e-3) and np.median(late) == pytest.approx(0.15, abs=2e-3)
-    assert abs(by_day(late, dusk) - day).max() < 4e-3 and by_day(day, prompts) is day  # 8 bits
+    assert abs(by_day(late, dusk) - day).max() < 6e-3 and by_day(day, prompts) is day  # 8 bits
     scores = evaluate(late, dusk, late)
     plain = evaluate(day, prompts, day)
     assert scores["background"] == pytest.approx(0.15, abs=2e-3)
