@@ -137,7 +137,7 @@ def run_all(recipe: str, planned: dict[Path, TrainConfig], *, jobs: int, console
                 child.wait()
 
 
-def gather(planned: dict[Path, TrainConfig], variants: list[Variant], out: Path) -> dict:
+def gather(recipe: str, planned: dict[Path, TrainConfig], variants: list[Variant], out: Path) -> dict:
     """comparison.json's content: for base, every variant and the teacher each score's mean, standard deviation (of a
     sample; None for one seed) and values."""
     results = {folder: json.loads((folder / "result.json").read_text()) for folder in planned}
@@ -158,6 +158,7 @@ def gather(planned: dict[Path, TrainConfig], variants: list[Variant], out: Path)
         rows[label] |= scores([{"seconds": r["seconds"]} for r in found])
     rows["teacher"] = scores([first["rows"]["teacher"]])
     comparison = {
+        "recipe": recipe,
         "rows": rows,
         "seeds": sorted({c.seed for c in planned.values()}),
         "clips_judged": first["clips_judged"],
@@ -182,4 +183,4 @@ def compare(
     rows = variants(config)
     planned = runs(config, rows, seeds, out)
     run_all(recipe, planned, jobs=jobs, console=console)
-    return gather(planned, rows, out)
+    return gather(recipe, planned, rows, out)

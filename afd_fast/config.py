@@ -79,6 +79,7 @@ class TrainConfig:
     disc_steps: int = 1  # per iteration
     disc_warmup: int = 20  # discriminator-only iterations before the first student update
     disc_width: int = 48  # of the toy discriminator
+    disc_device: str | None = None  # of a Wan student's discriminator, "cuda:1" say; None: the student's
     disc_lora_rank: int = 64  # of VideoReward's adapters
     instance_noise: float = 0.3
     r1: float = 0.1

@@ -39,7 +39,7 @@ def wan_system(config: TrainConfig) -> System:
 
     return System(
         student=student.requires_grad_(False),
-        new_discriminator=lambda c: discriminator(c).to(device),
+        new_discriminator=lambda c: discriminator(c).to(c.disc_device or device),
         encode=embed,
         decode=decode,
         encode_video=decode.encode,
