@@ -111,10 +111,11 @@ def train(
     if not dry_run:
         return _run(config, out, overwrite, resume)
     from afd_fast.config import to_dict
+    from afd_fast.estimate import floor
     from afd_fast.trainer import facts
 
     table = Table(show_header=False)
-    for key, value in (to_dict(config) | facts(config, _system(config))).items():
+    for key, value in (to_dict(config) | facts(config, _system(config)) | floor(config)).items():
         table.add_row(key, str(value))
     console.print(table)
 

@@ -265,6 +265,19 @@ def estimate(config: TrainConfig) -> Estimate:
     return Estimate(about, phases, memory)
 
 
+def floor(config: TrainConfig) -> dict[str, str]:
+    """Memory and least time for a dry run, by arithmetic; nothing for what is not counted."""
+    try:
+        e = estimate(config)
+    except ConfigError:
+        return {}
+    peak, phase = e.peak
+    return {
+        "memory by arithmetic": f"{peak / 1e9:.3g} GB in {phase}",
+        "least time of an iteration": f"{sum(w.seconds(GPUS['h100']) for w in e.phases.values()):.3g} s on one {GPUS['h100'].name}",
+    }
+
+
 def gpu_of(name: str) -> flops.GPU:
     """A row of `flops.GPUS`; ConfigError that names them."""
     if name.lower() not in GPUS:
