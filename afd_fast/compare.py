@@ -101,15 +101,16 @@ def _start(recipe: str, folder: Path, config: TrainConfig, jobs: int) -> subproc
 
 def run_all(recipe: str, planned: dict[Path, TrainConfig], *, jobs: int, console: Console) -> None:
     """Run what is not finished, `jobs` processes at a time. TrainingError with the log's last line when one fails;
-    Interrupted after Ctrl-C, once every child has saved itself."""
+    Interrupted after Ctrl-C or SIGTERM, once every child has saved itself."""
     waiting = [folder for folder in planned if not (folder / "result.json").exists()]
     running: dict[Path, subprocess.Popen] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console) as progress:
         whole = progress.add_task("runs", total=len(planned), completed=len(planned) - len(waiting))
-        bars = {}
+        bars, asked = {}, []  # a signal in the middle of starting a child must not lose it
+        previous = {s: signal.signal(s, lambda *_: asked.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while waiting or running:
+            while (waiting or running) and not asked:
                 while waiting and len(running) < jobs:
                     folder = waiting.pop(0)
                     running[folder] = _start(recipe, folder, planned[folder], jobs)
@@ -128,13 +129,15 @@ def run_all(recipe: str, planned: dict[Path, TrainConfig], *, jobs: int, console
                         )
                     progress.remove_task(bars[folder])
                     progress.advance(whole)
-        except KeyboardInterrupt:
-            raise Interrupted("stopped; the same command goes on from here") from None
         finally:
             for child in running.values():
                 child.send_signal(signal.SIGINT)
             for child in running.values():
                 child.wait()
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+    if asked:
+        raise Interrupted("stopped; the same command goes on from here")
 
 
 def gather(recipe: str, planned: dict[Path, TrainConfig], variants: list[Variant], out: Path) -> dict:
