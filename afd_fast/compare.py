@@ -86,6 +86,11 @@ def runs(config: TrainConfig, variants: list[Variant], seeds: int, out: Path) ->
     return planned
 
 
+def log_of(folder: Path) -> Path:
+    """Where a run's output goes, beside its folder (whose name may hold a dot)."""
+    return folder.with_name(f"{folder.name}.log")
+
+
 def _start(recipe: str, folder: Path, config: TrainConfig, jobs: int) -> subprocess.Popen:
     default = to_dict(recipes.get(recipe))
     overrides = [f"{k}={_text(v)}" for k, v in to_dict(config).items() if v != default[k]]
@@ -93,7 +98,7 @@ def _start(recipe: str, folder: Path, config: TrainConfig, jobs: int) -> subproc
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "afd_fast", "train", recipe, *overrides, "--out", str(folder), *resume]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    with folder.with_suffix(".log").open("ab") as log:
+    with log_of(folder).open("ab") as log:
         return subprocess.Popen(
             command, stdout=log, stderr=log, env={"OMP_NUM_THREADS": threads} | os.environ, start_new_session=True
         )
@@ -123,10 +128,8 @@ def run_all(recipe: str, planned: dict[Path, TrainConfig], *, jobs: int, console
                         continue
                     del running[folder]
                     if child.returncode:
-                        last = folder.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
-                        raise TrainingError(
-                            f"{folder.name} failed: {' '.join(last)} (see {folder.with_suffix('.log')})"
-                        )
+                        last = log_of(folder).read_text(errors="replace").strip().splitlines()[-1:]
+                        raise TrainingError(f"{folder.name} failed: {' '.join(last)} (see {log_of(folder)})")
                     progress.remove_task(bars[folder])
                     progress.advance(whole)
         finally:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from afd_fast import recipes
-from afd_fast.compare import ABLATIONS, compare, methods, runs
+from afd_fast.compare import ABLATIONS, compare, log_of, methods, runs
 from afd_fast.config import ConfigError, with_overrides
 from afd_fast.training.baselines import STEPS
 from tests.test_trainer import QUIET, TINY, command
@@ -60,6 +60,7 @@ def test_every_method_and_setting_is_a_valid_configuration(tmp_path):
     for rows in [lambda c: methods(c, list(STEPS)), *ABLATIONS.values()]:
         planned = runs(config, rows(config), 2, tmp_path)
         assert len(set(map(str, planned.values()))) == len(planned) >= 4
+        assert len({log_of(folder) for folder in planned} | set(planned)) == 2 * len(planned)
     rates = [v.keys["disc_lr"] for v in ABLATIONS["disc_lr"](recipes.afd_table3())]
     assert rates == pytest.approx([0, 1e-6, 5e-6, 1e-5, 5e-5])  # the paper's
     assert {
