@@ -7,7 +7,7 @@ from afd_fast.config import ConfigError, TrainConfig
 
 
 def demo() -> TrainConfig:
-    """The embedded main job: `demo_lagged`. Over 3 seeds both readings score the same, this one with less spread (README)."""
+    """The embedded main job: `demo_lagged`. Over 3 seeds both readings score the same (README)."""
     return TrainConfig()
 
 
