@@ -192,7 +192,7 @@ class Student:
         return total((1 + (index + 1 < self.chunks)) * self.forward(b, index, rank) for index in range(self.chunks))
 
     def update(self, b: int, config: TrainConfig) -> Work:
-        """`student_loss` and its backward: policy, reference where the prior has weight, lagged policy where asked."""
+        """`student_backward`: policy, reference where the prior has weight, lagged policy where asked."""
         rank = config.lora_rank
         back = total(self.backward(b, index, rank) for index in range(self.chunks)) + self.encode(b, rank, True)
         twice = config.chunked_update and nft_recipe(config.recipe).weighting != "none"  # first without a graph

@@ -36,6 +36,7 @@ from afd_fast.training.streaming import clip, stream_step
 REFERENCE_CLIPS = 32  # teacher clips per held-out prompt behind the Frechet distance (physics only: they are free)
 WATCHED = 20  # iterations
 PAIR_R = (0.01, 0.65)  # the range of sigmoid(D(student) - D(teacher)) that is no reason to worry
+NORM_RATIO = (0.9, 1.1)  # and of ||v|| / ||v_ref||
 AUTO_RANGE = 10.0  # disc_lr_auto stays within this factor of disc_lr
 NOTED = ("loss", "reward", "margin", "accuracy")  # beside the progress bar
 SAMPLE_PROMPTS, SAMPLES_PER_PROMPT = 8, 2  # shown in the report
@@ -70,7 +71,7 @@ class Trainer:
         for problem in self.data.problems:
             console.print(f"[yellow]left out:[/] {problem}")
         self.state = new_state(config, system)
-        self._stop = False
+        self._stop, self._drift_said = False, -WATCHED
 
     def _track(self, items, description: str):
         task = self.progress.add_task(description, total=len(items), note="")
@@ -198,8 +199,15 @@ class Trainer:
                 signal.signal(s, handler)
 
     def _watch(self, metrics: dict) -> None:
-        """Say it when the discriminator gives no signal (Figure 5 of the paper), with the remedy; with disc_lr_auto, apply
-        it: the discriminator's learning rate twice or half what it was."""
+        """Say it when the student leaves the frozen one, and when the discriminator gives no signal (Figure 5 of the
+        paper), with the remedy; with disc_lr_auto, apply it: the discriminator's learning rate twice or half what it was."""
+        ratio = metrics.get("velocity_norm_ratio", 1.0)
+        if not NORM_RATIO[0] <= ratio <= NORM_RATIO[1] and self.state.step >= self._drift_said + WATCHED:
+            self._drift_said = self.state.step
+            self.console.print(
+                f"[yellow]iteration {self.state.step}:[/] the student's velocities are {ratio:.2f} times as long as the "
+                "frozen student's: it drifts (blur, collapse); raise prior_weight or lower student_lr"
+            )
         if "pair_r" not in metrics:
             return
         seen = self.state.pair_r = [*self.state.pair_r, metrics["pair_r"]][-WATCHED:]

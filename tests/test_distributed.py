@@ -74,7 +74,7 @@ def test_alone_nothing_is_exchanged():
 
 def test_every_shard_draws_its_own_numbers(monkeypatch):
     seen = []
-    for name in ("sample_policy", "discriminator_loss", "student_loss"):
+    for name in ("sample_policy", "discriminator_loss", "student_backward"):
         real = getattr(step, name)
         note = lambda *a, real=real, **k: (
             seen.append(next(x for x in a if isinstance(x, torch.Generator)).initial_seed()),

@@ -14,7 +14,7 @@ from afd_fast.models.toy import ToyConfig, ToyStudent
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.training.lora import trainable
 from afd_fast.training.state import generator, new_state, toy_system
-from afd_fast.training.step import sample_policy, student_loss
+from afd_fast.training.step import sample_policy, student_backward
 from afd_fast.training.update import chunk_velocities, student_velocity
 from afd_fast.training.wan import wan_system
 from benchmarks.update import CPU_FLASH
@@ -75,12 +75,7 @@ def test_update(make, overrides):
     state = new_state(config, system)
     x0, r = torch.randn(2, *system.shape), torch.tensor([0.1, 0.9])
 
-    def call():
-        backward = 1.0 if config.chunked_update or config.update_batch else None  # as student_update asks
-        loss, _ = student_loss(state, config, x0, r, PROMPTS, generator(0, 0, "test"), backward=backward)
-        if backward is None:
-            loss.backward()
-
+    call = lambda: student_backward(state, config, x0, r, PROMPTS, generator(0, 0, "test"))
     assert formula.update(2, config).flops == counted(call)
 
 

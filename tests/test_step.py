@@ -14,7 +14,7 @@ from afd_fast.teachers.physics import all_prompts
 from afd_fast.training import step as step_module
 from afd_fast.training.lora import disabled, trainable
 from afd_fast.training.state import generator, new_state, toy_system
-from afd_fast.training.step import loss_recipe, sample_policy, student_loss, student_update, train_step
+from afd_fast.training.step import loss_recipe, sample_policy, student_backward, student_update, train_step
 from afd_fast.training.update import student_velocity
 
 CONFIG = TrainConfig(recipe="afd", v_old="self", prior_weight=0.05, lora_rank=4, disc_width=8)
@@ -54,9 +54,9 @@ def wide(a):
 def test_loss_and_gradient_are_equation_4_and_5():
     state, (x0, r) = double_state(CONFIG), inputs()
     t, noise = drawn(CONFIG, x0)
-    loss, _ = student_loss(state, CONFIG, x0, r, PROMPTS, generator(0, 0, "update"))
+    found = student_backward(state, CONFIG, x0, r, PROMPTS, generator(0, 0, "update"), scale=0.5)
     parameters = list(trainable(state.student).values())
-    gradient = torch.autograd.grad(loss, parameters)
+    gradient = [2 * p.grad for p in parameters]
 
     x_t = (1 - wide(t)) * x0 + wide(t) * noise
     text = state.student.encode_text(tokenize(PROMPTS))
@@ -67,7 +67,12 @@ def test_loss_and_gradient_are_equation_4_and_5():
     expected_loss = error.square().sum() + 0.05 * (wide(r) * gap.square()).sum()
     expected_dv = 2 * CONFIG.beta * (2 * wide(r) - 1) * error + 2 * 0.05 * wide(r) * gap
     expected = torch.autograd.grad(v, parameters, expected_dv.detach())
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    ratio = (v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1)).mean()
+    square = error.square().sum((1, 2, 3, 4))
+    assert found == pytest.approx({
+        "loss": expected_loss.item(), "policy_loss": square.sum().item(), "signal": ((2 * r - 1) * square).mean().item(),
+        "prior_loss": (wide(r) * gap.square()).sum().item(), "velocity_norm_ratio": ratio.item(),
+    }, rel=1e-12)  # fmt: skip
     for got, want in zip(gradient, expected):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * want.abs().max().item())
 
@@ -75,8 +80,7 @@ def test_loss_and_gradient_are_equation_4_and_5():
 def test_equal_rewards_give_no_policy_gradient():
     config = replace(CONFIG, prior_weight=0.0)
     state, (x0, r) = double_state(config), inputs()
-    loss, _ = student_loss(state, config, x0, torch.full_like(r, 0.5), PROMPTS, generator(0, 0, "update"))
-    loss.backward()
+    student_backward(state, config, x0, torch.full_like(r, 0.5), PROMPTS, generator(0, 0, "update"))
     assert all(p.grad.abs().max() < 1e-9 for p in trainable(state.student).values())
 
 
@@ -85,9 +89,9 @@ def test_lagged_policy_gradient_has_the_trust_region_term():
     config = replace(CONFIG, recipe="diffusionnft", v_old="ema", prior_weight=0.0)
     state, (x0, r) = double_state(config), inputs()
     t, noise = drawn(config, x0)
-    loss, _ = student_loss(state, config, x0, r, PROMPTS, generator(0, 0, "update"))
+    student_backward(state, config, x0, r, PROMPTS, generator(0, 0, "update"))
     parameters = list(trainable(state.student).values())
-    gradient = torch.autograd.grad(loss, parameters)
+    gradient = [p.grad for p in parameters]
     x_t = (1 - wide(t)) * x0 + wide(t) * noise
     run = lambda: student_velocity(state.student, x_t, t, state.student.encode_text(tokenize(PROMPTS)), x0, 3)
     v = run()
@@ -162,15 +166,12 @@ def test_policy_samples_from_the_weights_it_names(average):
 @pytest.mark.parametrize("v_old", ["self", "ema"])
 def test_chunked_update_is_the_same_step(v_old, chunked, update_batch):
     config = replace(CONFIG, recipe="afd" if v_old == "self" else "diffusionnft", v_old=v_old)
-    whole, (x0, r) = double_state(config), inputs()
-    chunked = double_state(config)
+    whole, parts, (x0, r) = double_state(config), double_state(config), inputs()
     part = lambda: [(x0, r, PROMPTS, generator(0, 0, "update"))]
     a = student_update(whole, config, part())
-    b = student_update(chunked, replace(config, chunked_update=chunked, update_batch=update_batch), part())
-    assert (
-        abs(a["loss"] - b["loss"]) <= 1e-9 * a["loss"] and abs(a["grad_norm"] - b["grad_norm"]) <= 1e-9 * a["grad_norm"]
-    )
-    for x, y in zip(trainable(whole.student).values(), trainable(chunked.student).values(), strict=True):
+    b = student_update(parts, replace(config, chunked_update=chunked, update_batch=update_batch), part())
+    assert b == pytest.approx(a, rel=1e-9) and {"signal", "velocity_norm_ratio"} <= a.keys()
+    for x, y in zip(trainable(whole.student).values(), trainable(parts.student).values(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
 
 
@@ -193,13 +194,13 @@ def test_without_adapters_every_weight_is_trained_against_a_frozen_copy():
             p += 0.01 * torch.randn(p.shape, generator=generator(0, 0, "test"))
     (x0, r), frozen = inputs(), {n: p.clone() for n, p in state.reference.named_parameters()}
     t, noise = drawn(config, x0)
-    loss, _ = student_loss(state, config, x0, r, PROMPTS, generator(0, 0, "update"))
+    loss = student_backward(state, config, x0, r, PROMPTS, generator(0, 0, "update"))["loss"]
     x_t = (1 - wide(t)) * x0 + wide(t) * noise
     run = lambda m: student_velocity(m, x_t, t, m.encode_text(tokenize(PROMPTS)), x0, 3)
     with torch.no_grad():
         v, v_ref = run(state.student), run(state.reference)
         expected = (v - (noise - x0)).square().sum() + 3.0 * (wide(r) * (v - v_ref).square()).sum()
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
     state.ema.shadow = {n: p.detach().clone() for n, p in trainable(state.student).items()}
     student_update(state, config, [(x0, r, PROMPTS, generator(0, 0, "update"))])
     assert all(torch.equal(p, frozen[n]) for n, p in state.reference.named_parameters())

@@ -179,6 +179,23 @@ def test_a_discriminator_without_signal_is_said_with_its_remedy(tmp_path, tiny_c
     assert said.count("the discriminator is") == bool(remedy) and (remedy or "") in said
 
 
+def test_a_student_that_drifts_is_said_once_in_a_while(tmp_path, tiny_config, few_prompts):
+    console = Console(record=True, file=open(os.devnull, "w"), width=300)
+    run = Trainer(tiny_config, toy_system(base_student.load()), tmp_path, cache=tmp_path / "cache", console=console)
+    for run.state.step, ratio in enumerate([1.0, 0.95, *[1.2] * 15, 0.8, *[1.3] * 15]):
+        run._watch({"velocity_norm_ratio": ratio})
+    said = console.export_text()
+    assert "iteration 2: the student's velocities are 1.20 times" in said and "iteration 22: " in said
+    assert said.count("raise prior_weight") == 2
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, tiny_config, few_prompts):
+    run = Trainer(tiny_config, toy_system(base_student.load()), tmp_path, cache=tmp_path / "cache", console=QUIET)
+    saved = run.state.state_dict()
+    with pytest.raises(ValueError, match="lacks pair_r: another version"):
+        run.state.load_state_dict({k: v for k, v in saved.items() if k != "pair_r"})
+
+
 @pytest.mark.parametrize(
     "r, factors", [(0.9, [2, 4, 8, 10, 10]), (0.001, [0.5, 0.25, 0.125, 0.1, 0.1]), (0.3, [1] * 5)]
 )

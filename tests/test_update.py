@@ -85,7 +85,7 @@ def test_chunk_by_chunk_is_all_at_once(make, recipe):
     loss = nft_loss(student_velocity(model, x_t, t, text(), x0, CHUNK), x0, r[:, 0], t, frame_dim=2, **given)
     (0.7 * loss).backward()
     whole = gradients(model)
-    found = nft_backward(model, x_t, t, text(), x0, CHUNK, r=r[:, 0], scale=0.7, **given)
+    found, _ = nft_backward(model, x_t, t, text(), x0, CHUNK, r=r[:, 0], scale=0.7, **given)
     assert close(gradients(model), whole)
     torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0)
 
@@ -99,13 +99,19 @@ def test_a_reward_for_every_clip(recipe, batch_reduction):
     recipe = nft_recipe(recipe, ref_coef=0.3, batch_reduction=batch_reduction)
     clips = lambda x: x.unflatten(2, (2, 6)).transpose(1, 2).flatten(0, 1)
     v = student_velocity(model, x_t, t, text(), x0, CHUNK)
-    nft_loss(
+    loss, stats = nft_loss(
         clips(v), clips(x0), r.flatten(), t.view(4, 6), frame_dim=2, noise=clips(noise), v_ref=clips(v_ref),
-        v_old=clips(v_old), recipe=recipe,
-    ).backward()  # fmt: skip
+        v_old=clips(v_old), recipe=recipe, return_stats=True,
+    )  # fmt: skip
+    loss.backward()
     expected = gradients(model)
-    nft_backward(model, x_t, t, text(), x0, CHUNK, r=r, noise=noise, v_ref=v_ref, v_old=v_old, recipe=recipe)
+    found, of = nft_backward(
+        model, x_t, t, text(), x0, CHUNK, r=r, noise=noise, v_ref=v_ref, v_old=v_old, recipe=recipe
+    )
     assert close(gradients(model), expected)
+    ratio = (v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1)).mean()
+    expected = (loss, stats.policy_loss, stats.prior_loss, stats.signal, ratio)
+    torch.testing.assert_close((found, *of), tuple(x.detach() for x in expected), rtol=1e-11, atol=1e-12)
 
 
 def test_only_the_active_frames_learn():

@@ -141,6 +141,11 @@ class TrainState:
     @torch.no_grad()
     def load_state_dict(self, saved: dict) -> None:
         """Inverse of `state_dict`; ValueError when the parameters do not match."""
+        if missing := sorted(self.state_dict().keys() - saved.keys()):
+            raise ValueError(
+                f"the checkpoint lacks {', '.join(missing)}: another version of afd_fast wrote it. Finish the run with that "
+                "version, or start it again with --overwrite"
+            )
         for name, (parameters, optimizer, key) in self.trained().items():
             if parameters.keys() != saved[name].keys():
                 odd = sorted(parameters.keys() ^ saved[name].keys())

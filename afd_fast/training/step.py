@@ -25,12 +25,12 @@ from afd_fast.data import Shard
 from afd_fast.models.lora import merged_lora
 from afd_fast.reference.advantage import reward_to_r
 from afd_fast.reference.adversarial import approximate_gradient_penalty, gan_loss
-from afd_fast.reference.nft import NFTRecipe, NFTStats, nft_recipe
+from afd_fast.reference.nft import NFTRecipe, nft_recipe
 from afd_fast.rollout import RolloutConfig, rollout, step_table
 from afd_fast.training.distributed import Ranks, local, total_norm
 from afd_fast.training.lora import disabled, trainable
 from afd_fast.training.state import System, TrainState, generator
-from afd_fast.training.update import UPDATES, nft_backward
+from afd_fast.training.update import UPDATES, UpdateStats, add, clip_loss, nft_backward
 from afd_fast.video_io import deliver
 
 PENALTY_SIGMA = 0.05  # step of the finite-difference R1 / R2, in [0, 1] pixels
@@ -147,7 +147,7 @@ def discriminator_update(state: TrainState, config: TrainConfig, parts: list[tup
 
 def average_rows(rows: list[dict]) -> dict:
     """Metrics of several shards, key by key."""
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    return {key: value / len(rows) for key, value in add(*rows).items()}
 
 
 def noised(system: System, config: TrainConfig, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,44 +163,39 @@ def noised(system: System, config: TrainConfig, x0: Tensor, rng: torch.Generator
     return t, noise, ops.forward_noise(x0, t, noise=noise, frame_dim=2)
 
 
-def student_loss(
-    state: TrainState,
-    config: TrainConfig,
-    x0: Tensor,
-    r: Tensor,
-    prompts: list[str],
-    rng,
-    *,
-    active: range | None = None,
-    backward: float | None = None,
-) -> tuple[Tensor, NFTStats | None]:
-    """NFT + prior loss (Eq. 3-5) of the student on rollouts x0 [b, C, F, H, W] with optimality r [b].
+def student_backward(
+    state: TrainState, config: TrainConfig, x0: Tensor, r: Tensor, prompts: list[str], rng, *,
+    scale: float = 1.0, active: range | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Add scale * the gradient of the NFT + prior loss (Eq. 3-5) on rollouts x0 [b, C, F, H, W] with optimality r [b]:
+    `update_batch` rows at a time, and with `chunked_update` or `active` chunk by chunk (`nft_backward`). Returns the
+    loss and its stats.
 
-    active: the frames that are trained, of a longer stream with r [b, S] for its S clips (with `backward` only).
-    backward: also add this multiple of its gradient, `update_batch` rows at a time and, with `chunked_update` or `active`,
-    chunk by chunk (`nft_backward`); no stats then.
+    active: the frames that are trained, of a longer stream with r [b, S] for its S clips.
     """
     t, noise, x_t = noised(state.system, config, x0, rng)
-    if backward is None:
-        velocity, given = velocities(state, config, x_t, t, x0, prompts)
-        given |= {"noise": noise, "return_stats": True}
-        return ops.nft_loss(velocity(), x0, r, t, frame_dim=2, **given)
-    size, loss = config.update_batch or len(x0), 0.0
+    size, parts = config.update_batch or len(x0), []
     for start in range(0, len(x0), size):
         rows = slice(start, start + size)
         own = (x_t[rows], t[rows], x0[rows], prompts[rows])
         velocity, given = velocities(state, config, *own, active)
-        share = len(own[0]) / len(x0) if given["recipe"].batch_reduction == "mean" else 1.0
-        given |= {"noise": noise[rows], "r": r[rows]}
+        given |= {"noise": noise[rows]}
+        of_rows = len(own[0]) / len(x0)
+        share = of_rows if given["recipe"].batch_reduction == "mean" else 1.0
         if config.chunked_update or active:
             text = state.student.encode_text(state.system.encode(own[3]))
-            given |= window(config) | {"active": active, "scale": backward * share}
-            part = nft_backward(state.student, *own[:2], text, own[2], state.system.chunk, **given)
+            given |= window(config) | {"r": r[rows], "active": active, "scale": scale * share}
+            loss, stats = nft_backward(state.student, *own[:2], text, own[2], state.system.chunk, **given)
         else:
-            part = ops.nft_loss(velocity(), own[2], t=own[1], frame_dim=2, **given)
-            (part * backward * share).backward()
-        loss = loss + share * part.detach()
-    return loss, None
+            loss, sums = clip_loss(velocity(), own[2], r[rows, None], own[1], length=x0.shape[2], **given)
+            (loss * scale * share).backward()
+            stats = UpdateStats.of(sums)
+        part = {"loss": loss * share, "policy_loss": stats.policy_loss * share, "signal": stats.signal * of_rows}
+        if given["v_ref"] is not None:
+            ratio = stats.velocity_norm_ratio * of_rows
+            part |= {"prior_loss": stats.prior_loss * share, "velocity_norm_ratio": ratio}
+        parts.append(part)
+    return {key: value.item() for key, value in add(*parts).items()}
 
 
 def window(config: TrainConfig) -> dict:
@@ -235,23 +230,11 @@ def velocities(
 def student_update(
     state: TrainState, config: TrainConfig, parts: list[tuple], ranks: Ranks = Ranks(), *, active: range | None = None
 ) -> dict:
-    """One optimiser and EMA step on `student_loss`; parts: its (x0, r, prompts, rng) for every shard of this rank.
+    """One optimiser and EMA step on `student_backward`; parts: its (x0, r, prompts, rng) for every shard of this rank.
     active: of a stream, as there."""
     share = 1 if loss_recipe(config).batch_reduction == "sum" else len(parts) * ranks.world
     state.optimizer.zero_grad()
-    rows = []
-    for part in parts:
-        if config.chunked_update or config.update_batch or active:
-            loss, _ = student_loss(state, config, *part, active=active, backward=1 / share)
-            rows.append({"loss": loss.item()})
-            continue
-        loss, stats = student_loss(state, config, *part)
-        (loss / share).backward()
-        row = {"loss": loss.item(), "policy_loss": stats.policy_loss.item(), "signal": stats.signal.item()}
-        if loss_recipe(config, state.step).ref_coef:
-            ratio = (stats.v_norm / stats.v_ref_norm).mean().item()
-            row |= {"prior_loss": stats.prior_loss.item(), "velocity_norm_ratio": ratio}
-        rows.append(row)
+    rows = [student_backward(state, config, *part, scale=1 / share, active=active) for part in parts]
     return average_rows(rows) | {"grad_norm": optimise(state, config, ranks)}
 
 

@@ -13,6 +13,7 @@ Legend: B samples, C channels, F latent frames, H x W latent pixels, S clips of 
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,32 +80,60 @@ UPDATES = {  # v_theta [B, C, F, H, W] of (model, x_t, t, text, clean, chunk)
 }
 
 
+def add(*rows: dict) -> dict:
+    """The sum of equal dictionaries, key by key."""
+    return {key: sum(row[key] for row in rows) for key in rows[0]}
+
+
 def clip_loss(
     v: Tensor, x0: Tensor, r: Tensor, t: Tensor, recipe: NFTRecipe, *, first: int = 0, length: int, **tensors
-):
-    """`nft_loss` of frames [first, first + f) with one reward a clip. r: [B, S] for clips of `length` frames; a clip is
-    a sample of the loss, so a clip's reward reaches its own frames alone. Other tensors [B, C, f, H, W], t [B, f]."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`nft_loss` of frames [first, first + f) with one reward a clip, and what adds up over parts to `UpdateStats`. r:
+    [B, S] for clips of `length` frames; a clip is a sample of the loss, so a clip's reward reaches its own frames alone.
+    Other tensors [B, C, f, H, W], t [B, f]."""
     last = first + v.shape[2]
     cut = sorted({first, last, *(k for k in range(length, last, length) if k > first)})
-    losses = []
+    losses, rows = [], []
     for a, b in pairwise(cut):
         part = slice(a - first, b - first)
         own = {name: x if x is None else x[:, :, part] for name, x in tensors.items()}
-        loss = ops.nft_loss(
-            v[:, :, part], x0[:, :, part], r[:, a // length], t[:, part], frame_dim=2, recipe=recipe, **own
-        )
+        loss, stats = ops.nft_loss(
+            v[:, :, part], x0[:, :, part], r[:, a // length], t[:, part], frame_dim=2, recipe=recipe,
+            return_stats=True, **own,
+        )  # fmt: skip
         share = (b - a) / length if recipe.sample_reduction == "mean" else 1.0
-        losses.append(loss * (share / r.shape[1] if recipe.batch_reduction == "mean" else share))
-    return sum(losses)
+        weight = share / r.shape[1] if recipe.batch_reduction == "mean" else share
+        losses.append(loss * weight)
+        rows.append({
+            "policy_loss": stats.policy_loss * weight, "prior_loss": stats.prior_loss * weight,
+            "signal": stats.signal * share / r.shape[1],
+            "v_square": stats.v_norm.square(), "v_ref_square": stats.v_ref_norm.square(),
+        })  # fmt: skip
+    return sum(losses), add(*rows)
+
+
+class UpdateStats(NamedTuple):
+    """Detached scalars of one update; sums and means as in the loss."""
+
+    policy_loss: Tensor  # without the prior
+    prior_loss: Tensor  # before its weight
+    signal: Tensor  # `NFTStats.signal`: moves where the loss value is flat in r
+    velocity_norm_ratio: Tensor  # mean of ||v|| / ||v_ref|| over the samples; inf without v_ref
+
+    @classmethod
+    def of(cls, sums: dict[str, Tensor]) -> "UpdateStats":
+        """From the sum of `clip_loss`'s dictionaries over all parts."""
+        ratio = (sums["v_square"] / sums["v_ref_square"]).sqrt().mean()
+        return cls(sums["policy_loss"], sums["prior_loss"], sums["signal"], ratio)
 
 
 def nft_backward(
     model, x_t: Tensor, t: Tensor, text, x0: Tensor, chunk: int, *, r: Tensor, noise: Tensor, recipe: NFTRecipe,
     v_ref: Tensor | None = None, v_old: Tensor | None = None, reference=None, scale: float = 1.0,
     active: range | None = None, **options,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, UpdateStats]:  # fmt: skip
     """Add d(scale * NFT + prior loss) / d(parameters) to `.grad` with one chunk's activations alive at a time; returns
-    the loss. Equal to `(scale * ops.nft_loss(student_velocity(...), ...)).backward()` but for rounding.
+    the loss and its stats. Equal to `(scale * ops.nft_loss(student_velocity(...), ...)).backward()` but for rounding.
 
     r: [B], or [B, S] for one reward a clip (F divides into S clips of whole chunks). x_t, x0, noise, v_ref, v_old:
     [B, C, F, H, W]; t: [B, F] in [0, 1]. v_ref is exact with a history of the reference's own; reference, a (context
@@ -128,7 +157,7 @@ def nft_backward(
     )
     cut = lambda x, part: None if x is None else x[:, :, part]
 
-    def loss_of(v: Tensor, part: slice, others: list[Tensor]) -> Tensor:
+    def loss_of(v: Tensor, part: slice, others: list[Tensor]) -> tuple[Tensor, dict]:
         return clip_loss(
             v, x0[:, :, part], r, t[:, part], recipe, first=part.start, length=length, noise=noise[:, :, part],
             v_old=cut(v_old, part), v_ref=others[0] if others else cut(v_ref, part),
@@ -139,22 +168,24 @@ def nft_backward(
         with torch.no_grad():
             parts = list(velocities(text, beside=beside))
         v = torch.cat([v for _, v, _ in parts], 2).requires_grad_()
-        loss = loss_of(
+        loss, sums = loss_of(
             v, slice(active.start, active.stop), [torch.cat([o[0] for _, _, o in parts], 2)] if beside else []
         )
         (gradient,) = torch.autograd.grad(loss * scale, v)
         for (_, v, _), own in zip(velocities(words), gradient.split(chunk, 2)):
             v.backward(own)
     else:
-        loss = torch.zeros((), dtype=torch.float64 if x0.dtype == torch.float64 else torch.float32, device=x0.device)
+        loss, rows = torch.zeros((), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device), []
         for part, v, others in velocities(words, beside=beside):
-            of_chunk = loss_of(v, part, others)
+            of_chunk, row = loss_of(v, part, others)
             (of_chunk * scale).backward()
             loss += of_chunk.detach()
+            rows.append(row)
+        sums = add(*rows)
     reached = [(source, leaf.grad) for source, leaf in leaves if leaf.grad is not None]
     if reached:
         torch.autograd.backward(*zip(*reached))
-    return loss.detach()
+    return loss.detach(), UpdateStats.of(sums)
 
 
 def _cut_graph(text) -> tuple[object, list[tuple[Tensor, Tensor]]]:
