@@ -1,6 +1,7 @@
 """The paper's recipe end to end on a causal Wan student small enough for here: command, files, resume, export."""
 
 import math
+
 import numpy as np
 import pytest
 import torch
