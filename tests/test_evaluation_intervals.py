@@ -5,7 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from afd_fast.evaluation.intervals import bootstrap, wilson
+from afd_fast.evaluation.intervals import bootstrap, draws, wilson
+
+
+def groups(values, each=1):
+    return {f"prompt {i}": [v] * each for i, v in enumerate(values)}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,7 @@ def test_wilson_refuses(k, n):
 
 def test_bootstrap_is_the_normal_limit():
     values = np.random.default_rng(0).normal(5, 2, 400)
-    low, high = bootstrap([[v] for v in values])
+    low, high = bootstrap(groups(values))
     error = values.std() / 20
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.06 * error)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.06 * error)
@@ -45,19 +49,27 @@ def test_bootstrap_is_the_normal_limit():
 def test_bootstrap_resamples_prompts_not_videos():
     """Five equal videos a prompt say no more than one."""
     values = np.random.default_rng(1).random(50)
-    assert bootstrap([[v] * 5 for v in values]) == pytest.approx(bootstrap([[v] for v in values]))
+    assert bootstrap(groups(values, 5)) == pytest.approx(bootstrap(groups(values)))
 
 
 def test_bootstrap_covers():
     rng = np.random.default_rng(2)
     inside = 0
     for _ in range(100):
-        low, high = bootstrap([[v] for v in rng.random(40)])
+        low, high = bootstrap(groups(rng.random(40)))
         inside += low < 0.5 < high
     assert 88 <= inside <= 100
 
 
 def test_bootstrap_repeats_itself_and_needs_two_prompts():
-    groups = [[v] for v in np.random.default_rng(3).random(40)]
-    assert bootstrap(groups) == bootstrap([*groups, []])
-    assert all(math.isnan(bound) for bound in bootstrap([[0.3, 0.5], []]))
+    values = groups(np.random.default_rng(3).random(40))
+    assert bootstrap(values) == bootstrap(values | {"unscored": []})
+    assert all(math.isnan(bound) for bound in bootstrap({"a": [0.3, 0.5], "b": []}))
+
+
+def test_scores_of_the_same_prompts_are_drawn_together():
+    """A score that is always 1 - another's value: their mean has no spread, if the same prompts are drawn."""
+    values = np.random.default_rng(0).random(30)
+    other = {f"another {prompt}": value for prompt, value in groups(1 - values).items()}
+    found = draws({"a": groups(values), "b": groups(1 - values), "c": other})
+    assert np.std(found["a"] + found["b"]) < 1e-12 < 0.05 < np.std(found["a"] + found["c"])

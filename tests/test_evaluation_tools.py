@@ -58,7 +58,7 @@ class TestVideoPhy2:
         pc, sa, joint = videophy2.collect(out)
         assert pc.value == 4 and pc.videos == 6  # 4, 5, 3 twice: the two zeros are no scores
         assert pc.note == "2 of 8 answers could not be parsed: dropped"
-        assert (pc.low, pc.high) == intervals.bootstrap([[v] for v in (4, 5, 3, 4, 5, 3)])
+        assert (pc.low, pc.high) == intervals.bootstrap(dict(enumerate([v] for v in (4, 5, 3, 4, 5, 3))))
         assert sa.value == sa.low == sa.high == 4 and sa.videos == 8 and not sa.note
         assert joint.value == pytest.approx(100 * 4 / 6) and joint.note.startswith("4/6, 2 of 8")
         assert (joint.low, joint.high) == pytest.approx(tuple(100 * bound for bound in intervals.wilson(4, 6)))

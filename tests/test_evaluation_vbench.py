@@ -278,11 +278,3 @@ def test_the_papers_totals(line):
 
 def test_dimensions_are_vbenchs_sixteen():
     assert len(set(vbench.DIMENSIONS)) == 16 and {d for row in ROWS for d in row["dimension"]} == set(vbench.DIMENSIONS)
-
-
-def test_dimensions_of_the_same_prompts_are_drawn_together():
-    """A dimension that is always 1 - another's value: their mean has no spread, if the same prompts are drawn."""
-    values = np.random.default_rng(0).random(30)
-    tables = {"a": [[v] for v in values], "b": [[1 - v] for v in values], "c": [[1 - v] for v in values]}
-    draws = vbench._draws(tables, {"a": (1, 2), "b": (1, 2), "c": (3, 4)})
-    assert np.std(draws["a"] + draws["b"]) < 1e-12 < 0.05 < np.std(draws["a"] + draws["c"])

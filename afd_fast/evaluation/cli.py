@@ -126,20 +126,42 @@ def run(
 @app.command()
 def collect(out: Folder) -> None:
     """Check what the tools wrote, print one table with 95 % intervals, and write it to OUT/scores.csv."""
-    from afd_fast.config import ConfigError
-    from afd_fast.evaluation import flickering, folder, vbench, videoalign, videophy2
+    from afd_fast.evaluation import folder, scores
     from afd_fast.evaluation.intervals import Score
 
-    tools = [videophy2, videoalign, flickering]
-    if (out / vbench.SUITE).exists():
-        tools.insert(0, vbench)
-    scores = [score for tool in tools for score in tool.collect(out)]
-    if not scores:
-        raise ConfigError(f"{out} holds no results; run `afd-fast eval run` first")
-    folder.write_csv(out / "scores.csv", [field.name for field in fields(Score)], map(astuple, scores))
+    rows = scores.collect(out)
+    folder.write_csv(out / "scores.csv", [field.name for field in fields(Score)], map(astuple, rows))
     table = Table("", "score", "95 % interval", "videos", "")
-    for score in scores:
-        decimals = 2 if score.name.startswith("VBench") or score.value > 10 else 3
-        between = "" if score.low != score.low else f"{score.low:.{decimals}f} .. {score.high:.{decimals}f}"
-        table.add_row(score.name, f"{score.value:.{decimals}f}", between, str(score.videos), score.note)
+    for row in rows:
+        digits = _digits(row.name, row.value)
+        table.add_row(row.name, f"{row.value:{digits}}", _between(row, digits), str(row.videos), row.note)
     console.print(table)
+
+
+@app.command()
+def compare(
+    base: Annotated[Path, typer.Argument(help="the folder to compare with", show_default=False)], out: Folder
+) -> None:
+    """Every score that both folders have: OUT - BASE, prompt by prompt, with 95 % intervals; also in OUT/differences.csv."""
+    from afd_fast.evaluation import folder, scores
+
+    rows = scores.differences(base, out)
+    names = [field.name for field in fields(scores.Difference)]
+    folder.write_csv(out / "differences.csv", names, map(astuple, rows))
+    table = Table("", base.name, out.name, "difference", "95 % interval", "prompts", "")
+    for row in rows:
+        digits = _digits(row.name, row.base)
+        clear = "[bold]" if row.low > 0 or row.high < 0 else ""
+        table.add_row(
+            row.name, f"{row.base:{digits}}", f"{row.other:{digits}}", f"{clear}{row.difference:+{digits}}",
+            _between(row, "+" + digits), str(row.prompts), row.note,
+        )  # fmt: skip
+    console.print(table)
+
+
+def _digits(name: str, value: float) -> str:
+    return ".2f" if name.startswith("VBench") or value > 10 else ".3f"
+
+
+def _between(row, digits: str) -> str:
+    return "" if row.low != row.low else f"{row.low:{digits}} .. {row.high:{digits}}"

@@ -12,7 +12,7 @@ import numpy as np
 from afd_fast.config import ConfigError
 from afd_fast.evaluation import folder, intervals, vbench
 from afd_fast.evaluation.folder import Clip
-from afd_fast.evaluation.intervals import Score
+from afd_fast.evaluation.intervals import Groups, Score
 from afd_fast.video_io import read_video, to_uint8
 
 
@@ -52,13 +52,21 @@ def run(out: Path, say: Callable[[str], None] = print) -> None:
     say(f"flickering: {len(rows)} videos scored")
 
 
-def collect(out: Path) -> list[Score]:
-    """Its mean x 100 with a bootstrap interval; none if it was not run. ConfigError if it is of other videos."""
+def values(out: Path) -> dict[str, Groups]:
+    """{score: {prompt: values x 100}}; none if it was not run. ConfigError if it is of other videos."""
     if not results(out).exists():
-        return []
-    values = {row["video"]: 100 * float(row["score"]) for row in folder.read_csv(results(out), ("video", "score"))}
+        return {}
+    found = {row["video"]: 100 * float(row["score"]) for row in folder.read_csv(results(out), ("video", "score"))}
     clips = _clips(folder.read_manifest(out), out)
-    if values.keys() != {clip.video for clip in clips}:
+    if found.keys() != {clip.video for clip in clips}:
         raise ConfigError(f"{results(out)} is of other videos; run `afd-fast eval run flickering` again")
-    mean, bounds = sum(values.values()) / len(values), intervals.bootstrap(folder.by_prompt(clips, values))
-    return [Score("temporal flickering, computed here", mean, *bounds, len(values), "without the static filter")]
+    return {"temporal flickering, computed here": folder.by_prompt(clips, found)}
+
+
+def collect(out: Path) -> list[Score]:
+    """Its mean with a bootstrap interval. ConfigError as of `values`."""
+    return [
+        Score(name, intervals.mean(groups), *intervals.bootstrap(groups), sum(map(len, groups.values())),
+              "without the static filter")
+        for name, groups in values(out).items()
+    ]  # fmt: skip

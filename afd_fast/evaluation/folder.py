@@ -15,6 +15,7 @@ from pathlib import Path
 import av
 
 from afd_fast.config import ConfigError
+from afd_fast.evaluation.intervals import Groups
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ def check(out: Path) -> list[Clip]:
     return clips
 
 
-def by_prompt(clips: list[Clip], values: dict[str, float]) -> list[list[float]]:
-    """The values {video: value} of each prompt's clips, for a bootstrap; clips without a value are left out."""
-    groups: dict[str, list[float]] = {}
+def by_prompt(clips: list[Clip], values: dict[str, float]) -> Groups:
+    """The values {video: value} of each prompt's clips; clips without a value are left out."""
+    groups: Groups = {clip.prompt: [] for clip in clips}
     for clip in clips:
         if clip.video in values:
-            groups.setdefault(clip.prompt, []).append(values[clip.video])
-    return list(groups.values())
+            groups[clip.prompt].append(values[clip.video])
+    return groups
 
 
 def _readable(path: Path) -> bool:

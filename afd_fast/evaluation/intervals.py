@@ -4,13 +4,15 @@ Legend: P prompts, D dimensions scored on the same videos. Videos of one prompt 
 videos.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 DRAWS = 10_000
 NONE = (float("nan"), float("nan"))
+Groups = dict[str, list[float]]  # {prompt: its videos' values}
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,28 @@ def percentiles(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Percentile interval of the mean over all values, resampling groups (the values of one prompt each).
+def mean(groups: Groups) -> float:
+    """Over all videos."""
+    return sum(map(sum, groups.values())) / sum(map(len, groups.values()))
 
-    The same values give the same interval. Fewer than two groups with values: no interval (nan, nan).
+
+def draws(tables: Mapping[str, Groups]) -> dict[str, np.ndarray]:
+    """{score: resampled means [DRAWS]}; scores of the same prompts share their draws of prompts. The same prompts in the
+    same order are drawn alike at every call, so draws of two sets of videos can be subtracted."""
+    rng, found, alike = np.random.default_rng(0), {}, defaultdict(list)
+    for name, groups in tables.items():
+        alike[tuple(groups)].append(name)
+    for prompts, names in alike.items():
+        sums = np.array([[sum(tables[name][prompt]) for name in names] for prompt in prompts], float)  # [P, D]
+        counts = np.array([[len(tables[name][prompt]) for name in names] for prompt in prompts])
+        found |= dict(zip(names, resampled_means(sums, counts, rng).T))
+    return found
+
+
+def bootstrap(groups: Groups) -> tuple[float, float]:
+    """Percentile interval of the mean over all values, resampling prompts.
+
+    The same values give the same interval. Fewer than two prompts with values: no interval (nan, nan).
     """
-    groups = [group for group in groups if len(group)]
-    if len(groups) < 2:
-        return NONE
-    sums = np.array([[np.sum(group)] for group in groups], float)
-    counts = np.array([[len(group)] for group in groups], float)
-    return percentiles(resampled_means(sums, counts, np.random.default_rng(0))[:, 0])
+    groups = {prompt: values for prompt, values in groups.items() if values}
+    return percentiles(draws({"": groups})[""]) if len(groups) > 1 else NONE

@@ -16,7 +16,7 @@ import numpy as np
 from afd_fast.config import ConfigError
 from afd_fast.evaluation import folder, intervals, official
 from afd_fast.evaluation.folder import Clip
-from afd_fast.evaluation.intervals import Score
+from afd_fast.evaluation.intervals import Groups, Score
 
 PHYSICS = ("temporal_flickering", "motion_smoothness", "dynamic_degree", "human_action", "spatial_relationship")
 GENERAL = (
@@ -184,33 +184,41 @@ def totals(values: dict) -> dict:
     }
 
 
-def collect(out: Path) -> list[Score]:
-    """The scored dimensions and the totals that are complete, x 100, with 95 % intervals.
+def values(out: Path) -> dict[str, Groups]:
+    """{dimension: {prompt: its videos' values in [0, 1]}} of the scored dimensions.
 
-    Dimensions scored on the same prompts are resampled together. ConfigError for a results file that lacks a video, has
-    one twice, has others, or whose mean is not its videos'.
+    ConfigError for a results file that lacks a video, has one twice, has others, or whose mean is not its videos'.
     """
-    means, tables, used = {}, {}, {}
+    tables = {}
     for dimension in DIMENSIONS:
         file = _file(out, dimension)
         if file is None:
             continue
         if problem := _problem(out, dimension, file):
             raise ConfigError(f"{dimension}: {problem}; run `afd-fast eval run vbench` again")
-        means[dimension], values, _ = _read(file, dimension)
+        found = _read(file, dimension)[1]
         files = expected(out, dimension)
-        tables[dimension] = [[values[name] for name in names if name in values] for names in files.values()]
-        used[dimension] = tuple(files)
-    draws = _draws(tables, used)
+        tables[dimension] = {
+            prompt: [found[name] for name in names if name in found] for prompt, names in files.items()
+        }
+    return tables
+
+
+def collect(out: Path) -> list[Score]:
+    """The scored dimensions and the totals that are complete, x 100, with 95 % intervals. ConfigError as of `values`."""
+    tables = values(out)
+    draws, means = intervals.draws(tables), {name: _read(_file(out, name), name)[0] for name in tables}
     scores = [_score(name, 100 * means[name], tables[name], 100 * draws[name]) for name in means]
     for name, total in totals(means).items():
-        videos = sum(len(group) for part in (PHYSICS if name == "physics" else GENERAL) for group in tables[part])
+        parts = PHYSICS if name == "physics" else GENERAL
+        videos = sum(len(group) for part in parts for group in tables[part].values())
         bounds = intervals.percentiles(totals(draws)[name])
         scores.append(Score(f"VBench {name}", total, *bounds, videos, "mean of the dimensions' raw scores"))
     return scores
 
 
-def _score(dimension: str, value: float, groups: list[list[float]], draws: np.ndarray) -> Score:
+def _score(dimension: str, value: float, table: Groups, draws: np.ndarray) -> Score:
+    groups = table.values()
     count, asked = sum(map(len, groups)), len(groups)
     low, high = intervals.percentiles(draws) if asked > 1 else intervals.NONE
     notes = []
@@ -222,15 +230,3 @@ def _score(dimension: str, value: float, groups: list[list[float]], draws: np.nd
     if empty := sum(not group for group in groups):
         notes.append(f"{empty} of {asked} prompts without a video that could be scored")
     return Score(f"VBench {dimension}", value, low, high, count, ", ".join(notes))
-
-
-def _draws(tables: dict[str, list], used: dict[str, tuple]) -> dict[str, np.ndarray]:
-    """{dimension: resampled means [DRAWS]}; those with the same prompts share their draws of prompts."""
-    rng, draws, shared = np.random.default_rng(0), {}, defaultdict(list)
-    for dimension, prompts in used.items():
-        shared[prompts].append(dimension)
-    for names in shared.values():
-        sums = np.array([[sum(group) for group in tables[name]] for name in names]).T  # [P, D]
-        counts = np.array([[len(group) for group in tables[name]] for name in names]).T
-        draws |= dict(zip(names, intervals.resampled_means(sums, counts, rng).T))
-    return draws

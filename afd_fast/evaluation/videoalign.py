@@ -12,11 +12,11 @@ from pathlib import Path
 from afd_fast.config import ConfigError
 from afd_fast.evaluation import folder, intervals, official
 from afd_fast.evaluation.folder import Clip
-from afd_fast.evaluation.intervals import Score
+from afd_fast.evaluation.intervals import Groups, Score
 
 DRIVER = Path(__file__).with_name("videoalign_driver.py")
 NAMES = ("VQ", "MQ", "TA", "Overall")
-NOTE = {"MQ": "the discriminator starts from this model: not an independent judge"}
+NOTE = {"VideoAlign MQ": "the discriminator starts from this model: not an independent judge"}
 
 
 def results(out: Path) -> Path:
@@ -67,19 +67,31 @@ def _problem(out: Path, clips: list[Clip]) -> str | None:
     return f"{broken[0]!r} has a value that is no number" if broken else None
 
 
-def collect(out: Path) -> list[Score]:
-    """Mean VQ, MQ, TA and Overall (z-scores) with bootstrap intervals; none if the tool was not run.
+def values(out: Path) -> dict[str, Groups]:
+    """VQ, MQ, TA and Overall (z-scores): {score: {prompt: values}}; none if the tool was not run.
 
     ConfigError for a table that lacks a video, has one twice, or has others.
     """
     if not results(out).exists():
-        return []
+        return {}
     clips = folder.read_manifest(out)
     if problem := _problem(out, clips):
         raise ConfigError(f"VideoAlign: {problem}; run `afd-fast eval run videoalign` again")
-    values, scores = dict(_read(out)), []
-    for i, name in enumerate(NAMES):
-        column = {video: row[i] for video, row in values.items()}
-        mean, bounds = sum(column.values()) / len(column), intervals.bootstrap(folder.by_prompt(clips, column))
-        scores.append(Score(f"VideoAlign {name}", mean, *bounds, len(clips), NOTE.get(name, "")))
-    return scores
+    rows = _read(out)
+    return {
+        f"VideoAlign {name}": folder.by_prompt(clips, {v: row[i] for v, row in rows}) for i, name in enumerate(NAMES)
+    }
+
+
+def collect(out: Path) -> list[Score]:
+    """The means of `values` with bootstrap intervals. ConfigError as there."""
+    return [
+        Score(
+            name,
+            intervals.mean(groups),
+            *intervals.bootstrap(groups),
+            sum(map(len, groups.values())),
+            NOTE.get(name, ""),
+        )
+        for name, groups in values(out).items()
+    ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from afd_fast.config import ConfigError
 from afd_fast.evaluation import folder, intervals, official
 from afd_fast.evaluation.folder import Clip
-from afd_fast.evaluation.intervals import Score
+from afd_fast.evaluation.intervals import Groups, Score
 
 TASKS = ("pc", "sa")
 HIGH = 4  # the joint score counts videos with both at least this
@@ -69,8 +69,8 @@ def _problem(out: Path, task: str, clips: list[Clip]) -> str | None:
     return f"{strange[0]!r} has a score that is not 0, 1, ... 5" if strange else None
 
 
-def collect(out: Path) -> list[Score]:
-    """Mean PC, mean SA (1 to 5) and the joint share (SA >= 4 and PC >= 4, percent) of what was rated.
+def values(out: Path) -> dict[str, Groups]:
+    """PC, SA (1 to 5) and joint (100 where SA >= 4 and PC >= 4, else 0) of what was rated: {score: {prompt: values}}.
 
     ConfigError for a table that lacks a video, has one twice, has others, or no score at all.
     """
@@ -81,26 +81,30 @@ def collect(out: Path) -> list[Score]:
             if problem := _problem(out, task, clips):
                 raise ConfigError(f"VideoPhy-2 {task}: {problem}; run `afd-fast eval run videophy2` again")
             ratings[task] = {name: score for name, score in _read(out, task) if score}
-    scores = [_score(f"VideoPhy-2 {task.upper()}", clips, rated) for task, rated in ratings.items()]
     if len(ratings) == len(TASKS):
         both = ratings["pc"].keys() & ratings["sa"].keys()
-        high = {name: float(min(ratings["pc"][name], ratings["sa"][name]) >= HIGH) for name in both}
-        scores.append(_score("VideoPhy-2 joint", clips, high, share=True))
-    return scores
+        ratings["joint"] = {v: 100.0 * (min(ratings["pc"][v], ratings["sa"][v]) >= HIGH) for v in both}
+    for name, rated in ratings.items():
+        if not rated:
+            raise ConfigError(f"VideoPhy-2 {name}: none of {len(clips)} answers could be parsed")
+    names = {"pc": "VideoPhy-2 PC", "sa": "VideoPhy-2 SA", "joint": "VideoPhy-2 joint"}
+    return {names[task]: folder.by_prompt(clips, rated) for task, rated in ratings.items()}
 
 
-def _score(name: str, clips: list[Clip], rated: dict[str, float], share: bool = False) -> Score:
-    if not rated:
-        raise ConfigError(f"{name}: none of {len(clips)} answers could be parsed")
-    values = list(rated.values())
-    mean, note = sum(values) / len(values), ""
-    groups = folder.by_prompt(clips, rated)
-    low, high = intervals.bootstrap(groups)
-    if share:
-        yes = int(sum(values))
-        if len(groups) == len(values):  # one video a prompt: independent
-            low, high = intervals.wilson(yes, len(values))
-        mean, low, high, note = 100 * mean, 100 * low, 100 * high, f"{yes}/{len(values)}"
-    if dropped := len(clips) - len(values):
-        note = ", ".join(filter(None, (note, f"{dropped} of {len(clips)} answers could not be parsed: dropped")))
-    return Score(name, mean, low, high, len(values), note)
+def collect(out: Path) -> list[Score]:
+    """The means of `values` with 95 % intervals. ConfigError as there."""
+    clips = len(folder.read_manifest(out))
+    return [_score(name, groups, clips) for name, groups in values(out).items()]
+
+
+def _score(name: str, groups: Groups, clips: int) -> Score:
+    rated = [value for group in groups.values() for value in group]
+    (low, high), notes = intervals.bootstrap(groups), []
+    if name.endswith("joint"):
+        yes = rated.count(100.0)
+        notes.append(f"{yes}/{len(rated)}")
+        if all(len(group) <= 1 for group in groups.values()):  # one video a prompt: independent
+            low, high = (100 * bound for bound in intervals.wilson(yes, len(rated)))
+    if dropped := clips - len(rated):
+        notes.append(f"{dropped} of {clips} answers could not be parsed: dropped")
+    return Score(name, intervals.mean(groups), low, high, len(rated), ", ".join(notes))

@@ -1,0 +1,80 @@
+"""All tools' scores of one folder, and the difference of two folders prompt by prompt."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from afd_fast.config import ConfigError
+from afd_fast.evaluation import flickering, folder, intervals, vbench, videoalign, videophy2
+from afd_fast.evaluation.intervals import Groups, Score
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A line of a comparison: means over the prompts that both have, other - base and its 95 % interval (nan: none)."""
+
+    name: str
+    base: float
+    other: float
+    difference: float
+    low: float
+    high: float
+    prompts: int
+    note: str = ""
+
+
+def _tools(out: Path) -> list:
+    return (
+        [vbench, videophy2, videoalign, flickering]
+        if (out / vbench.SUITE).exists()
+        else [videophy2, videoalign, flickering]
+    )
+
+
+def collect(out: Path) -> list[Score]:
+    """What the tools left in a folder. ConfigError for incomplete results, and for none."""
+    scores = [score for tool in _tools(out) for score in tool.collect(out)]
+    if not scores:
+        raise ConfigError(f"{out} holds no results; run `afd-fast eval run` first")
+    return scores
+
+
+def _values(out: Path) -> dict[str, Groups]:
+    tables = {}
+    for tool in _tools(out):
+        found = tool.values(out)
+        if tool is vbench:
+            found = {f"VBench {k}": {p: [100 * v for v in vs] for p, vs in t.items()} for k, t in found.items()}
+        tables |= found
+    return tables
+
+
+def differences(base: Path, other: Path) -> list[Difference]:
+    """Every score that both folders have, VBench's totals among them.
+
+    The videos of a prompt are compared with each other: both sides are resampled by the same prompts, so what a prompt does
+    to both cancels. Prompts without a value on both sides are left out. ConfigError for folders of other prompts, or without
+    a score that both have.
+    """
+    if {c.prompt for c in folder.read_manifest(base)} != {c.prompt for c in folder.read_manifest(other)}:
+        raise ConfigError(f"{base} and {other} are of other prompts; only videos of the same prompts can be compared")
+    a, b = _values(base), _values(other)
+    shared = {name: [p for p in a[name] if a[name][p] and b[name].get(p)] for name in a if name in b}
+    shared = {name: prompts for name, prompts in shared.items() if prompts}
+    if not shared:
+        raise ConfigError(
+            f"{base} and {other} hold no score in common; run `afd-fast eval run` with the same tool on both"
+        )
+    sides = [{name: {p: t[name][p] for p in prompts} for name, prompts in shared.items()} for t in (a, b)]
+    means = [{name: intervals.mean(groups) for name, groups in side.items()} for side in sides]
+    draws = [intervals.draws(side) for side in sides]
+    for part in (*means, *draws):
+        found = {k: part[f"VBench {k}"] / 100 for k in vbench.DIMENSIONS if f"VBench {k}" in part}
+        part |= {f"VBench {k}": total for k, total in vbench.totals(found).items()}
+    rows = []
+    for name, mean in means[0].items():
+        prompts = len(shared.get(name, {p for groups in sides[0].values() for p in groups}))
+        bounds = intervals.percentiles(draws[1][name] - draws[0][name]) if prompts > 1 else intervals.NONE
+        lost = len(a[name].keys() | b[name].keys()) - prompts if name in shared else 0
+        note = f"{lost} prompts lack a value" if lost else ""
+        rows.append(Difference(name, mean, means[1][name], means[1][name] - mean, *bounds, prompts, note))
+    return rows
