@@ -55,7 +55,7 @@ def baseline(config: TrainConfig, method: str) -> dict:
 BASELINES = {
     "afd": {},
     "sft": {"method": "sft", "lr": 1.0, "v_old": "self", "disc_warmup": 0},
-    "rejection": {"method": "rejection", "lr": 1.0, "v_old": "self"},
+    "rejection": {"method": "rejection", "lr": 0.1, "v_old": "self"},
     "gan": {"method": "gan", "lr": 1 / 3, "v_old": "self"},
     "dmd": {"method": "dmd", "lr": 1 / 3, "v_old": "self", "disc_steps": 5},
 }

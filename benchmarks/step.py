@@ -35,7 +35,14 @@ SIZES = {  # one shard of two samples: 1.3b with 12 latent frames fits 80 GB (`a
     "tiny": ["student=tiny", "frames=6", "height=6", "width=10", "lora_rank=4", "disc_width=8"],
     "1.3b": ["student=1.3b, random weights", "frames=12"],
 }
-COMMON = ["discriminator=toy", "disc_warmup=0", "prompts_per_step=1", "rollouts_per_prompt=2", "teacher_clips=1"]
+COMMON = [
+    "discriminator=toy",
+    "disc_warmup=0",
+    "shards=1",
+    "prompts_per_step=1",
+    "rollouts_per_prompt=2",
+    "teacher_clips=1",
+]
 
 
 def build(config, device: str):
