@@ -130,6 +130,15 @@ def test_one_process_at_a_time(provider, tmp_path):
             asked.fetch([("ball", 0)])
 
 
+def test_a_request_that_never_arrived_is_no_failure_of_the_provider(provider, tmp_path):
+    """Killed between the record and the request; the task made afterwards fails for its first time."""
+    asked = teacher(provider, tmp_path)
+    asked._write(asked._id("fails", 0), prompt="fails", seed=0, state="creating", usd=0.44, wire_seed=1, tries=1)
+    again = teacher(provider, tmp_path)
+    again.fetch([("fails", 0)])
+    assert again.missing([("fails", 0)]) == [] and not again.problems() and provider.charged("fails") == 1
+
+
 CHILD = f"""
 import sys
 from afd_fast.teachers.api import APITeacher

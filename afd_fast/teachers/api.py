@@ -319,9 +319,9 @@ class APITeacher:
             if status in self.api.failed:
                 if any(word in code for word in self.api.refusals):
                     raise _Final("refused", code)
-                if record["tries"] > 1:
+                if record.get("failures"):
                     raise _Final("failed", code or status)
-                self._write(name, state="new", usd=0.0)
+                self._write(name, state="new", usd=0.0, failures=1)
                 return None
             if time.monotonic() > end:
                 raise _Later(f"task {record['task']} took more than {self.patience:.0f} s")
