@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from afd_fast import recipes
 from afd_fast.config import ConfigError, TrainConfig, from_dict, to_dict, with_overrides
-from afd_fast.trainer import Interrupted, TrainingError
+from afd_fast.trainer import Interrupted, TrainingError, on_stop_signal
 
 POLL = 0.5  # seconds
 
@@ -110,10 +110,10 @@ def run_all(recipe: str, planned: dict[Path, TrainConfig], *, jobs: int, console
     waiting = [folder for folder in planned if not (folder / "result.json").exists()]
     running: dict[Path, subprocess.Popen] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    asked = []  # a signal in the middle of starting a child must not lose it
+    with on_stop_signal(lambda *_: asked.append(True)), Progress(*columns, console=console) as progress:
         whole = progress.add_task("runs", total=len(planned), completed=len(planned) - len(waiting))
-        bars, asked = {}, []  # a signal in the middle of starting a child must not lose it
-        previous = {s: signal.signal(s, lambda *_: asked.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+        bars = {}
         try:
             while (waiting or running) and not asked:
                 while waiting and len(running) < jobs:
@@ -137,8 +137,6 @@ def run_all(recipe: str, planned: dict[Path, TrainConfig], *, jobs: int, console
                 child.send_signal(signal.SIGINT)
             for child in running.values():
                 child.wait()
-            for s, handler in previous.items():
-                signal.signal(s, handler)
     if asked:
         raise Interrupted("stopped; the same command goes on from here")
 

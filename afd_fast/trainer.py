@@ -4,6 +4,7 @@ A run folder holds config.json, environment.json, metrics.jsonl (one row an iter
 tensorboard/, checkpoints/, and at the end result.json, samples.safetensors and student.safetensors.
 """
 
+import contextlib
 import json
 import math
 import signal
@@ -44,6 +45,17 @@ SAMPLE_PROMPTS, SAMPLES_PER_PROMPT = 8, 2  # shown in the report
 
 class Interrupted(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved itself."""
+
+
+@contextlib.contextmanager
+def on_stop_signal(ask: Callable):
+    """Inside the block Ctrl-C and SIGTERM call `ask(signal, frame)` and nothing else."""
+    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
 
 
 class Trainer:
@@ -158,10 +170,9 @@ class Trainer:
             rewind(self.out / "metrics.jsonl", state.step)
             rewind(self.out / "evaluations.jsonl", state.step + bool(state.step))
         writer = SummaryWriter(self.out / "tensorboard", purge_step=state.step) if lead else None
-        previous = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         started = time.perf_counter() - elapsed
         try:
-            with self.progress:
+            with on_stop_signal(self._ask_to_stop), self.progress:
                 task = self.progress.add_task(config.name, total=config.iterations, completed=state.step, note="")
                 if state.step == 0:
                     self._record_evaluation(writer)
@@ -195,8 +206,6 @@ class Trainer:
         finally:
             if writer:
                 writer.close()
-            for s, handler in previous.items():
-                signal.signal(s, handler)
 
     def _watch(self, metrics: dict) -> None:
         """Say it when the student leaves the frozen one, and when the discriminator gives no signal (Figure 5 of the

@@ -20,21 +20,7 @@ from afd_fast.teachers.physics import all_prompts
 from afd_fast.training.baselines import STEPS
 from afd_fast.training.state import new_state, toy_system
 from benchmarks.step import COMMON, SIZES, build
-from benchmarks.update import CPU_FLASH
-
-
-class Kept:
-    """A tensor kept for backward; counts what lives."""
-
-    live = peak = 0
-
-    def __init__(self, tensor):
-        self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
-        Kept.live += self.bytes
-        Kept.peak = max(Kept.peak, Kept.live)
-
-    def __del__(self):
-        Kept.live -= self.bytes
+from benchmarks.update import CPU_FLASH, saved_bytes
 
 
 def prepared(size: str, method: str, device: str):
@@ -68,10 +54,7 @@ def main() -> None:
         with FlopCounterMode(display=False, custom_mapping=CPU_FLASH) as counter:
             step(method)
         flops[method] = counter.get_total_flops()
-        Kept.live = Kept.peak = 0
-        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            step(method)
-        kept[method] = Kept.peak
+        kept[method] = saved_bytes(lambda method=method: step(method))
     for _ in range(args.iterations):
         for method in runs:
             if device == "cuda":

@@ -24,6 +24,30 @@ CPU_FLASH = {  # which the counter does not know
         g, q, k, v
     ),
 }
+
+
+class Kept:
+    """A tensor kept for backward, counted while it lives."""
+
+    live = peak = 0
+
+    def __init__(self, x):
+        self.x = x
+        Kept.live += x.nbytes
+        Kept.peak = max(Kept.peak, Kept.live)
+
+    def __del__(self):
+        Kept.live -= self.x.nbytes
+
+
+def saved_bytes(run) -> int:
+    """The most bytes kept for backward at any time (what several operators keep is counted several times)."""
+    Kept.live = Kept.peak = 0
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
+        run()
+    return Kept.peak
+
+
 SIZES = {
     "small": (
         lambda: CausalWanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=4, text_len=16, text_dim=64),

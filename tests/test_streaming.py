@@ -18,8 +18,8 @@ from afd_fast.training.state import generator, new_state
 from afd_fast.training.step import loss_recipe, rollout_config
 from afd_fast.training.update import student_velocity
 from afd_fast.training.wan import wan_system
+from benchmarks.update import saved_bytes
 from tests.test_trainer import command, same
-from tests.test_update import saved_bytes
 from tests.test_wan_training import TINY, teacher  # noqa: F401  (a fixture)
 
 CONFIG = replace(

@@ -10,6 +10,7 @@ from afd_fast import nft_loss, nft_recipe
 from afd_fast.models import CausalWan, CausalWanConfig, patterns
 from afd_fast.models.toy import ToyConfig, ToyStudent, tokenize
 from afd_fast.training.update import chunk_velocities, nft_backward, student_velocity
+from benchmarks.update import saved_bytes
 
 CHUNK = 3
 
@@ -153,28 +154,6 @@ def test_reference_over_the_policys_history(recipe):
     with_reference = gradients(model)
     nft_backward(model, x_t, t, text(), x0, CHUNK, recipe=nft_recipe(recipe, ref_coef=0.0), **given)
     assert close(with_reference, gradients(model))
-
-
-class Saved:
-    """A tensor kept for backward, counted while it lives."""
-
-    live = peak = 0
-
-    def __init__(self, x):
-        self.x = x
-        Saved.live += x.nbytes
-        Saved.peak = max(Saved.peak, Saved.live)
-
-    def __del__(self):
-        Saved.live -= self.x.nbytes
-
-
-def saved_bytes(run) -> int:
-    """The most bytes kept for backward at any time (what several operators keep is counted several times)."""
-    Saved.live = Saved.peak = 0
-    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda s: s.x):
-        run()
-    return Saved.peak
 
 
 def peaks(frames: int, recipe: str) -> tuple[int, int]:

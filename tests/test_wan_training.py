@@ -161,5 +161,6 @@ def test_vae_encodes_what_diffusers_does_and_decodes_with_gradient():
     value = lambda z: (decode(z) * weights).sum()
     (gradient,) = torch.autograd.grad(value(x), x)
     direction = torch.randn_like(x)
-    slope = (value(x.detach() + 1e-3 * direction) - value(x.detach() - 1e-3 * direction)) / 2e-3
-    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=5e-2, atol=0)  # decodes in float32, clamps
+    step = 1e-4 * direction  # a larger one crosses the clamp of some pixels
+    slope = (value(x.detach() + step) - value(x.detach() - step)) / 2e-4
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=2e-3, atol=0)  # latents pass through float32

@@ -65,8 +65,4 @@ def values(out: Path) -> dict[str, Groups]:
 
 def collect(out: Path) -> list[Score]:
     """Its mean with a bootstrap interval. ConfigError as of `values`."""
-    return [
-        Score(name, intervals.mean(groups), *intervals.bootstrap(groups), sum(map(len, groups.values())),
-              "without the static filter")
-        for name, groups in values(out).items()
-    ]  # fmt: skip
+    return [intervals.score(name, groups, "without the static filter") for name, groups in values(out).items()]

@@ -82,3 +82,8 @@ def bootstrap(groups: Groups) -> tuple[float, float]:
     """
     groups = {prompt: values for prompt, values in groups.items() if values}
     return percentiles(draws({"": groups})[""]) if len(groups) > 1 else NONE
+
+
+def score(name: str, groups: Groups, note: str = "") -> Score:
+    """The mean over all videos with its bootstrap interval."""
+    return Score(name, mean(groups), *bootstrap(groups), sum(map(len, groups.values())), note)

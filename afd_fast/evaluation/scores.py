@@ -23,11 +23,8 @@ class Difference:
 
 
 def _tools(out: Path) -> list:
-    return (
-        [vbench, videophy2, videoalign, flickering]
-        if (out / vbench.SUITE).exists()
-        else [videophy2, videoalign, flickering]
-    )
+    first = [vbench] if (out / vbench.SUITE).exists() else []
+    return [*first, videophy2, videoalign, flickering]
 
 
 def collect(out: Path) -> list[Score]:

@@ -184,8 +184,8 @@ def totals(values: dict) -> dict:
     }
 
 
-def values(out: Path) -> dict[str, Groups]:
-    """{dimension: {prompt: its videos' values in [0, 1]}} of the scored dimensions.
+def _scored(out: Path) -> dict[str, tuple[float, Groups]]:
+    """{dimension: (the tool's mean, {prompt: its videos' values})} in [0, 1], of the scored dimensions.
 
     ConfigError for a results file that lacks a video, has one twice, has others, or whose mean is not its videos'.
     """
@@ -196,18 +196,22 @@ def values(out: Path) -> dict[str, Groups]:
             continue
         if problem := _problem(out, dimension, file):
             raise ConfigError(f"{dimension}: {problem}; run `afd-fast eval run vbench` again")
-        found = _read(file, dimension)[1]
-        files = expected(out, dimension)
-        tables[dimension] = {
-            prompt: [found[name] for name in names if name in found] for prompt, names in files.items()
-        }
+        mean, found, _ = _read(file, dimension)
+        files = expected(out, dimension).items()
+        tables[dimension] = mean, {p: [found[name] for name in names if name in found] for p, names in files}
     return tables
 
 
+def values(out: Path) -> dict[str, Groups]:
+    """{dimension: {prompt: its videos' values in [0, 1]}} of the scored dimensions. ConfigError as of `_scored`."""
+    return {dimension: table for dimension, (_, table) in _scored(out).items()}
+
+
 def collect(out: Path) -> list[Score]:
-    """The scored dimensions and the totals that are complete, x 100, with 95 % intervals. ConfigError as of `values`."""
-    tables = values(out)
-    draws, means = intervals.draws(tables), {name: _read(_file(out, name), name)[0] for name in tables}
+    """The scored dimensions and the totals that are complete, x 100, with 95 % intervals. ConfigError as of `_scored`."""
+    scored = _scored(out)
+    means, tables = ({name: both[i] for name, both in scored.items()} for i in (0, 1))
+    draws = intervals.draws(tables)
     scores = [_score(name, 100 * means[name], tables[name], 100 * draws[name]) for name in means]
     for name, total in totals(means).items():
         parts = PHYSICS if name == "physics" else GENERAL

@@ -85,13 +85,4 @@ def values(out: Path) -> dict[str, Groups]:
 
 def collect(out: Path) -> list[Score]:
     """The means of `values` with bootstrap intervals. ConfigError as there."""
-    return [
-        Score(
-            name,
-            intervals.mean(groups),
-            *intervals.bootstrap(groups),
-            sum(map(len, groups.values())),
-            NOTE.get(name, ""),
-        )
-        for name, groups in values(out).items()
-    ]
+    return [intervals.score(name, groups, NOTE.get(name, "")) for name, groups in values(out).items()]

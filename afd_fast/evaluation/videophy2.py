@@ -5,6 +5,7 @@ number word it finds in the model's text, 0 if none ("none" holds a "one"): a 0 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from afd_fast.config import ConfigError
@@ -98,13 +99,13 @@ def collect(out: Path) -> list[Score]:
 
 
 def _score(name: str, groups: Groups, clips: int) -> Score:
-    rated = [value for group in groups.values() for value in group]
-    (low, high), notes = intervals.bootstrap(groups), []
+    score, notes = intervals.score(name, groups), []
     if name.endswith("joint"):
-        yes = rated.count(100.0)
-        notes.append(f"{yes}/{len(rated)}")
+        yes = sum(group.count(100.0) for group in groups.values())
+        notes.append(f"{yes}/{score.videos}")
         if all(len(group) <= 1 for group in groups.values()):  # one video a prompt: independent
-            low, high = (100 * bound for bound in intervals.wilson(yes, len(rated)))
-    if dropped := clips - len(rated):
+            low, high = (100 * bound for bound in intervals.wilson(yes, score.videos))
+            score = replace(score, low=low, high=high)
+    if dropped := clips - score.videos:
         notes.append(f"{dropped} of {clips} answers could not be parsed: dropped")
-    return Score(name, intervals.mean(groups), low, high, len(rated), ", ".join(notes))
+    return replace(score, note=", ".join(notes))

@@ -177,20 +177,25 @@ def student_backward(
     size, parts = config.update_batch or len(x0), []
     for start in range(0, len(x0), size):
         rows = slice(start, start + size)
-        own = (x_t[rows], t[rows], x0[rows], prompts[rows])
-        velocity, given = velocities(state, config, *own, active)
+        own = (x_t[rows], t[rows], x0[rows])
+        context = state.system.encode(prompts[rows])
+        velocity, given = velocities(state, config, *own, context, active)
         given |= {"noise": noise[rows]}
         of_rows = len(own[0]) / len(x0)
         share = of_rows if given["recipe"].batch_reduction == "mean" else 1.0
         if config.chunked_update or active:
-            text = state.student.encode_text(state.system.encode(own[3]))
+            text = state.student.encode_text(context)
             given |= window(config) | {"r": r[rows], "active": active, "scale": scale * share}
             loss, stats = nft_backward(state.student, *own[:2], text, own[2], state.system.chunk, **given)
         else:
             loss, sums = clip_loss(velocity(), own[2], r[rows, None], own[1], length=x0.shape[2], **given)
             (loss * scale * share).backward()
             stats = UpdateStats.of(sums)
-        part = {"loss": loss * share, "policy_loss": stats.policy_loss * share, "signal": stats.signal * of_rows}
+        part = {
+            "loss": loss.detach() * share,
+            "policy_loss": stats.policy_loss * share,
+            "signal": stats.signal * of_rows,
+        }
         if given["v_ref"] is not None:
             ratio = stats.velocity_norm_ratio * of_rows
             part |= {"prior_loss": stats.prior_loss * share, "velocity_norm_ratio": ratio}
@@ -204,12 +209,11 @@ def window(config: TrainConfig) -> dict:
 
 
 def velocities(
-    state: TrainState, config: TrainConfig, x_t: Tensor, t: Tensor, x0: Tensor, prompts: list[str], active=None
+    state: TrainState, config: TrainConfig, x_t: Tensor, t: Tensor, x0: Tensor, context, active=None
 ) -> tuple[Callable, dict]:
     """(function that computes v_theta with its graph, v_ref and v_old and the recipe they are for); of a stream's active
-    frames v_ref and v_old hold zeros elsewhere."""
-    system, student = state.system, state.student
-    context, forward = system.encode(prompts), UPDATES[config.update]
+    frames v_ref and v_old hold zeros elsewhere. context: `system.encode`'s of the rows' prompts."""
+    system, student, forward = state.system, state.student, UPDATES[config.update]
     options = window(config) | ({} if active is None else {"active": active})
 
     def velocity(model=student):
