@@ -1,5 +1,5 @@
 """`python -m afd_fast` is `afd-fast`."""
 
-from afd_fast.cli import main
+from afd_fast.cli.main import main
 
 main()

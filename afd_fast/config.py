@@ -21,7 +21,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run of AFD (Algorithm 1) or of a baseline. Defaults are the demo's; `afd_fast.recipes` holds the named runs.
+    """A run of AFD (Algorithm 1) or of a baseline. Defaults are the demo's; `afd_fast.training.runs` holds the named runs.
 
     Units: learning rates per step, `steps` in 0..1000, `ema` and `beta` in 0..1.
     """

@@ -191,9 +191,9 @@ def load_networks(student: str, base: str, seed: int = 0):
     bfloat16 with the text encoder and VAE of the diffusers repository `base`."""
     if student == "tiny":
         return tiny(seed)
-    from afd_fast.models import load_student
-    from afd_fast.models.text import TextEncoder
-    from afd_fast.models.vae import WanDecoder
+    from afd_fast.students import load_student
+    from afd_fast.students.wan.text import TextEncoder
+    from afd_fast.students.wan.vae import WanDecoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return (
@@ -210,8 +210,8 @@ def tiny(seed: int = 0):
     """
     from diffusers import AutoencoderKLWan
 
-    from afd_fast.models import CausalWan, CausalWanConfig
-    from afd_fast.models.vae import WanDecoder
+    from afd_fast.students import CausalWan, CausalWanConfig
+    from afd_fast.students.wan.vae import WanDecoder
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afd_fast.models.lora import merged_lora
 from afd_fast.reference.flow import shift_sigma
 from afd_fast.reference.transformer import split_blocks
+from afd_fast.students.lora import merged_lora
 
 
 def _check_steps(name: str, steps: tuple[float, ...]) -> None:

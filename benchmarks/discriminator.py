@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from transformers import Qwen2VLConfig
 
-from afd_fast.models.discriminator import Features
-from afd_fast.models.video_reward import (
+from afd_fast.discriminators.discriminator import Features
+from afd_fast.discriminators.videoalign.inputs import REWARD_TOKENS, VIDEO_TOKEN, to_patches
+from afd_fast.discriminators.videoalign.model import (
     ATTENTION,
     RewardOptions,
     RewardSettings,
     VideoReward,
     qwen2_vl_2b,
 )
-from afd_fast.models.video_reward_input import REWARD_TOKENS, VIDEO_TOKEN, to_patches
 from afd_fast.ops.attention import resolve_backend
 from benchmarks.rollout import CUDA, DEVICE, Rows
 

@@ -13,11 +13,12 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from afd_fast import base_student, recipes
 from afd_fast.config import with_overrides
-from afd_fast.data import Shard
+from afd_fast.students.toy import shipped as base_student
+from afd_fast.teachers.dataset import Shard
 from afd_fast.teachers.physics import all_prompts
-from afd_fast.training.baselines import STEPS
+from afd_fast.training import runs as recipes
+from afd_fast.training.methods.baselines import STEPS
 from afd_fast.training.state import new_state, toy_system
 from benchmarks.step import COMMON, SIZES, build
 from benchmarks.update import CPU_FLASH, saved_bytes

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afd_fast.models import CausalWan, CausalWanConfig
+from afd_fast.students import CausalWan, CausalWanConfig
 
 FREE = ("view", "_unsafe_view", "unsqueeze", "transpose", "permute", "slice", "select", "expand", "unbind", "detach",
         "split", "t", "alias", "empty", "as_strided", "squeeze", "new_empty", "empty_like", "lift_fresh", "_reshape_alias",

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from afd_fast.models import CausalWan, CausalWanConfig
-from afd_fast.models.graphs import GraphedStudent
 from afd_fast.ops import transformer as ops
 from afd_fast.ops.attention import BACKENDS, attention
 from afd_fast.reference import transformer as reference
 from afd_fast.rollout import RolloutConfig, rollout, stream
+from afd_fast.students import CausalWan, CausalWanConfig
+from afd_fast.students.wan.graphs import GraphedStudent
 
 FIELDS = (
     "case variant pass shape dtype ms ms_p20 ms_p80 peak_mib gb_s tflop_s of_peak max_err eager_err device torch triton "
@@ -216,7 +216,7 @@ class Bench:
         """Wan's decoder with random weights; three latent frames a call, and one as diffusers does."""
         from diffusers import AutoencoderKLWan
 
-        from afd_fast.models.vae import WanDecoder
+        from afd_fast.students.wan.vae import WanDecoder
 
         small = {} if self.size == "1.3b" else {"base_dim": 8}
         vae = AutoencoderKLWan(**small).to(DEVICE, DTYPE)

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from afd_fast import recipes
 from afd_fast.config import with_overrides
-from afd_fast.data import collect
-from afd_fast.estimate import GPUS, estimate
+from afd_fast.estimate.estimate import GPUS, estimate
 from afd_fast.generate import HashText
-from afd_fast.models import CausalWan, CausalWanConfig
-from afd_fast.models.vae import WanDecoder
+from afd_fast.students import CausalWan, CausalWanConfig
+from afd_fast.students.wan.family import discriminator, wan_system
+from afd_fast.students.wan.vae import WanDecoder
+from afd_fast.teachers.dataset import collect
+from afd_fast.training import runs as recipes
 from afd_fast.training.state import new_state
 from afd_fast.training.step import train_step
-from afd_fast.training.wan import discriminator, wan_system
 from afd_fast.video_io import write_video
 from benchmarks.rollout import FIELDS, Rows
 

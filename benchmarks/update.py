@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from afd_fast import nft_loss, nft_recipe
-from afd_fast.models import CausalWan, CausalWanConfig
+from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.training.update import nft_backward
 
 aten = torch.ops.aten

@@ -13,9 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from afd_fast.config import ConfigError, TrainConfig
-from afd_fast.data import collect
-from afd_fast.models.toy import ToyStudent
+from afd_fast.students.toy.model import ToyStudent
 from afd_fast.teachers.api import APITeacher, TeacherError, from_file
+from afd_fast.teachers.dataset import collect
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.pipeline import PipelineTeacher, write_folder
 from afd_fast.teachers.video_api import VideoAPI

@@ -5,15 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from afd_fast import base_student
 from afd_fast.config import ConfigError, TrainConfig
-from afd_fast.data import Shard
-from afd_fast.models.toy import ToyConfig, ToyStudent, decode_video, encode_video, tokenize
 from afd_fast.reference.adversarial import bt_loss
 from afd_fast.rollout import RolloutConfig, rollout
+from afd_fast.students.lora import trainable
+from afd_fast.students.toy import shipped as base_student
+from afd_fast.students.toy.model import ToyConfig, ToyStudent, decode_video, encode_video
+from afd_fast.students.toy.text import tokenize
+from afd_fast.teachers.dataset import Shard
 from afd_fast.teachers.physics import PhysicsTeacher, all_prompts
-from afd_fast.training import baselines
-from afd_fast.training.lora import trainable
+from afd_fast.training.methods import baselines
 from afd_fast.training.state import generator, new_state, toy_system
 from afd_fast.training.update import student_velocity
 from afd_fast.video_io import deliver

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from afd_fast.models import CausalWan, CausalWanConfig
+from afd_fast.students import CausalWan, CausalWanConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "causal_wan_tiny_fp32.safetensors"
 TOLERANCE = 1e-5  # float32; the official model's own paths differ by up to 2e-6 among themselves

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afd_fast.models import CausalWan, CausalWanConfig
+from afd_fast.students import CausalWan, CausalWanConfig
 
 EXACT = 1e-12
 SIZES = {

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from afd_fast import recipes
-from afd_fast.compare import ABLATIONS, compare, log_of, methods, runs
 from afd_fast.config import ConfigError, with_overrides
-from afd_fast.training.baselines import STEPS
+from afd_fast.training import runs as recipes
+from afd_fast.training.compare import ABLATIONS, compare, log_of, methods, runs
+from afd_fast.training.methods.baselines import STEPS
 from tests.test_trainer import QUIET, TINY, command
 
 

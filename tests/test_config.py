@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from afd_fast import recipes
 from afd_fast.config import ConfigError, TrainConfig, from_dict, to_dict, with_overrides
+from afd_fast.training import runs as recipes
 
 
 def test_overrides_are_typed():

@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from afd_fast.models.discriminator import Features, FrozenFeatureHead, Objective
-from afd_fast.models.toy import ToyConfig, ToyDiscriminator
-from afd_fast.models.video_reward import RewardSettings
+from afd_fast.discriminators.augment import codec_like, paired_augment
+from afd_fast.discriminators.discriminator import Features, FrozenFeatureHead, Objective
+from afd_fast.discriminators.health import Health, Replay
+from afd_fast.discriminators.toy import ToyDiscriminator
+from afd_fast.discriminators.videoalign.model import RewardSettings
 from afd_fast.reference import adversarial as reference
-from afd_fast.reference.augment import codec_like, paired_augment
-from afd_fast.training.discriminator import Health, Replay
+from afd_fast.students.toy.model import ToyConfig
 from afd_fast.video_io import codec_round_trip, deliver
 from tests import tiny_videoalign as tiny
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from afd_fast import base_student
 from afd_fast.config import ConfigError, TrainConfig
-from afd_fast.data import Shard
-from afd_fast.run_folder import read_rows
+from afd_fast.students.toy import shipped as base_student
+from afd_fast.teachers.dataset import Shard
 from afd_fast.training import checkpoint, step
 from afd_fast.training.distributed import Ranks
+from afd_fast.training.run_folder import read_rows
 from afd_fast.training.state import new_state, toy_system
 from tests.test_trainer import TINY, same, wait_for_rows
 

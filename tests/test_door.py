@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from afd_fast.config import TrainConfig
-from afd_fast.data import TeacherVideos
-from afd_fast.models.toy import ToyDiscriminator, decode_video, encode_video
+from afd_fast.discriminators.toy import ToyDiscriminator
+from afd_fast.students.toy.model import decode_video, encode_video
+from afd_fast.teachers.dataset import TeacherVideos
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.physics import FPS, all_prompts, sample_clips
 from afd_fast.training.state import TrainState

@@ -6,17 +6,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from afd_fast import estimate, flops, recipes
 from afd_fast.config import ConfigError, with_overrides
+from afd_fast.estimate import estimate
+from afd_fast.estimate import formulas as flops
 from afd_fast.generate import tiny
-from afd_fast.models import CausalWanConfig
-from afd_fast.models.toy import ToyConfig, ToyStudent
 from afd_fast.rollout import RolloutConfig, rollout
-from afd_fast.training.lora import trainable
+from afd_fast.students import CausalWanConfig
+from afd_fast.students.lora import trainable
+from afd_fast.students.toy.model import ToyConfig, ToyStudent
+from afd_fast.students.wan.family import wan_system
+from afd_fast.training import runs as recipes
 from afd_fast.training.state import generator, new_state, toy_system
 from afd_fast.training.step import sample_policy, student_backward
 from afd_fast.training.update import chunk_velocities, student_velocity
-from afd_fast.training.wan import wan_system
 from benchmarks.update import CPU_FLASH
 from tests.test_trainer import command
 

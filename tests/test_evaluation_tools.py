@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from afd_fast.cli import app
+from afd_fast.cli.main import app
 from afd_fast.config import ConfigError
 from afd_fast.evaluation import flickering, folder, intervals, vbench, videoalign, videophy2
 from afd_fast.evaluation.folder import Clip

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from afd_fast.generate import GenerateStats, file_name, generate, tiny
-from afd_fast.models.text import TextEncoder, clean_prompt
-from afd_fast.models.vae import WanDecoder
 from afd_fast.rollout import RolloutConfig, rollout
+from afd_fast.students.wan.text import TextEncoder, clean_prompt
+from afd_fast.students.wan.vae import WanDecoder
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_models_import_neither_transformers_nor_diffusers():
     code = (
         "import sys, afd_fast, afd_fast.models, afd_fast.rollout, afd_fast.generate\n"
         "from afd_fast.models import CausalWan, CausalWanConfig, load_student\n"
-        "import afd_fast.models.vae, afd_fast.models.text\n"
+        "import afd_fast.students.wan.vae, afd_fast.students.wan.text\n"
         "assert not {'transformers', 'diffusers', 'triton', 'peft'} & set(sys.modules), set(sys.modules) & {'transformers', 'diffusers', 'triton', 'peft'}\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -6,9 +6,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from afd_fast.models import CausalWan, CausalWanConfig
-from afd_fast.models.graphs import GraphedStudent
 from afd_fast.rollout import RolloutConfig, rollout
+from afd_fast.students import CausalWan, CausalWanConfig
+from afd_fast.students.wan.graphs import GraphedStudent
 
 
 def storages(tree):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from afd_fast.models import CausalWan, CausalWanConfig
-from afd_fast.models.kv_cache import KVCache
+from afd_fast.students import CausalWan, CausalWanConfig
+from afd_fast.students.wan.cache import KVCache
 
 
 def make(frames=6, **options):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from afd_fast.evaluation.physics import (
+from afd_fast.judges.physics import (
     by_day,
     evaluate,
     frechet,

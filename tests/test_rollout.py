@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from afd_fast.models import CausalWan, CausalWanConfig
-from afd_fast.models.toy import ToyConfig, ToyStudent, tokenize
 from afd_fast.rollout import RolloutConfig, rollout, step_table, stream
+from afd_fast.students import CausalWan, CausalWanConfig
+from afd_fast.students.toy.model import ToyConfig, ToyStudent
+from afd_fast.students.toy.text import tokenize
 
 FOUR = RolloutConfig()
 

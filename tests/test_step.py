@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from afd_fast import base_student
 from afd_fast.config import TrainConfig
-from afd_fast.data import Shard
-from afd_fast.models.toy import tokenize
 from afd_fast.reference.advantage import PerPromptStatTracker
+from afd_fast.students.lora import disabled, trainable
+from afd_fast.students.toy import shipped as base_student
+from afd_fast.students.toy.text import tokenize
+from afd_fast.teachers.dataset import Shard
 from afd_fast.teachers.physics import all_prompts
 from afd_fast.training import step as step_module
-from afd_fast.training.lora import disabled, trainable
 from afd_fast.training.state import generator, new_state, toy_system
 from afd_fast.training.step import loss_recipe, sample_policy, student_backward, student_update, train_step
 from afd_fast.training.update import student_velocity

@@ -6,18 +6,20 @@ from functools import partial
 import pytest
 import torch
 
-from afd_fast import nft_loss, recipes
+from afd_fast import nft_loss
 from afd_fast.config import ConfigError
-from afd_fast.data import Shard
-from afd_fast.models import CausalWan, CausalWanConfig
 from afd_fast.reference.advantage import PerPromptStatTracker, reward_to_r
-from afd_fast.run_folder import read_rows
-from afd_fast.training import checkpoint, streaming
-from afd_fast.training.lora import disabled, trainable
+from afd_fast.students import CausalWan, CausalWanConfig
+from afd_fast.students.lora import disabled, trainable
+from afd_fast.students.wan.family import wan_system
+from afd_fast.teachers.dataset import Shard
+from afd_fast.training import checkpoint
+from afd_fast.training import runs as recipes
+from afd_fast.training.methods import streaming
+from afd_fast.training.run_folder import read_rows
 from afd_fast.training.state import generator, new_state
 from afd_fast.training.step import loss_recipe, rollout_config
 from afd_fast.training.update import student_velocity
-from afd_fast.training.wan import wan_system
 from benchmarks.update import saved_bytes
 from tests.test_trainer import command, same
 from tests.test_wan_training import TINY, teacher  # noqa: F401  (a fixture)

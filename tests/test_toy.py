@@ -1,10 +1,11 @@
 import torch
 
-from afd_fast.models.lora import merged_lora
-from afd_fast.models.toy import ToyConfig, ToyDiscriminator, ToyStudent, tokenize
+from afd_fast.discriminators.toy import ToyDiscriminator
 from afd_fast.rollout import RolloutConfig, rollout
+from afd_fast.students.lora import add_lora, disabled, lora_layers, merged_lora, trainable
+from afd_fast.students.toy.model import ToyConfig, ToyStudent
+from afd_fast.students.toy.text import tokenize
 from afd_fast.teachers.physics import all_prompts, split_prompts
-from afd_fast.training.lora import add_lora, disabled, lora_layers, trainable
 from afd_fast.training.state import EMA, generator, toy_system
 from afd_fast.training.update import student_velocity
 

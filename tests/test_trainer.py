@@ -15,15 +15,15 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from afd_fast import base_student, run_folder, trainer
 from afd_fast.config import ConfigError, TrainConfig, to_dict
-from afd_fast.report import write_report
-from afd_fast.trainer import Trainer
-from afd_fast.training import checkpoint
+from afd_fast.reports.run import write_report
+from afd_fast.students.lora import trainable
+from afd_fast.students.toy import shipped as base_student
+from afd_fast.training import checkpoint, run_folder, trainer
 from afd_fast.training.checkpoint import CheckpointError
-from afd_fast.training.lora import trainable
 from afd_fast.training.state import toy_system
 from afd_fast.training.step import TrainingError
+from afd_fast.training.trainer import Trainer
 
 TINY = [
     "iterations=6", "disc_warmup=1", "teacher_clips=1", "prompts_per_step=3", "rollouts_per_prompt=2", "eval_every=3",

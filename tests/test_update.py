@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from afd_fast import nft_loss, nft_recipe
-from afd_fast.models import CausalWan, CausalWanConfig, patterns
-from afd_fast.models.toy import ToyConfig, ToyStudent, tokenize
+from afd_fast.students import CausalWan, CausalWanConfig
+from afd_fast.students.toy.model import ToyConfig, ToyStudent
+from afd_fast.students.toy.text import tokenize
+from afd_fast.students.wan import attention as patterns
 from afd_fast.training.update import chunk_velocities, nft_backward, student_velocity
 from benchmarks.update import saved_bytes
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import Qwen2VLModel
 
-from afd_fast.models import video_reward
-from afd_fast.models.discriminator import FeatureCache, Features
-from afd_fast.models.lora import merged_lora
-from afd_fast.models.video_reward_weights import load_video_reward
+from afd_fast.discriminators.discriminator import FeatureCache, Features
+from afd_fast.discriminators.videoalign import model as video_reward
+from afd_fast.discriminators.videoalign.checkpoints import load_video_reward
+from afd_fast.students.lora import merged_lora
 from tests import tiny_videoalign as tiny
 
 PROMPTS = ["a red ball", "two dogs in the snow"]
@@ -288,7 +288,7 @@ def test_gradient_reaches_the_pixels():
 
 
 def video_reward_frames(frames):
-    from afd_fast.models.video_reward_input import sample_frames
+    from afd_fast.discriminators.videoalign.inputs import sample_frames
 
     return sample_frames(frames, 16.0)
 

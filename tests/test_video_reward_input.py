@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from afd_fast.models import video_reward_input as inputs
+from afd_fast.discriminators.videoalign import inputs
 from tests import tiny_videoalign as tiny
 
 LIMITS = dict(clip_fps=16.0, fps=2.0, min_pixels=100_352, max_pixels=200_704)

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from afd_fast.models import video_reward
-from afd_fast.models.video_reward import qwen2_vl_2b
-from afd_fast.models.video_reward_weights import load_video_reward, save_video_reward
+from afd_fast.discriminators.videoalign import model as video_reward
+from afd_fast.discriminators.videoalign.checkpoints import load_video_reward, save_video_reward
+from afd_fast.discriminators.videoalign.model import qwen2_vl_2b
 from tests import tiny_videoalign as tiny
 
 PROMPTS = ["a red ball", "two dogs in the snow"]

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from afd_fast import recipes
 from afd_fast.config import ConfigError, with_overrides
 from afd_fast.generate import tiny
-from afd_fast.models import load_student
-from afd_fast.models.weights import save_diffusers
-from afd_fast.run_folder import read_rows
+from afd_fast.students import load_student
+from afd_fast.students.lora import add_lora, lora_layers, trainable
+from afd_fast.students.wan.checkpoints import save_diffusers
+from afd_fast.students.wan.family import LORA_TARGETS, wan_system
 from afd_fast.training import checkpoint
-from afd_fast.training.lora import add_lora, lora_layers, trainable
+from afd_fast.training import runs as recipes
+from afd_fast.training.run_folder import read_rows
 from afd_fast.training.state import generator, new_state
 from afd_fast.training.step import sample_policy, student_backward
-from afd_fast.training.wan import LORA_TARGETS, wan_system
 from afd_fast.video_io import write_video
 from tests.test_trainer import command, same
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from afd_fast.models import CausalWan, CausalWanConfig, load_student, save_diffusers
-from afd_fast.models.weights import clean_keys, from_diffusers, to_diffusers
+from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_diffusers
+from afd_fast.students.wan.checkpoints import clean_keys, from_diffusers, to_diffusers
 
 CONFIG = CausalWanConfig(dim=128, ffn_dim=96, num_heads=1, num_layers=2, text_len=512, text_dim=24, freq_dim=32)
 

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
 
-from afd_fast.models.video_reward import RewardOptions, RewardSettings, VideoReward
+from afd_fast.discriminators.videoalign.model import RewardOptions, RewardSettings, VideoReward
 
 GOLDEN = Path(__file__).parent / "golden/videoalign_tiny"
 TEMPLATE = "\nlook: <|VQ_reward|>\nmove: <|MQ_reward|>  \ntext {text_prompt}\n<|TA_reward|>\nEND\n"

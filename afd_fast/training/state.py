@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from afd_fast.config import TrainConfig
-from afd_fast.models.toy import ToyDiscriminator, ToyStudent, decode_video, encode_video, tokenize
+from afd_fast.discriminators.toy import ToyDiscriminator
 from afd_fast.reference.advantage import PerPromptStatTracker
+from afd_fast.students.lora import add_lora, trainable
+from afd_fast.students.toy.model import ToyStudent, decode_video, encode_video
+from afd_fast.students.toy.text import tokenize
 from afd_fast.teachers import physics
 from afd_fast.training.distributed import shard_parameters
-from afd_fast.training.lora import add_lora, trainable
 
 
 def generator(seed: int, step: int, purpose: str, shard: int = 0) -> torch.Generator:

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from afd_fast import ops
 from afd_fast.config import TrainConfig
-from afd_fast.data import Shard
-from afd_fast.models.lora import merged_lora
 from afd_fast.reference.advantage import reward_to_r
 from afd_fast.reference.adversarial import approximate_gradient_penalty, gan_loss
 from afd_fast.reference.nft import NFTRecipe, nft_recipe
 from afd_fast.rollout import RolloutConfig, rollout, step_table
+from afd_fast.students.lora import disabled, merged_lora, trainable
+from afd_fast.teachers.dataset import Shard
 from afd_fast.training.distributed import Ranks, local, total_norm
-from afd_fast.training.lora import disabled, trainable
 from afd_fast.training.state import System, TrainState, generator
 from afd_fast.training.update import UPDATES, UpdateStats, add, clip_loss, nft_backward
 from afd_fast.video_io import deliver

@@ -1,0 +1,52 @@
+"""The demo's base student: shipped weights, and the run that made them."""
+
+import json
+from dataclasses import asdict
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from afd_fast.students.toy import pretrain
+from afd_fast.students.toy.model import ToyConfig, ToyStudent
+from afd_fast.teachers.physics import FRAMES
+
+STEPS = 3000
+SHIPPED = {"toy": "base_student.safetensors", "toy_long": "base_student_long.safetensors"}
+
+
+def load(path: Path | None = None, *, name: str = "toy") -> ToyStudent:
+    """A shipped base student ("toy" of 12 frames, "toy_long" of 24), or one that `make` or a run wrote."""
+    with (
+        as_file(files("afd_fast") / "assets" / SHIPPED[name]) as shipped,
+        safe_open(path or shipped, "pt") as file,
+    ):
+        student = ToyStudent(ToyConfig(**json.loads(file.metadata()["config"])))
+        student.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+    return student
+
+
+def make(console: Console, out: Path, *, seed: int = 0, frames: int = FRAMES) -> ToyStudent:
+    """Pretrain a base student from nothing; `out` gets the weights, with command, seed and loss as metadata."""
+    losses: list[float] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
+        task = progress.add_task("base student", total=STEPS, loss=0.0)
+
+        def report(step: int, of: int, loss: float) -> None:
+            losses.append(loss)
+            progress.update(task, completed=step, loss=loss)
+
+        student = pretrain.pretrain(STEPS, seed=seed, frames=frames, report=report)
+    about = {
+        "config": json.dumps(asdict(student.config)),
+        "command": f"afd-fast pretrain --seed {seed} --frames {frames}",
+        "seed": str(seed),
+        "loss": f"{sum(losses[-200:]) / 200:.4f}",  # mean of the last 200 steps
+    }
+    save_file(student.state_dict(), out, about)
+    console.print(f"{out}: loss {about['loss']}")
+    return student

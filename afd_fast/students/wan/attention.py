@@ -1,0 +1,137 @@
+"""Who attends to whom, as dense attention over ranges of frames: one object per forward, called in every layer.
+
+A pattern takes the raw projections q, k, v [B, L, D] of one layer and returns [B, L, H, d]. Masks are never
+built: block-causal and teacher-forcing attention are loops over blocks with exactly the keys each may see.
+
+Legend: B samples, L tokens, D width, H heads, d = D / H; blocks are frame ranges [(start, end), ...].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afd_fast.ops import transformer as ops
+from afd_fast.reference.transformer import visible_frames
+from afd_fast.students.wan.cache import KVCache
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+class _Roped:
+    """RMSNorm, RoPE and the split in heads, common to all."""
+
+    def __init__(self, cos: Tensor, sin: Tensor):
+        self.cos, self.sin = cos, sin
+
+    def rope(self, attn, q, k, v):
+        q, k = ops.qk_norm_rope(q, k, attn.norm_q.weight, attn.norm_k.weight, self.cos, self.sin, **attn.rounding)
+        return q, k, v.unflatten(-1, (attn.heads, -1))
+
+
+class Bidirectional(_Roped):
+    """Everything sees everything."""
+
+    def __call__(self, layer, attn, q, k, v):
+        return attn.attend(*self.rope(attn, q, k, v))
+
+
+class BlockCausal(_Roped):
+    """A block sees itself and the blocks before it (within the window, behind the sink)."""
+
+    def __init__(self, cos, sin, blocks, tokens: int, window: int | None, sink: int):
+        super().__init__(cos, sin)
+        self.blocks, self.tokens, self.window, self.sink = blocks, tokens, window, sink
+        if sink and (window is None or sink >= window):
+            raise ValueError(f"sink={sink} needs a window larger than it, got window={window}")
+        if window is not None and max(b - a for a, b in blocks) > window - sink:
+            raise ValueError(
+                f"a block of {max(b - a for a, b in blocks)} frames does not fit window {window}, sink {sink}"
+            )
+
+    def frames(self, x: Tensor, ranges) -> list[Tensor]:
+        return [x[:, a * self.tokens : b * self.tokens] for a, b in ranges]
+
+    def causal(self, attn, q, k, v, blocks) -> list[Tensor]:
+        outs = []
+        for a, b in blocks:
+            seen = visible_frames(b, self.window, self.sink)
+            outs.append(attn.attend(*self.frames(q, [(a, b)]), _cat(self.frames(k, seen)), _cat(self.frames(v, seen))))
+        return outs
+
+    def __call__(self, layer, attn, q, k, v):
+        return _cat(self.causal(attn, *self.rope(attn, q, k, v), self.blocks))
+
+
+class TeacherForcing(BlockCausal):
+    """[clean || noisy]: clean blocks as above; a noisy block sees the clean blocks before it and itself.
+    The clean half stops before the last block."""
+
+    def __call__(self, layer, attn, q, k, v):
+        q, k, v = self.rope(attn, q, k, v)
+        history = self.blocks[-1][0]
+        split = history * self.tokens
+        outs = self.causal(attn, q[:, :split], k[:, :split], v[:, :split], self.blocks[:-1])
+        for a, b in self.blocks:
+            past = [(i, min(j, a)) for i, j in visible_frames(b, self.window, self.sink) if i < a]
+            own = [(history + a, history + b)]
+            seen = past + own
+            outs.append(attn.attend(*self.frames(q, own), _cat(self.frames(k, seen)), _cat(self.frames(v, seen))))
+        return _cat(outs)
+
+
+@dataclass(frozen=True)
+class _Step:
+    start: int  # absolute frames [start, end) of the block
+    end: int
+    history: list[tuple[int, int]]  # slot ranges of the earlier frames it attends to
+    slots: int  # leading slots it attends to after its own were written
+
+
+class Cached(_Roped):
+    """Blocks in order over a KV cache: write the block's keys and values, attend to the cache in place.
+
+    Under autograd the block's own keys are joined to a copy of the (detached) history instead, so that later
+    writes to the buffer cannot touch what the backward pass needs.
+    """
+
+    def __init__(self, cos, sin, cache: KVCache, blocks, write: bool):
+        super().__init__(cos, sin)
+        self.cache, self.write, self.first = cache, write, blocks[0][0]
+        if not write and len(blocks) > 1:
+            raise ValueError("write=False takes a single block")
+        self.steps = []
+        for start, end in blocks:  # each sees what the earlier ones will have written
+            history = cache.history(start, end)
+            self.steps.append(_Step(start, end, history, cache.mark(start, end) if write else 0))
+
+    def __call__(self, layer, attn, q, k, v):
+        outs, tokens = [], self.cache.tokens
+        for step in self.steps:
+            rows = slice((step.start - self.first) * tokens, (step.end - self.first) * tokens)
+            args = (q, k, v, self.cos, self.sin)
+            if len(self.steps) > 1:
+                args = (q[:, rows], k[:, rows], v[:, rows], self.cos[rows], self.sin[rows])
+            outs.append(self._block(layer, attn, step, *args))
+        return _cat(outs)
+
+    def _block(self, layer, attn, step: _Step, q, k, v, cos, sin):
+        cache, weights = self.cache, (attn.norm_q.weight, attn.norm_k.weight)
+        graph = torch.is_grad_enabled() and any(a.requires_grad for a in (q, k, v))
+        if self.write and not graph:
+            k_cache, v_cache = cache.writable(layer)
+            q = ops.qk_norm_rope_write(
+                q, k, v, *weights, cos, sin, k_cache, v_cache, tokens=cache.tokens, start_frame=step.start,
+                window=cache.window, sink=cache.sink, **attn.rounding,
+            )  # fmt: skip
+            seen = slice(0, step.slots * cache.tokens)
+            return attn.attend(q, k_cache[:, seen], v_cache[:, seen])
+        q, k = ops.qk_norm_rope(q, k, *weights, cos, sin, **attn.rounding)
+        v = v.unflatten(-1, (attn.heads, -1))
+        past = cache.read(layer, step.history)
+        keys, values = _cat([p[0] for p in past] + [k]), _cat([p[1] for p in past] + [v])
+        if self.write:
+            cache.write(layer, step.start, k, v)
+        return attn.attend(q, keys, values)

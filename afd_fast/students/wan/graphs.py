@@ -1,0 +1,121 @@
+"""CUDA graphs for rollouts: each forward recorded once per (chunk position, timestep) and replayed after.
+
+A rollout's shapes are static and its positions host integers, so a forward is the same list of kernels on the same
+addresses every time: what is worth most for frame-wise students, whose GPU work per forward is no longer than the
+time Python takes to launch it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from afd_fast.students.wan.cache import KVCache
+from afd_fast.students.wan.model import CausalWan, Conditioning, WanText
+
+
+class CudaRecorder:
+    """Records what a function launches. All recordings share one memory pool."""
+
+    def __init__(self):
+        self.pool = None
+
+    def record(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        """Run `function` once to warm up, record it, and return its output tensor and what replays it into that."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # lazy initialisation must not happen while recording
+            function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            out = function()
+        self.pool = graph.pool()
+        return out, graph.replay
+
+
+class GraphedStudent:
+    """A CausalWan to give to `rollout` in its stead, for many rollouts of one shape.
+
+    The cache, the text's and the timesteps' tensors are kept and filled anew for each rollout. Everything is
+    recorded again when the cache's shape, a prompt batch's size or a weight's address changes (updates in place,
+    as an optimiser's, are seen by the recordings; LoRA merged per rollout usually moves the weights). Calls that
+    are not a rollout's (gradient, forks, several blocks, tensors of timesteps) run the model itself.
+    """
+
+    def __init__(self, model: CausalWan, *, max_graphs: int = 256, recorder=None):
+        self.model, self.max_graphs, self.recorder = model, max_graphs, recorder or CudaRecorder()
+        self._cache: KVCache | None = None
+        self._cache_key = self._weights = self._text = None
+        self._conditionings: dict[float, Conditioning] = {}
+        self._inputs: dict[tuple, Tensor] = {}
+        self._graphs: dict[tuple, tuple] = {}  # key -> (output, replay, what else must stay in memory)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["model"], name)
+
+    def _forget(self) -> None:
+        self._graphs.clear()
+        self._inputs.clear()
+        self._conditionings.clear()
+        self._text = None
+
+    def new_cache(self, batch: int, frames: int, height: int, width: int, window: int | None = None, sink: int = 0):
+        """The kept cache, emptied; the start of a rollout, where changed shapes and weights are noticed."""
+        key, weights = (batch, frames, height, width, window, sink), [p.data_ptr() for p in self.model.parameters()]
+        if key != self._cache_key or weights != self._weights:
+            self._forget()
+            self._cache = None  # its memory first
+            self._cache = self.model.new_cache(batch, frames, height, width, window, sink)
+            self._cache_key, self._weights = key, weights
+        self._cache.reset()
+        return self._cache
+
+    @torch.no_grad()
+    def conditioning(self, t: float, *, tables: bool = True) -> Conditioning:
+        """The model's, in tensors that stay the same for the same t."""
+        fresh = self.model.conditioning(t, tables=True)
+        if t not in self._conditionings:
+            self._conditionings[t] = fresh
+        kept = self._conditionings[t]
+        for target, source in zip((kept.e, kept.e0, *kept.tables), (fresh.e, fresh.e0, *fresh.tables)):
+            target.copy_(source)
+        return kept
+
+    def _kept_text(self, text: WanText) -> WanText:
+        if self._text is None or self._text[1].batch != text.batch:
+            self._graphs.clear()
+            self._text = (text, text.map(lambda a: a.detach().clone()))
+        elif self._text[0] is not text:
+            for target, source in zip(self._text[1].keys + self._text[1].values, text.keys + text.values):
+                target.copy_(source)
+            self._text = (text, self._text[1])
+        return self._text[1]
+
+    def __call__(
+        self, x: Tensor, t, text: WanText, *, cache: KVCache | None = None, start_frame: int = 0, **options
+    ) -> Tensor:
+        """`CausalWan.forward`; a rollout's calls are replayed."""
+        ours = any(t is kept for kept in self._conditionings.values())
+        if torch.is_grad_enabled() or options or cache is not self._cache or not ours or cache.is_shared:
+            return self.model(x, t, text, cache=cache, start_frame=start_frame, **options)
+        text = self._kept_text(text)
+        key = (start_frame, tuple(x.shape), id(t))
+        if key not in self._graphs and len(self._graphs) >= self.max_graphs:
+            return self.model(x, t, text, cache=cache, start_frame=start_frame)
+        if tuple(x.shape) not in self._inputs:
+            self._inputs[tuple(x.shape)] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        static = self._inputs[tuple(x.shape)]
+        static.copy_(x)
+        end = start_frame + x.shape[2]
+        cache.history(start_frame, end)  # the host's side of the forward, which a replay leaves out: its checks,
+        if key not in self._graphs:
+            forward = lambda: self.model(static, t, text, cache=cache, start_frame=start_frame)
+            rope = self.model.rope(
+                start_frame, end, cache.height, cache.width
+            )  # kept: a recording holds addresses only
+            self._graphs[key] = (*self.recorder.record(forward), rope)
+        cache.mark(start_frame, end)  # and its bookkeeping
+        out, replay, _ = self._graphs[key]
+        replay()
+        return out.clone()
