@@ -5,10 +5,7 @@ import typing
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 
-
-class ConfigError(ValueError):
-    """A configuration the user has to change; the message says how."""
-
+from afd_fast.errors import ConfigError
 
 CHOICES = {
     "method": ("afd", "sft", "gan", "dmd", "rejection"),

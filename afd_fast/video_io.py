@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class VideoError(ValueError):
-    """A video file that cannot be used; the message names the file and why."""
+from afd_fast.errors import VideoError
 
 
 def to_uint8(video: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from afd_fast.config import ConfigError, TrainConfig
+from afd_fast.config import TrainConfig
+from afd_fast.errors import ConfigError, TeacherError
 from afd_fast.students.toy.model import ToyStudent
-from afd_fast.teachers.api import APITeacher, TeacherError, from_file
+from afd_fast.teachers.api import APITeacher, from_file
 from afd_fast.teachers.dataset import collect
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.pipeline import PipelineTeacher, write_folder

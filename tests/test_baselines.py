@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from afd_fast.config import ConfigError, TrainConfig
+from afd_fast.config import TrainConfig
+from afd_fast.errors import ConfigError
 from afd_fast.reference.adversarial import bt_loss
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students.lora import trainable

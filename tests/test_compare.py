@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from afd_fast.config import ConfigError, with_overrides
+from afd_fast.config import with_overrides
+from afd_fast.errors import ConfigError
 from afd_fast.training import runs as recipes
 from afd_fast.training.compare import ABLATIONS, compare, log_of, methods, runs
 from afd_fast.training.methods.baselines import STEPS

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from afd_fast.config import ConfigError, TrainConfig, from_dict, to_dict, with_overrides
+from afd_fast.config import TrainConfig, from_dict, to_dict, with_overrides
+from afd_fast.errors import ConfigError
 from afd_fast.training import runs as recipes
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from afd_fast.config import ConfigError, TrainConfig
+from afd_fast.config import TrainConfig
+from afd_fast.errors import ConfigError
 from afd_fast.students.toy import shipped as base_student
 from afd_fast.teachers.dataset import Shard
 from afd_fast.training import checkpoint, step

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from afd_fast.config import ConfigError, with_overrides
+from afd_fast.config import with_overrides
+from afd_fast.errors import ConfigError
 from afd_fast.estimate import estimate
 from afd_fast.estimate import formulas as flops
 from afd_fast.generate import tiny

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError
 from afd_fast.evaluation import folder, scores, vbench, videoalign, videophy2
 from afd_fast.evaluation.folder import Clip
 from tests.test_evaluation_tools import command

@@ -11,10 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from afd_fast.cli.main import app
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError, ToolError
 from afd_fast.evaluation import flickering, folder, intervals, vbench, videoalign, videophy2
 from afd_fast.evaluation.folder import Clip
-from afd_fast.evaluation.official import ToolError
 from afd_fast.video_io import write_video
 from tests import official_tools
 

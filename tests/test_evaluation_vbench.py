@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError, ToolError
 from afd_fast.evaluation import folder, intervals, vbench
-from afd_fast.evaluation.official import ToolError
 from afd_fast.video_io import write_video
 from tests import official_tools
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from afd_fast import nft_loss
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError
 from afd_fast.reference.advantage import PerPromptStatTracker, reward_to_r
 from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.students.lora import disabled, trainable

@@ -15,14 +15,13 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from afd_fast.config import ConfigError, TrainConfig, to_dict
+from afd_fast.config import TrainConfig, to_dict
+from afd_fast.errors import CheckpointError, ConfigError, TrainingError
 from afd_fast.reports.run import write_report
 from afd_fast.students.lora import trainable
 from afd_fast.students.toy import shipped as base_student
 from afd_fast.training import checkpoint, run_folder, trainer
-from afd_fast.training.checkpoint import CheckpointError
 from afd_fast.training.state import toy_system
-from afd_fast.training.step import TrainingError
 from afd_fast.training.trainer import Trainer
 
 TINY = [

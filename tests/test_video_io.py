@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError, VideoError
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.physics import PhysicsTeacher, split_prompts
-from afd_fast.video_io import VideoError, deliver, read_video, to_uint8, write_video
+from afd_fast.video_io import deliver, read_video, to_uint8, write_video
 
 
 def noise_video(frames=12, height=16, width=16, seed=0):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from afd_fast.config import ConfigError, with_overrides
+from afd_fast.config import with_overrides
+from afd_fast.errors import ConfigError
 from afd_fast.generate import tiny
 from afd_fast.students import load_student
 from afd_fast.students.lora import add_lora, lora_layers, trainable

@@ -42,7 +42,7 @@ def export(
     seed: int = 0,
 ) -> None:
     """Make the videos a tool expects, under the names it expects; run again to continue."""
-    from afd_fast.config import ConfigError
+    from afd_fast.errors import ConfigError
     from afd_fast.evaluation import folder
     from afd_fast.evaluation import vbench as suite
     from afd_fast.generate import file_name
@@ -106,7 +106,7 @@ def run(
     dimension: Annotated[list[str] | None, typer.Option(help="of VBench, repeatable; default all")] = None,
 ) -> None:
     """Score the videos of a folder with an official tool; what is scored already is kept."""
-    from afd_fast.config import ConfigError
+    from afd_fast.errors import ConfigError
     from afd_fast.evaluation import flickering, vbench, videoalign, videophy2
 
     say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -22,7 +22,7 @@ Keys = Annotated[list[str] | None, typer.Argument(help="key=value overrides of t
 
 def _system(config, weights: Path | None = None):
     """The networks of a configuration; weights: of a toy student other than the shipped one."""
-    from afd_fast.config import ConfigError
+    from afd_fast.errors import ConfigError
     from afd_fast.students.toy import shipped as base_student
     from afd_fast.students.wan.family import wan_system
     from afd_fast.training.state import toy_system
@@ -162,7 +162,7 @@ def ablate(
     jobs: Jobs = 1,
 ) -> None:
     """Train RECIPE with several settings of one thing (the paper's sweeps), as `compare` does."""
-    from afd_fast.config import ConfigError
+    from afd_fast.errors import ConfigError
     from afd_fast.training.compare import ABLATIONS
 
     if what not in ABLATIONS:
@@ -202,7 +202,7 @@ def pretrain(
     frames: Annotated[int, typer.Option(help="length of its clips; a multiple of 3")] = 12,
 ) -> None:
     """Train a base student of the embedded task from nothing: a few-step student of the wrong physics."""
-    from afd_fast.config import ConfigError
+    from afd_fast.errors import ConfigError
     from afd_fast.students.toy import shipped as base_student
 
     if out.exists():
@@ -228,7 +228,7 @@ def rollout(
     """Generate a video for every prompt with a causal Wan student."""
     from rich.progress import Progress
 
-    from afd_fast.config import ConfigError
+    from afd_fast.errors import ConfigError
     from afd_fast.generate import generate, load_networks
     from afd_fast.rollout import RolloutConfig
     from afd_fast.video_io import write_video
@@ -257,7 +257,7 @@ def rollout(
 @app.command()
 def report(run: Path) -> None:
     """Write report.html of a finished run folder again."""
-    from afd_fast.config import ConfigError
+    from afd_fast.errors import ConfigError
     from afd_fast.reports.run import write_report
 
     if not (run / "result.json").exists():
@@ -281,7 +281,7 @@ def env() -> None:
 
 def main() -> None:
     """Run the command; errors the user can mend are one line and exit status 1 (2: configuration, 130: interrupted)."""
-    from afd_fast.config import ConfigError
+    from afd_fast.errors import ConfigError
 
     try:
         app()
@@ -289,10 +289,7 @@ def main() -> None:
         Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
         sys.exit(2)
     except Exception as error:
-        from afd_fast.teachers.api import TeacherError
-        from afd_fast.training.checkpoint import CheckpointError
-        from afd_fast.training.trainer import Interrupted, TrainingError
-        from afd_fast.video_io import VideoError
+        from afd_fast.errors import CheckpointError, Interrupted, TeacherError, TrainingError, VideoError
 
         if isinstance(error, Interrupted):
             console.print(str(error))

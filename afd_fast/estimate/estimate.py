@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from afd_fast.config import ConfigError, TrainConfig
+from afd_fast.config import TrainConfig
+from afd_fast.errors import ConfigError
 from afd_fast.estimate import formulas as flops
 from afd_fast.estimate.formulas import GPUS, Student, Work, total, work
 from afd_fast.students import CausalWan, CausalWanConfig

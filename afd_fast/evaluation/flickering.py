@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError
 from afd_fast.evaluation import folder, intervals, vbench
 from afd_fast.evaluation.folder import Clip
 from afd_fast.evaluation.intervals import Groups, Score

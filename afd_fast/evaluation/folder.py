@@ -14,7 +14,7 @@ from pathlib import Path
 
 import av
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError
 from afd_fast.evaluation.intervals import Groups
 
 

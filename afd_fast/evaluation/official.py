@@ -7,13 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError, ToolError
 
 OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class ToolError(ConfigError):
-    """An official tool that did not do its work; the message names its log."""
 
 
 def _environment(python: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError
 from afd_fast.evaluation import flickering, folder, intervals, vbench, videoalign, videophy2
 from afd_fast.evaluation.intervals import Groups, Score
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError, ToolError
 from afd_fast.evaluation import folder, intervals, official
 from afd_fast.evaluation.folder import Clip
 from afd_fast.evaluation.intervals import Groups, Score
@@ -100,11 +100,11 @@ def run(out: Path, env: Path, dimensions: list[str] | None = None, say: Callable
                 say(f"{dimension}: running, log in {results(out) / dimension / 'log.txt'}")
                 _run(out, python, dimension)
             say(f"{dimension}: scored")
-        except official.ToolError as error:
+        except ToolError as error:
             failed.append(str(error))
             say(f"{dimension}: failed")
     if failed:
-        raise official.ToolError("\n".join(failed))
+        raise ToolError("\n".join(failed))
 
 
 def _run(out: Path, python: Path, dimension: str) -> None:

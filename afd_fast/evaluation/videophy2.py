@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError
 from afd_fast.evaluation import folder, intervals, official
 from afd_fast.evaluation.folder import Clip
 from afd_fast.evaluation.intervals import Groups, Score

@@ -21,16 +21,12 @@ import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 from torch import Tensor
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError, TeacherError, VideoError
 from afd_fast.teachers.video_api import VideoAPI, at
-from afd_fast.video_io import VideoError, read_video
+from afd_fast.video_io import read_video
 
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
 NOT_CREATED = {429, 503}  # statuses of a create request that surely made no task
-
-
-class TeacherError(RuntimeError):
-    """The run of requests has to stop; everything paid for is on record and the same command goes on from there."""
 
 
 class _Final(Exception):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from afd_fast.errors import VideoError
 from afd_fast.teachers import Teacher
-from afd_fast.video_io import VideoError, read_video, write_video
+from afd_fast.video_io import read_video, write_video
 
 
 class CachedTeacher:

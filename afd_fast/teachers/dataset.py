@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afd_fast.config import ConfigError, TrainConfig
+from afd_fast.config import TrainConfig
+from afd_fast.errors import ConfigError
 from afd_fast.teachers import Teacher, api, physics
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.folder import FolderTeacher

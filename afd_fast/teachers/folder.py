@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from afd_fast.config import ConfigError
-from afd_fast.video_io import VideoError, read_video
+from afd_fast.errors import ConfigError, VideoError
+from afd_fast.video_io import read_video
 
 
 def read_manifest(folder: Path) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError
 from afd_fast.video_io import write_video
 
 

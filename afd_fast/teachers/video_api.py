@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from afd_fast.errors import CheckpointError
 from afd_fast.training.distributed import Ranks
 
 KEEP = 2
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read; the message says what is still valid."""
 
 
 def latest(folder: Path) -> Path | None:

@@ -18,9 +18,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from afd_fast.config import ConfigError, TrainConfig, from_dict, to_dict, with_overrides
+from afd_fast.config import TrainConfig, from_dict, to_dict, with_overrides
+from afd_fast.errors import ConfigError, Interrupted, TrainingError
 from afd_fast.training import runs as recipes
-from afd_fast.training.trainer import Interrupted, TrainingError, on_stop_signal
+from afd_fast.training.trainer import on_stop_signal
 
 POLL = 0.5  # seconds
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from afd_fast.config import ConfigError
+from afd_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 import afd_fast
-from afd_fast.config import ConfigError, TrainConfig, from_dict, to_dict
+from afd_fast.config import TrainConfig, from_dict, to_dict
+from afd_fast.errors import ConfigError
 from afd_fast.video_io import gif
 
 

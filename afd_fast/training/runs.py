@@ -3,7 +3,8 @@
 from dataclasses import replace
 from difflib import get_close_matches
 
-from afd_fast.config import ConfigError, TrainConfig
+from afd_fast.config import TrainConfig
+from afd_fast.errors import ConfigError
 
 
 def demo() -> TrainConfig:

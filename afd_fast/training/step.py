@@ -21,6 +21,7 @@ from torch import Tensor
 
 from afd_fast import ops
 from afd_fast.config import TrainConfig
+from afd_fast.errors import TrainingError
 from afd_fast.reference.advantage import reward_to_r
 from afd_fast.reference.adversarial import approximate_gradient_penalty, gan_loss
 from afd_fast.reference.nft import NFTRecipe, nft_recipe
@@ -33,10 +34,6 @@ from afd_fast.training.update import UPDATES, UpdateStats, add, clip_loss, nft_b
 from afd_fast.video_io import deliver
 
 PENALTY_SIGMA = 0.05  # step of the finite-difference R1 / R2, in [0, 1] pixels
-
-
-class TrainingError(RuntimeError):
-    """Training stopped for a reason the message gives; the last checkpoint is valid."""
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from afd_fast.config import TrainConfig, to_dict
+from afd_fast.errors import Interrupted, TrainingError
 from afd_fast.judges import clips as clip_judge
 from afd_fast.judges import physics as physics_judge
 from afd_fast.students.lora import merged_lora, trainable
@@ -32,7 +33,7 @@ from afd_fast.training.methods import baselines
 from afd_fast.training.methods.streaming import clip, stream_step
 from afd_fast.training.run_folder import add_video, append, environment, prepare_folder, read_rows, rewind
 from afd_fast.training.state import System, generator, new_state
-from afd_fast.training.step import TrainingError, sample_policy
+from afd_fast.training.step import sample_policy
 
 REFERENCE_CLIPS = 32  # teacher clips per held-out prompt behind the Frechet distance (physics only: they are free)
 WATCHED = 20  # iterations
@@ -41,10 +42,6 @@ NORM_RATIO = (0.9, 1.1)  # and of ||v|| / ||v_ref||
 AUTO_RANGE = 10.0  # disc_lr_auto stays within this factor of disc_lr
 NOTED = ("loss", "reward", "margin", "accuracy")  # beside the progress bar
 SAMPLE_PROMPTS, SAMPLES_PER_PROMPT = 8, 2  # shown in the report
-
-
-class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved itself."""
 
 
 @contextlib.contextmanager

@@ -5,8 +5,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from afd_fast.config import ConfigError, TrainConfig
+from afd_fast.config import TrainConfig
 from afd_fast.discriminators.toy import ToyDiscriminator
+from afd_fast.errors import ConfigError
 from afd_fast.generate import load_networks
 from afd_fast.training.state import System
 
