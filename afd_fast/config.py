@@ -1,167 +1,350 @@
-"""The configuration of a training run: one frozen dataclass, flat keys, `key=value` overrides."""
+"""The configuration of a training run: one frozen dataclass in parts, written `key=value` and `part.key=value`."""
 
+import re
 import types
 import typing
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple, cast
 
+from afd_fast.discriminators.config import DiscriminatorConfig
 from afd_fast.errors import ConfigError
+from afd_fast.reference.nft import NFTRecipe, RecipeName, nft_recipe
+from afd_fast.rollout import RolloutConfig
+from afd_fast.students.student import StudentConfig, entry
 
-CHOICES = {
-    "method": ("afd", "sft", "gan", "dmd", "rejection"),
-    "v_old": ("ema", "self"),
-    "t_sampling": ("grid", "uniform"),
-    "disc_loss": ("bt", "gan"),
-    "update": ("detached", "teacher_forcing", "block_causal"),
-}
+MethodName = Literal["afd", "sft", "gan", "dmd", "rejection"]
+METHOD_NAMES: dict[str, bool] = dict.fromkeys(typing.get_args(MethodName), True) | {"sft": False}  # uses a discriminator?
+
+
+def _at_least(config: Any, minimum: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not minimum <= value < float("inf"):
+            raise ConfigError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _one_of(config: Any, **choices: tuple[str, ...]) -> None:
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            quoted = " or ".join(f'"{choice}"' for choice in known)
+            raise ConfigError(f"{name} must be {quoted}, got {getattr(config, name)!r}")
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How the student learns from an iteration's rollouts.
+
+    v_old: ema (the lagged policy collects and interpolates) or self (stop-gradient of v, Eq. 4).
+    history: detached (the sampling function), teacher_forcing (with the history's gradient) or block_causal (noised history).
+    t_sampling: grid (the sampler's own steps) or uniform, U(0.04, 1).
+    ref_every: iterations per computation of v_ref, whose weight is multiplied by as much.
+    chunked: backward chunk by chunk, with one chunk's activations in memory.
+    batch: rows per backward; none: all of a shard's.
+    lr: learning rate of AdamW.
+    lr_decay: cosine decay of lr to 5 %.
+    weight_decay: of AdamW.
+    grad_norm: the gradient's norm is clipped to it.
+    ema: decay of the averaged student.
+    """
+
+    v_old: Literal["ema", "self"] = "ema"
+    history: Literal["detached", "teacher_forcing", "block_causal"] = "detached"
+    t_sampling: Literal["grid", "uniform"] = "grid"
+    ref_every: int = 1
+    chunked: bool = False
+    batch: int | None = None
+    lr: float = 3e-3
+    lr_decay: bool = True
+    weight_decay: float = 1e-4
+    grad_norm: float = 1.0
+    ema: float = 0.9
+
+    def __post_init__(self) -> None:
+        _one_of(
+            self,
+            v_old=("ema", "self"),
+            history=("detached", "teacher_forcing", "block_causal"),
+            t_sampling=("grid", "uniform"),
+        )
+        _at_least(self, 1, "ref_every", "batch")
+        _at_least(self, 0, "lr", "weight_decay")
+        if not 0 < self.grad_norm:
+            raise ConfigError(f"grad_norm must be positive, got {self.grad_norm}")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema must be in [0, 1), got {self.ema}")
+        if self.chunked and self.history != "detached":
+            raise ConfigError(f'chunked needs history="detached", got {self.history!r}')
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Training on parts of rollouts that are longer than a teacher's video.
+
+    frames: latent frames of the whole rollout, a multiple of the student's; none: no streaming.
+    active_clips: clips of the student's length that are trained and judged together, at a random place of the stream.
+    """
+
+    frames: int | None = None
+    active_clips: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "frames", "active_clips")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When and how the student is judged on held-out prompts.
+
+    every: iterations between evaluations.
+    rollouts: student clips per held-out prompt.
+    batch: clips that are made at a time; none: all.
+    """
+
+    every: int = 50
+    rollouts: int = 16
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "every", "rollouts", "batch")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """A run of AFD (Algorithm 1) or of a baseline. Defaults are the demo's; `afd_fast.training.runs` holds the named runs.
 
-    Units: learning rates per step, `steps` in 0..1000, `ema` and `beta` in 0..1.
+    name: of the run, for its folder and reports.
+    method: afd, or a baseline: sft, gan, dmd, rejection.
+    seed: of every random number of the run.
+    iterations: updates of the student, warm-up included.
+    teacher: physics, physics:dusk, folder:PATH (with manifest.csv or manifest.jsonl), api:FILE (docs/teachers.md), or a registered one.
+    teacher_clips: finished videos asked for per prompt.
+    prompts_per_step: prompts per iteration.
+    rollouts_per_prompt: K, rollouts per prompt; with K = 1 every advantage is 0.
+    shards: parts of the batch, each with its own random numbers, worked on one by one and shared by the ranks.
+    fsdp: under torchrun, split the student's parameters over the ranks; checkpoints are DCP folders.
+    codec_crf: H.264 quality that both sides pass through before the discriminator; none: rounding to 8 bits only.
+    global_std: divide advantages by the standard deviation over the batch (Table 3) rather than per prompt.
+    shuffle_rewards: the control: advantages permuted across the batch.
+    checkpoint_every: iterations between checkpoints.
     """
 
     name: str = "demo"
-    method: str = "afd"  # or a baseline of afd_fast/training/baselines.py: "sft", "gan", "dmd", "rejection"
+    method: MethodName = "afd"
     seed: int = 0
     iterations: int = 300
-    # data
-    teacher: str = "physics"  # or "folder:PATH" (with manifest.csv or manifest.jsonl), "api:FILE" (docs/teachers.md)
-    teacher_clips: int = 4  # finished videos bought per prompt
+    teacher: str = "physics"
+    teacher_clips: int = 4
     prompts_per_step: int = 12
-    rollouts_per_prompt: int = 8  # K; with K = 1 every advantage is 0
-    fsdp: bool = False  # under torchrun: the student's parameters are split over the ranks, checkpoints are DCP folders
-    shards: int = 1  # parts of the batch with random numbers of their own: worked on one by one, shared by the ranks
-    codec_crf: int | None = None  # H.264 quality both sides pass through before the discriminator; None: 8-bit only
-    # networks
-    student: str = "toy"  # "toy", "tiny" (a random CausalWan, to try things) or a checkpoint for `load_student`
-    discriminator: str = "toy"  # "toy", or a folder or repository of VideoAlign's VideoReward
-    wan_base: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # where a Wan student's text encoder and VAE come from
-    frames: int = 21  # latent frames, height and width of a Wan student's videos
-    height: int = 60
-    width: int = 104
-    chunk: int = 3  # latent frames a Wan student generates together
-    # rollout
-    stream: int | None = None  # latent frames of a long rollout, of which `frames` at a time are trained and judged
-    active_clips: int = 1  # of `frames` each that are trained together at a random place of the stream
-    window: int | None = None  # latent frames a chunk attends to (a rolling cache), `sink` first ones always among them
-    sink: int = 0
-    steps: tuple[float, ...] = (1000, 750, 500, 250)
-    shift: float = 1.0
-    # student update
-    recipe: str = "diffusionnft"  # a name of afd_fast.nft_recipe
-    v_old: str = "ema"  # "ema": the lagged policy collects and interpolates; "self": stop-gradient of v (Eq. 4)
-    beta: float = 0.1
-    prior_weight: float = 3e-3  # lambda_prior
-    adv_clip: float = 5.0
-    global_std: bool = False  # True (Table 3) lets the spread of D between prompts shrink every advantage
-    update: str = "detached"  # the sampling function; "teacher_forcing": with the history's gradient; "block_causal"
-    ref_every: int = 1  # v_ref every n-th iteration, its weight times n
-    gradient_checkpointing: bool = False  # of a Wan student, with update="teacher_forcing" or "block_causal"
-    chunked_update: bool = False  # backward chunk by chunk: one chunk's activations in memory, not all
-    update_batch: int | None = None  # rows a backward; None: all of a shard's
-    t_sampling: str = "grid"  # "grid": the sampler's own steps; "uniform": U(0, 1)
-    student_lr: float = 3e-3
-    lr_decay: bool = True  # cosine to 5 %
-    weight_decay: float = 1e-4
-    grad_norm: float = 1.0
-    lora_rank: int = 16  # 0: every weight is trained, in float32, and v_ref comes from a frozen copy
-    ema: float = 0.9
-    # discriminator
-    disc_loss: str = "bt"  # "bt": Bradley-Terry (Eq. 1); "gan": the binary loss of the ablation
-    disc_lr: float = 2e-4
-    disc_lr_auto: bool = False  # doubled where the discriminator is stale, halved where it overpowers (Figure 5)
-    disc_steps: int = 1  # per iteration
-    disc_warmup: int = 20  # discriminator-only iterations before the first student update
-    disc_width: int = 48  # of the toy discriminator
-    disc_device: str | None = None  # of a Wan student's discriminator, "cuda:1" say; None: the student's
-    disc_lora_rank: int = 64  # of VideoReward's adapters
-    instance_noise: float = 0.3
-    r1: float = 0.1
-    # bookkeeping
-    eval_every: int = 50
-    eval_rollouts: int = 16  # per held-out prompt
-    eval_batch: int | None = None  # of them at a time; None: all
+    rollouts_per_prompt: int = 8
+    shards: int = 1
+    fsdp: bool = False
+    codec_crf: int | None = None
+    global_std: bool = False
+    shuffle_rewards: bool = False
     checkpoint_every: int = 50
-    shuffle_rewards: bool = False  # the control: advantages permuted across the batch
+    student: StudentConfig = StudentConfig()
+    rollout: RolloutConfig = RolloutConfig(shift=1.0)
+    loss: NFTRecipe = field(default_factory=lambda: nft_recipe("diffusionnft", beta=0.1, ref_coef=3e-3, adv_clip=5.0))
+    update: UpdateConfig = UpdateConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig(r1=0.1, instance_noise=0.3)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    stream: StreamConfig = StreamConfig()
 
-    def __post_init__(self):
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                known = " or ".join(f'"{choice}"' for choice in choices)
-                raise ConfigError(f"{name} must be {known}, got {getattr(self, name)!r}")
-        if self.chunked_update and self.update != "detached":
-            raise ConfigError(f'chunked_update needs update="detached", not {self.update!r}')
-        if self.stream is not None and (self.stream % self.frames or self.method != "afd"):
-            raise ConfigError(f"stream={self.stream} must be a multiple of frames={self.frames}, with method=afd")
-        if self.active_clips < 1 or self.active_clips * self.frames > (self.stream or self.frames):
-            raise ConfigError(
-                f"active_clips={self.active_clips} of frames={self.frames} do not fit stream={self.stream}"
-            )
-        if self.update_batch is not None and self.update_batch < 1:
-            raise ConfigError(f"update_batch must be at least 1, got {self.update_batch}")
+    def __post_init__(self) -> None:
+        _one_of(self, method=tuple(METHOD_NAMES))
+        _at_least(self, 1, "iterations", "teacher_clips", "prompts_per_step", "shards", "checkpoint_every")
+        _at_least(self, 0, "seed")
         if self.rollouts_per_prompt < 2:
             raise ConfigError("rollouts_per_prompt must be at least 2: a single rollout has advantage 0")
-        if self.prompts_per_step % max(1, self.shards):
+        if self.prompts_per_step % self.shards:
             raise ConfigError(f"shards={self.shards} must divide prompts_per_step={self.prompts_per_step}")
-        for name in (
-            "iterations",
-            "prompts_per_step",
-            "shards",
-            "ref_every",
-            "teacher_clips",
-            "eval_every",
-            "checkpoint_every",
-            "eval_rollouts",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.codec_crf is not None and not 0 <= self.codec_crf <= 51:
+            raise ConfigError(f"codec_crf must be in 0..51, got {self.codec_crf}")
+        if METHOD_NAMES[self.method] and self.discriminator.warmup >= self.iterations:
+            raise ConfigError(
+                f"discriminator.warmup={self.discriminator.warmup} leaves none of iterations={self.iterations} to the "
+                f"student: set discriminator.warmup below {self.iterations}"
+            )
+        self._check_family()
+        if self.stream.frames is not None and self.method != "afd":
+            raise ConfigError(f"stream.frames={self.stream.frames} needs method=afd, got method={self.method}")
+
+    def _check_family(self) -> None:
+        """ConfigError for settings that this student's family cannot have."""
+        family, rollout = entry(self.student.name), self.rollout
+        if family.chunk is not None and rollout.chunk != family.chunk:
+            raise ConfigError(
+                f"the student {self.student.name!r} has rollout.chunk={family.chunk}, not {rollout.chunk}"
+            )
+        if not family.windows and (rollout.window is not None or self.stream.frames is not None):
+            raise ConfigError(
+                f"stream.frames and rollout.window need a Wan student: the student {self.student.name!r} has a fixed length"
+            )
+        if not family.windows and rollout.graphs:
+            raise ConfigError(f"rollout.graphs needs a Wan student, not {self.student.name!r}")
+
+    def check_stream(self, frames: int) -> None:
+        """ConfigError for a stream that is not whole clips of `frames`, the student's latent frames."""
+        whole, active = self.stream.frames, self.stream.active_clips
+        if whole is not None and whole % frames:
+            raise ConfigError(f"stream.frames={whole} must be a multiple of the student's {frames} latent frames")
+        if active * frames > (whole or frames):
+            raise ConfigError(
+                f"stream.active_clips={active} of {frames} latent frames do not fit stream.frames={whole or frames}"
+            )
 
 
-def _parse(text: str, kind) -> object:
-    """'3e-4' -> the type of the field."""
-    if isinstance(kind, types.UnionType):
-        if text.lower() == "none":
+class Key(NamedTuple):
+    """One setting: its dotted name, type, default in a configuration, and meaning."""
+
+    name: str
+    kind: Any
+    value: Any
+    meaning: str
+
+
+def _meanings(part: type) -> dict[str, str]:
+    """The `name: meaning` entries of a dataclass's docstring and its bases'."""
+    found: dict[str, str] = {}
+    for base in reversed(part.__mro__):
+        text = " ".join((base.__dict__.get("__doc__") or "").split())
+        names = [f.name for f in fields(part)]
+        marks = list(re.finditer(rf"(?<![\w.])({'|'.join(names)})((?:(?: / |, )(?:{'|'.join(names)}))*): ", text))
+        for mark, after in zip(marks, [*marks[1:], None]):
+            meaning = text[mark.end() : after.start() if after else None].strip()
+            for name in re.findall(r"\w+", mark.group(0)):
+                found[name] = meaning
+    return found
+
+
+def keys(config: TrainConfig) -> Iterator[Key]:
+    """Every setting of a configuration."""
+
+    def walk(part: Any, prefix: str) -> Iterator[Key]:
+        meanings, kinds = _meanings(type(part)), typing.get_type_hints(type(part))
+        for f in fields(part):
+            if not f.init:
+                continue
+            value = getattr(part, f.name)
+            if is_dataclass(value):
+                yield from walk(value, f"{f.name}.")
+            else:
+                yield Key(prefix + f.name, kinds[f.name], value, meanings.get(f.name, ""))
+
+    return walk(config, "")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Dotted name -> value; ready for JSON."""
+    return {key.name: key.value for key in keys(config)}
+
+
+def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """`config` with dotted names replaced by values. ConfigError names the key in full."""
+    flat = {name: value for name, value in values.items() if "." not in name}
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        part, dot, leaf = name.partition(".")
+        if dot:
+            parts.setdefault(part, {})[leaf] = value
+    for part, changes in parts.items():
+        try:
+            flat[part] = replace(getattr(config, part), **changes)
+        except ValueError as error:
+            raise ConfigError(f"{part}.{error}") from error
+    return replace(config, **flat)
+
+
+def _named(kind: Any) -> str:
+    """A type in words."""
+    if typing.get_origin(kind) is tuple:
+        return "numbers with commas between them" if Ellipsis in typing.get_args(kind) else "two numbers"
+    return {int: "a whole number", float: "a number", type(None): "none"}.get(kind, "text")
+
+
+def _parse(text: str, kind: Any) -> Any:
+    """'3e-4' -> the type of the field. ValueError says what is expected."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        options = typing.get_args(kind)
+        if type(None) in options and text.lower() == "none":
             return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        for option in options:
+            if option is not type(None):
+                try:
+                    return _parse(text, option)
+                except ValueError:
+                    continue
+        raise ValueError(" or ".join(_named(option) for option in options))
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError("true or false")
         return text.lower() == "true"
     if typing.get_origin(kind) is tuple:
-        return tuple(float(part) for part in text.strip("()").split(",") if part)
-    return kind(text)
+        items = [part for part in text.strip("()").split(",") if part.strip()]
+        kinds = typing.get_args(kind)
+        if len(kinds) == 2 and kinds[1] is not Ellipsis and len(items) != 2:
+            raise ValueError("two numbers")
+        return tuple(float(part) for part in items)
+    if typing.get_origin(kind) is Literal:
+        return text  # validated with the part
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError(_named(kind)) from None
+    return text
 
 
 def with_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
-    """`config` with "key=value" strings applied. ConfigError for an unknown key (nearest name given) or value."""
-    kinds = {f.name: f.type for f in fields(TrainConfig)}
-    values = {}
+    """`config` with "key=value" strings applied; "student=NAME" and "discriminator=NAME" set the part's name, and
+    "loss=RECIPE" takes all of a recipe. ConfigError for an unknown key (with the nearest names) or a bad value."""
+    values: dict[str, Any] = {}
     for item in overrides:
-        key, equals, text = item.partition("=")
+        name, equals, text = item.partition("=")
         if not equals:
             raise ConfigError(f"overrides are written key=value, got {item!r}")
-        if key not in kinds:
-            near = get_close_matches(key, kinds, 1)
-            raise ConfigError(
-                f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(kinds)}")
-            )
+        if name == "loss":
+            try:
+                config = replace(config, loss=nft_recipe(cast(RecipeName, text)))
+            except ValueError as error:
+                raise ConfigError(f"loss={text}: {error}") from error
+            continue
+        if name in ("student", "discriminator"):
+            name += ".name"
+        kinds = {key.name: key.kind for key in keys(config)}
+        if name not in kinds:
+            raise ConfigError(f"unknown key {name!r}{_nearest(name, list(kinds))}")
         try:
-            values[key] = _parse(text, kinds[key])
+            values[name] = _parse(text, kinds[name])
         except ValueError as error:
-            raise ConfigError(
-                f"{key}={text}: expected {getattr(kinds[key], '__name__', kinds[key])} ({error})"
-            ) from error
-    return replace(config, **values)
+            raise ConfigError(f"{name}={text}: expected {error}") from error
+    return with_values(config, values)
 
 
-def to_dict(config: TrainConfig) -> dict:
-    """JSON-ready."""
-    return asdict(config)
+PREFIXES = {"disc_": "discriminator.", "student_": "update.", "eval_": "evaluation."}  # how a part is often written
 
 
-def from_dict(values: dict) -> TrainConfig:
-    """Inverse of `to_dict`, after a trip through JSON."""
-    return TrainConfig(**{**values, "steps": tuple(values["steps"])})
+def _nearest(name: str, known: list[str]) -> str:
+    """', did you mean ...?' by the whole name or by its last part."""
+    written = [part + name.removeprefix(p) for p, part in PREFIXES.items() if name.startswith(p)]
+    leaf = written[0].partition(".")[2] if written else name.rpartition(".")[2]
+    near = [k for k in written if k in known] or [k for k in known if k.rpartition(".")[2] == leaf]
+    near = near or get_close_matches(written[0] if written else name, known, 1)
+    if not near:
+        close = get_close_matches(leaf, [k.rpartition(".")[2] for k in known], 1)
+        near = [k for k in known if close and k.rpartition(".")[2] == close[0]]
+    if not near:
+        return "; `afd-fast keys` lists them all"
+    return f", did you mean {' or '.join(repr(n) for n in near)}?"
+
+
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """Inverse of `to_dict`, after a trip through JSON. ConfigError for what another version wrote."""
+    defaults = TrainConfig()
+    known = {key.name for key in keys(defaults)}
+    if odd := sorted(values.keys() ^ known):
+        raise ConfigError(f"the configuration has other keys ({', '.join(odd[:4])} ...): another version wrote it")
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return with_values(defaults, plain)

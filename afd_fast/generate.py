@@ -6,14 +6,22 @@ Legend: B videos made together, F latent frames (4 F - 3 frames of video), H x W
 import contextlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from afd_fast.errors import ConfigError
 from afd_fast.rollout import RolloutConfig, stream
+from afd_fast.students.wan.family import Networks
+from afd_fast.students.wan.model import CausalWan
+from afd_fast.video_io import write_video
+
+Moment: TypeAlias = Any  # seconds on the CPU, a CUDA event on a GPU
 
 
 @dataclass
@@ -44,16 +52,16 @@ class _Clock:
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
 
-    def now(self):
+    def now(self) -> Moment:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def between(self, start, end) -> float:
-        if not self.cuda:
-            return end - start
+    def between(self, start: Moment, end: Moment) -> float:
+        if isinstance(start, float) or isinstance(end, float):
+            return float(end) - float(start)
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
@@ -64,90 +72,120 @@ def file_name(index: int, prompt: str) -> str:
     return f"{index:04d}-{'-'.join(words)[:60] or 'video'}.mp4"
 
 
+@dataclass(frozen=True)
+class Job:
+    """One video to make: its prompt, file name and the seed of its noise."""
+
+    prompt: str
+    name: str
+    seed: int
+
+
+def jobs(prompts: Sequence[str], seed: int = 0) -> list[Job]:
+    """A job per prompt: `file_name`, and seed + i for prompt i. Empty prompts are left out; ConfigError without any."""
+    kept = [p.strip() for p in prompts if p.strip()]
+    if not kept:
+        raise ConfigError("no prompts")
+    return [Job(prompt, file_name(i, prompt), seed + i) for i, prompt in enumerate(kept)]
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Size of the videos and of the batches. frames, height, width: of the latents; 21, 60, 104 are 81 frames of
+    480 x 832. fps: of the files. batch: videos made together; a video depends on its own seed, not on its batch."""
+
+    frames: int = 21
+    height: int = 60
+    width: int = 104
+    fps: float = 16.0
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.fps > 0:
+            raise ConfigError(f"fps must be positive, got {self.fps}")
+
+
+Write = Callable[[Path, Tensor, float], None]  # (path, pixels [3, frames, H, W] in [0, 1], fps) writes a file
+
+
 def generate(
-    student,
-    prompts: list[str],
+    networks: Networks,
+    todo: Sequence[Job],
     out_dir: str | Path,
-    *,
-    encode: Callable[[list[str]], list[Tensor]],
-    decode,
-    write: Callable[[Path, Tensor, float], None],
+    options: GenerateOptions = GenerateOptions(),
     config: RolloutConfig = RolloutConfig(),
-    frames: int = 21,
-    height: int = 60,
-    width: int = 104,
-    batch: int = 1,
-    seed: int = 0,
-    fps: float = 16.0,
-    names: list[str] | None = None,
-    seeds: list[int] | None = None,
+    *,
+    write: Write = write_video,
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerateStats:
-    """Make one mp4 per prompt in out_dir.
+    """Make one mp4 per job in out_dir.
 
     Args:
-        student: a CausalWan. encode: prompts to embeddings (`models.text.TextEncoder`). decode: a
-            `models.vae.WanDecoder`. write: (path, pixels [3, frames, H, W] in [0, 1], fps) writes a file.
-        frames, height, width: of the latents; 21, 60, 104 are 81 frames of 480 x 832.
-        batch: prompts generated together. seed: video i is drawn from seed + i, whatever the batch.
-        names, seeds: each video's file name and seed, where `file_name` and seed + i are not wanted.
+        networks: student, text encoder and VAE (`students.wan.family.load_networks`).
         progress: called with (chunks done, chunks of all videos' batches).
 
-    Raises ValueError for empty prompts, and what the student raises for sizes.
+    Raises ConfigError for frames that do not fill the chunks, before anything is made, and what the student raises.
     """
-    prompts = [p.strip() for p in prompts if p.strip()]
-    if not prompts:
-        raise ValueError("no prompts")
-    names = names or [file_name(i, prompt) for i, prompt in enumerate(prompts)]
-    seeds = seeds or [seed + i for i in range(len(prompts))]
-    if not len(names) == len(seeds) == len(prompts):
-        raise ValueError(f"{len(prompts)} prompts, {len(names)} names, {len(seeds)} seeds")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+    total = -(-len(todo) // options.batch) * chunk_count(options.frames, config)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    clock, stats = _Clock(student.device), GenerateStats()
+    student, stats, done = networks.student, GenerateStats(), 0
+    clock = _Clock(student.device)
     side = torch.cuda.Stream(student.device) if clock.cuda else None
-    batches = [range(i, min(i + batch, len(prompts))) for i in range(0, len(prompts), batch)]
-    done, total = 0, None
-    for indices in batches:
+    for first in range(0, len(todo), options.batch):
+        part = todo[first : first + options.batch]
         with torch.no_grad():
-            text = student.encode_text(encode([prompts[i] for i in indices]))
-        generators = [torch.Generator(student.device).manual_seed(seeds[i]) for i in indices]
-        shape = (student.config.in_dim, frames, height, width)
-        options = {"device": student.device, "dtype": student.dtype}
-        noise = torch.stack([torch.randn(shape, generator=g, **options) for g in generators])
-        decoder, pixels = decode.stream(), []
-        begin = mark = first = clock.now()
-        for number, latents in enumerate(
-            _counted(stream(student, text, noise, config, generator=generators), stats, clock)
-        ):
+            text = student.encode_text(networks.text([job.prompt for job in part]))
+        generators = [torch.Generator(student.device).manual_seed(job.seed) for job in part]
+        noise = _noise(student, generators, options)
+        decoder, pixels = networks.vae.stream(), []
+        begin = mark = clock.now()
+        latency: Moment | None = None
+        chunks = stream(student, text, noise, config, generator=generators)
+        for latents in _counted(chunks, stats, clock):
             with _on(side):
                 if side is not None:
                     latents.record_stream(side)
                 pixels.append(decoder(latents))
                 mark = clock.now()
-            first = mark if number == 0 else first
+            latency = latency or mark
             done += 1
             if progress is not None:
-                total = total or len(batches) * _chunks(frames, config)
                 progress(done, total)
         stats.video_seconds += clock.between(begin, mark)
-        stats.first_chunk_seconds.append(clock.between(begin, first))
+        stats.first_chunk_seconds.append(clock.between(begin, latency or mark))
         video = torch.cat(pixels, 2)
-        stats.videos += len(indices)
-        stats.frames += len(indices) * video.shape[2]
-        for i, one in zip(indices, video):
-            write(out_dir / names[i], one, fps)
+        stats.videos += len(part)
+        stats.frames += len(part) * video.shape[2]
+        for job, one in zip(part, video):
+            write(out_dir / job.name, one, options.fps)
     return stats
 
 
-def _chunks(frames: int, config: RolloutConfig) -> int:
+def _noise(student: CausalWan, generators: Sequence[torch.Generator], options: GenerateOptions) -> Tensor:
+    """Initial noise [B, C, F, H, W], sample b from generator b."""
+    shape = (student.config.in_dim, options.frames, options.height, options.width)
+    return torch.stack(
+        [torch.randn(shape, generator=g, device=student.device, dtype=student.dtype) for g in generators]
+    )
+
+
+def chunk_count(frames: int, config: RolloutConfig) -> int:
+    """Chunks of a rollout of `frames` latent frames. ConfigError where they do not divide."""
     first = 1 if config.independent_first_frame else 0
+    if (frames - first) % config.chunk or frames < first:
+        raise ConfigError(
+            f"{frames} latent frames do not divide into chunks of {config.chunk}"
+            + (" after the first frame" if first else "")
+            + f": {frames - (frames - first) % config.chunk} or {frames + config.chunk - (frames - first) % config.chunk} do"
+        )
     return first + (frames - first) // config.chunk
 
 
-def _on(side):
+def _on(side: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
     """Run on the side stream, after what is on the main one so far; without one, here."""
     if side is None:
         return contextlib.nullcontext()
@@ -155,7 +193,7 @@ def _on(side):
     return torch.cuda.stream(side)
 
 
-def _counted(chunks, stats: GenerateStats, clock: _Clock):
+def _counted(chunks: Iterator[Tensor], stats: GenerateStats, clock: _Clock) -> Iterator[Tensor]:
     """Pass chunks on; their own time, measured around each, is added to dit_seconds at the end."""
     spans = []
     iterator = iter(chunks)
@@ -168,53 +206,3 @@ def _counted(chunks, stats: GenerateStats, clock: _Clock):
         spans.append((start, clock.now()))
         yield latents
     stats.dit_seconds += sum(clock.between(*span) for span in spans)
-
-
-class HashText:
-    """Random embeddings that depend on the prompt alone: stands in for UMT5 where there are no weights."""
-
-    def __init__(self, text_dim: int, text_len: int):
-        self.text_dim, self.text_len = text_dim, text_len
-
-    def __call__(self, prompts: list[str]) -> list[Tensor]:
-        import zlib
-
-        rows = []
-        for prompt in prompts:
-            g = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-            rows.append(torch.randn(min(self.text_len, len(prompt.split()) + 1), self.text_dim, generator=g))
-        return rows
-
-
-def load_networks(student: str, base: str, seed: int = 0):
-    """(student, encode, decode) on the GPU where there is one: `tiny(seed)` for "tiny", else the checkpoint `student` in
-    bfloat16 with the text encoder and VAE of the diffusers repository `base`."""
-    if student == "tiny":
-        return tiny(seed)
-    from afd_fast.students import load_student
-    from afd_fast.students.wan.text import TextEncoder
-    from afd_fast.students.wan.vae import WanDecoder
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return (
-        load_student(student, dtype=torch.bfloat16, device=device),
-        TextEncoder.from_pretrained(base, device=device),
-        WanDecoder.from_pretrained(base, device=device),
-    )
-
-
-def tiny(seed: int = 0):
-    """(student, encode, decode) with random weights, for trying the command without a GPU or a download.
-
-    Use latents of 6 x 10 or so: 48 x 80 pixels. Needs diffusers for the VAE's architecture.
-    """
-    from diffusers import AutoencoderKLWan
-
-    from afd_fast.students import CausalWan, CausalWanConfig
-    from afd_fast.students.wan.vae import WanDecoder
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        student = CausalWan(CausalWanConfig.tiny()).eval()
-        vae = AutoencoderKLWan(base_dim=4, num_res_blocks=1)
-    return student, HashText(student.config.text_dim, student.config.text_len), WanDecoder(vae)

@@ -5,21 +5,26 @@ Legend: B samples, C channels, F latent frames, f frames of a chunk, H x W laten
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from afd_fast.errors import ConfigError
 from afd_fast.reference.flow import shift_sigma
 from afd_fast.reference.transformer import split_blocks
 from afd_fast.students.lora import merged_lora
+from afd_fast.students.student import Cache, Student, StudentModule, Text, batch_of
+
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]  # one, or one per sample
 
 
 def _check_steps(name: str, steps: tuple[float, ...]) -> None:
     if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in itertools.pairwise(steps)):
-        raise ValueError(f"{name} must fall from at most 1000 to above 0, got {steps}")
+        raise ConfigError(f"{name} must fall from at most 1000 to above 0, got {steps}")
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,15 @@ class RolloutConfig:
 
     steps: unwarped denoising steps in 0..1000, falling.
     shift: of the timestep schedule; 5.0 in Self-Forcing's configs, 8.0 in its demo: explicit on purpose.
-    chunk: latent frames generated together; independent_first_frame: the first frame is a chunk of its own.
+    chunk: latent frames generated together.
     context_noise: t of the cache pass, 0..1000 (the frames themselves are not noised, as officially).
+    independent_first_frame: the first frame is a chunk by itself.
     first_chunk_steps: other steps for the first chunk (Causal-Forcing++ `denoising_step_list_first_chunk`).
-    window, sink: frames a chunk attends to, and how many of the first are always among them; None: all.
+    window: latent frames a chunk attends to; none: all.
+    sink: how many of the first frames are always among the window's.
     fuse_cache_pass: run chunk i's cache pass together with chunk i + 1's first step, one longer forward.
-    merge_lora: merge LoRA layers into the weights for the rollout and restore them bit for bit after.
+    merge_lora: merge LoRA layers into the weights for the rollout and restore them bit for bit after it.
+    graphs: record each forward once as a CUDA graph and replay it in later rollouts of the same shape.
     """
 
     steps: tuple[float, ...] = (1000, 750, 500, 250)
@@ -46,21 +54,38 @@ class RolloutConfig:
     sink: int = 0
     fuse_cache_pass: bool = False
     merge_lora: bool = True
+    graphs: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_steps("steps", self.steps)
         if self.first_chunk_steps is not None:
             _check_steps("first_chunk_steps", self.first_chunk_steps)
         if not 0 <= self.context_noise <= 1000:
-            raise ValueError(f"context_noise must lie in 0..1000, got {self.context_noise}")
+            raise ConfigError(f"context_noise must lie in 0..1000, got {self.context_noise}")
+        if not 0 < self.shift < float("inf"):
+            raise ConfigError(f"shift must be a positive number, got {self.shift}")
+        if self.chunk < 1:
+            raise ConfigError(f"chunk must be at least 1, got {self.chunk}")
+        if self.window is None and self.sink:
+            raise ConfigError(f"sink={self.sink} needs a window larger than it: set window")
+        if self.window is not None and not 0 <= self.sink < self.window:
+            raise ConfigError(f"sink={self.sink} must be at least 0 and below window={self.window}")
 
 
-def step_table(steps: tuple[float, ...], shift: float) -> list[tuple[float, float]]:
-    """(t, sigma) of every step on the shifted schedule, both rounded to float32 as in the official table
+class Step(NamedTuple):
+    """One denoising step: the network's t in 0..1000, and the noise level sigma in [0, 1]."""
+
+    t: float
+    sigma: float
+
+
+def step_table(steps: tuple[float, ...], shift: float) -> list[Step]:
+    """Every step on the shifted schedule, both rounded to float32 as in the official table
     (1000 sigmas; steps are looked up by their integer part)."""
     sigmas = shift_sigma(torch.linspace(1, 0, 1001, dtype=torch.float32)[:-1], shift)
     times = sigmas * 1000
-    return [(float(times[1000 - int(s)]), float(sigmas[1000 - int(s)])) if s >= 1 else (0.0, 0.0) for s in steps]
+    rows = [1000 - int(s) for s in steps]
+    return [Step(float(times[i]), float(sigmas[i])) if i < 1000 else Step(0.0, 0.0) for i in rows]
 
 
 class _Noise:
@@ -70,10 +95,10 @@ class _Noise:
     per sample, which makes a batch equal to single rollouts.
     """
 
-    def __init__(self, like: Tensor, generator, renoise: Tensor | None):
+    def __init__(self, like: Tensor, generator: Generators | None, renoise: Tensor | None):
         if generator is not None and renoise is not None:
             raise ValueError("give generator= or renoise=, not both")
-        if isinstance(generator, (list, tuple)) and len(generator) != like.shape[0]:
+        if isinstance(generator, Sequence) and len(generator) != like.shape[0]:
             raise ValueError(f"{len(generator)} generators for a batch of {like.shape[0]}")
         if renoise is not None and renoise.ndim not in (5, 6):
             raise ValueError(
@@ -96,54 +121,54 @@ class _Noise:
                     f"renoise draw is {tuple(noise.shape)}, want {(batch, channels, frames, height, width)}"
                 )
             return noise.to(self.like)
-        options = {"dtype": self.like.dtype, "device": self.like.device}
-        shape = (frames, channels, height, width)
-        if isinstance(self.generator, (list, tuple)):
-            noise = torch.stack([torch.randn(shape, generator=g, **options) for g in self.generator])
+        dtype, device, shape = self.like.dtype, self.like.device, (frames, channels, height, width)
+        if isinstance(self.generator, Sequence):
+            noise = torch.stack([torch.randn(shape, generator=g, dtype=dtype, device=device) for g in self.generator])
         else:
-            noise = torch.randn((batch, *shape), generator=self.generator, **options)
+            noise = torch.randn((batch, *shape), generator=self.generator, dtype=dtype, device=device)
         return noise.transpose(1, 2)
 
 
 class _Sampler:
     """One rollout: the model, its text, cache and timetables. `denoise` makes a chunk, `refresh` caches it."""
 
-    def __init__(self, model, text, noise: Tensor, config: RolloutConfig, frames: int, source: _Noise, grad: bool):
+    def __init__(
+        self, model: Student, text: Text, noise: Tensor, config: RolloutConfig, frames: int, source: _Noise, grad: bool
+    ):
         self.model, self.text, self.config, self.source, self.grad = model, text, config, source, grad
         self.batch = noise.shape[0]
-        self.window = {} if config.window is None else {"window": config.window, "sink": config.sink}
-        self.size = (frames, *noise.shape[3:])
-        self.cache = None
-        self.tables: dict[float, object] = {}
+        self.size = (frames, noise.shape[3], noise.shape[4])
+        self.cache: Cache = None
+        self.tables: dict[tuple[float, int, int], Any] = {}
 
     def start(self, initial: Tensor | None, history: list[tuple[int, int]]) -> None:
         """A fresh cache, filled with the given frames; one given video for a batch is run once and shared."""
         shared = initial is not None and initial.shape[0] < self.batch
         batch, self.batch = self.batch, 1 if shared else self.batch
-        self.cache = self.model.new_cache(self.batch, *self.size, **self.window)
-        for a, b in history:
-            self.refresh(initial[:, :, a:b], a)
+        self.cache = self.model.new_cache(self.batch, *self.size, window=self.config.window, sink=self.config.sink)
+        if initial is not None:
+            for a, b in history:
+                self.refresh(initial[:, :, a:b], a)
         if shared:
             self.batch, self.cache = batch, self.cache.fork(batch)
 
-    def at(self, time: float, frames: int, device) -> object:
-        """t as the model takes it: CausalWan's modulation table, made once per distinct t, or [B, f]."""
-        if not hasattr(self.model, "conditioning"):
-            return torch.full((self.batch, frames), time, device=device)
-        if time not in self.tables:
+    def at(self, time: float, frames: int) -> Any:
+        """t as the model takes it, made once per distinct t."""
+        key = (time, self.batch, frames)
+        if key not in self.tables:
             with torch.no_grad():
-                self.tables[time] = self.model.conditioning(time, tables=True)
-        return self.tables[time]
+                self.tables[key] = self.model.timestep(time, self.batch, frames)
+        return self.tables[key]
 
     def forward(self, x: Tensor, time: float, start: int, grad: bool) -> Tensor:
         if grad:  # the tables hold no graph
             t = torch.full((self.batch, x.shape[2]), time, device=x.device)
         else:
-            t = self.at(time, x.shape[2], x.device)
+            t = self.at(time, x.shape[2])
         with torch.set_grad_enabled(grad):
             return self.model(x, t, self.text, cache=self.cache, start_frame=start)
 
-    def denoise(self, x: Tensor, steps: list[tuple[float, float]], start: int, pending: Tensor | None) -> Tensor:
+    def denoise(self, x: Tensor, steps: list[Step], start: int, pending: Tensor | None) -> Tensor:
         """Noise [B, C, f, H, W] -> clean latents. pending: the previous chunk, whose cache pass this one's first
         step takes along."""
         for index, (time, sigma) in enumerate(steps):
@@ -167,8 +192,9 @@ class _Sampler:
         times = [float(self.config.context_noise)] * sizes[0] + [time] * sizes[1]
         t = torch.tensor([times], device=x.device).expand(self.batch, -1)
         both = torch.cat([previous.detach(), x], 2)
+        model: Any = self.model  # blocks= is a CausalWan's
         with torch.no_grad():
-            v = self.model(both, t, self.text, cache=self.cache, start_frame=start - sizes[0], blocks=sizes)
+            v = model(both, t, self.text, cache=self.cache, start_frame=start - sizes[0], blocks=sizes)
         return v[:, :, sizes[0] :]
 
     def refresh(self, x0: Tensor, start: int) -> None:
@@ -176,13 +202,29 @@ class _Sampler:
         self.forward(x0.detach(), float(self.config.context_noise), start, grad=False)
 
 
+def _check_initial(initial: Tensor, noise: Tensor, text: Text) -> None:
+    """ValueError for frames to continue from that do not fit."""
+    rows = initial.shape[0]
+    sizes_fit = initial.shape[1] == noise.shape[1] and initial.shape[3:] == noise.shape[3:]
+    if not sizes_fit or rows not in (1, noise.shape[0]):
+        raise ValueError(f"initial_latent {tuple(initial.shape)} does not fit noise {tuple(noise.shape)}")
+    if rows < noise.shape[0] and batch_of(text) != 1:
+        raise ValueError(f"one initial_latent for a batch of {noise.shape[0]} needs one prompt, got {batch_of(text)}")
+
+
+def _merged(model: Student) -> AbstractContextManager[Any]:
+    """The model's adapters merged inside the block, also where it is wrapped for CUDA graphs."""
+    module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    return merged_lora(module) if isinstance(module, nn.Module) else nullcontext()
+
+
 def stream(
-    model,
-    text,
+    model: Student,
+    text: Text,
     noise: Tensor,
     config: RolloutConfig = RolloutConfig(),
     *,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators | None = None,
     renoise: Tensor | None = None,
     grad_last_step: bool = False,
     initial_latent: Tensor | None = None,
@@ -196,16 +238,8 @@ def stream(
     if noise.ndim != 5:
         raise ValueError(f"noise must be [B, C, F, H, W], got {tuple(noise.shape)}")
     given = 0 if initial_latent is None else initial_latent.shape[2]
-    if given:
-        rows = initial_latent.shape[0]
-        if (
-            initial_latent.shape[1] != noise.shape[1]
-            or initial_latent.shape[3:] != noise.shape[3:]
-            or rows not in (1, noise.shape[0])
-        ):
-            raise ValueError(f"initial_latent {tuple(initial_latent.shape)} does not fit noise {tuple(noise.shape)}")
-        if rows < noise.shape[0] and getattr(text, "batch", 1) != 1:
-            raise ValueError(f"one initial_latent for a batch of {noise.shape[0]} needs one prompt, got {text.batch}")
+    if initial_latent is not None:
+        _check_initial(initial_latent, noise, text)
     frames = given + noise.shape[2]
     if config.independent_first_frame and given == 1:  # image to video: the given frame is the independent one
         history, blocks = [(0, 1)], split_blocks(noise.shape[2], config.chunk)
@@ -216,22 +250,23 @@ def stream(
     steps = step_table(config.steps, config.shift)
     first_steps = step_table(config.first_chunk_steps, config.shift) if config.first_chunk_steps else steps
     source = _Noise(noise, generator, renoise)
-    merge = (
-        merged_lora(model) if config.merge_lora and not grad_last_step and hasattr(model, "modules") else nullcontext()
-    )
+    merge = _merged(model) if config.merge_lora and not grad_last_step else nullcontext()
+    student = model
+    if config.graphs and not grad_last_step and isinstance(model, StudentModule):
+        student = model.graphed()
 
-    def chunks():
-        with (
-            merge
-        ):  # also undone when the consumer stops early; grad modes are set inside the calls, never over a yield
-            sampler = _Sampler(model, text, noise, config, frames, source, grad_last_step)
+    def chunks() -> Iterator[Tensor]:
+        with merge:  # also undone when the consumer stops early; grad modes are set inside calls, never over a yield
+            sampler = _Sampler(student, text, noise, config, frames, source, grad_last_step)
             sampler.start(initial_latent if initial_latent is None else initial_latent.to(noise), history)
-            previous = None  # (latents, first frame) of the chunk whose cache pass is still due
+            previous: tuple[Tensor, int] | None = (
+                None  # (latents, first frame) of the chunk whose cache pass is still due
+            )
             for index, (a, b) in enumerate(blocks):
                 fuse = previous is not None and config.fuse_cache_pass and not (grad_last_step and len(steps) == 1)
                 if previous is not None and not fuse:
                     sampler.refresh(*previous)
-                pending = previous[0] if fuse else None
+                pending = previous[0] if previous is not None and fuse else None
                 x0 = sampler.denoise(noise[:, :, a:b], steps if index else first_steps, given + a, pending)
                 previous = (x0, given + a)
                 if progress is not None:
@@ -242,12 +277,12 @@ def stream(
 
 
 def rollout(
-    model,
-    text,
+    model: Student,
+    text: Text,
     noise: Tensor,
     config: RolloutConfig = RolloutConfig(),
     *,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators | None = None,
     renoise: Tensor | None = None,
     grad_last_step: bool = False,
     initial_latent: Tensor | None = None,
@@ -256,7 +291,7 @@ def rollout(
     """Latents [B, C, F, H, W] from initial noise of that shape.
 
     Args:
-        model: a causal student (`model(x, t, text, cache=, start_frame=)` -> velocity).
+        model: a causal student (`afd_fast.students.Student`).
         text: its `encode_text`, of batch B or 1.
         generator: source of the noise between steps, drawn in the official order, so that a seed gives the
             official rollout; a list of B generators makes sample b independent of the rest of the batch.

@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from afd_fast.estimate.estimate import GPUS, estimate
+from afd_fast.training.step import train_step
 
 from afd_fast.config import with_overrides
-from afd_fast.estimate.estimate import GPUS, estimate
 from afd_fast.generate import HashText
 from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.students.wan.family import discriminator, wan_system
@@ -25,19 +26,25 @@ from afd_fast.students.wan.vae import WanDecoder
 from afd_fast.teachers.dataset import collect
 from afd_fast.training import runs as recipes
 from afd_fast.training.state import new_state
-from afd_fast.training.step import train_step
 from afd_fast.video_io import write_video
 from benchmarks.rollout import FIELDS, Rows
 
 PHASES = ("teacher", "rollout", "decode", "discriminator", "score", "update", "optimiser")
 DEVICES = {"h100": "H100 80GB HBM3", "h200": "H200", "a100": "A100-SXM4-80GB", "rtx4090": "RTX 4090"}
 SIZES = {  # one shard of two samples: 1.3b with 12 latent frames fits 80 GB (`afd-fast estimate`)
-    "tiny": ["student=tiny", "frames=6", "height=6", "width=10", "lora_rank=4", "disc_width=8"],
-    "1.3b": ["student=1.3b, random weights", "frames=12"],
+    "tiny": [
+        "student=tiny",
+        "student.frames=6",
+        "student.height=6",
+        "student.width=10",
+        "student.lora_rank=4",
+        "discriminator.width=8",
+    ],
+    "1.3b": ["student=1.3b, random weights", "student.frames=12"],
 }
 COMMON = [
     "discriminator=toy",
-    "disc_warmup=0",
+    "discriminator.warmup=0",
     "shards=1",
     "prompts_per_step=1",
     "rollouts_per_prompt=2",

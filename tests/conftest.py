@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from afd_fast.config import TrainConfig
+from afd_fast.config import TrainConfig, with_values
 from afd_fast.teachers import physics
 from afd_fast.teachers.physics import FPS, all_prompts, sample_clips
 from afd_fast.video_io import write_video
@@ -16,10 +16,11 @@ def _threads():
 @pytest.fixture
 def tiny_config():
     """Four iterations, one of them warm-up: seconds, not minutes."""
-    return TrainConfig(
-        name="tiny", iterations=4, disc_warmup=1, teacher_clips=1, prompts_per_step=3, rollouts_per_prompt=2,
-        eval_every=2, eval_rollouts=2, checkpoint_every=2, lora_rank=4,
-    )  # fmt: skip
+    return with_values(TrainConfig(), {
+        "name": "tiny", "iterations": 4, "discriminator.warmup": 1, "teacher_clips": 1, "prompts_per_step": 3,
+        "rollouts_per_prompt": 2, "evaluation.every": 2, "evaluation.rollouts": 2, "checkpoint_every": 2,
+        "student.lora_rank": 4,
+    })  # fmt: skip
 
 
 @pytest.fixture

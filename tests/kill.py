@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from afd_fast.training import checkpoint
 from tests.test_trainer import command, same
 
-RUN = ["train", "demo", "iterations=70", "disc_warmup=2", "prompts_per_step=4", "rollouts_per_prompt=2", "eval_every=70",
-       "eval_rollouts=1", "teacher_clips=1", "checkpoint_every=1", "lora_rank=4", "disc_width=8", "--out"]  # fmt: skip
+RUN = ["train", "demo", "iterations=70", "discriminator.warmup=2", "prompts_per_step=4", "rollouts_per_prompt=2", "evaluation.every=70",
+       "evaluation.rollouts=1", "teacher_clips=1", "checkpoint_every=1", "student.lora_rank=4", "discriminator.width=8", "--out"]  # fmt: skip
 
 
 def state(folder: Path) -> dict | None:

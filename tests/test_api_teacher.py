@@ -12,15 +12,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from afd_fast.config import TrainConfig
 from afd_fast.errors import ConfigError, TeacherError
-from afd_fast.students.toy.model import ToyStudent
 from afd_fast.teachers.api import APITeacher, from_file
-from afd_fast.teachers.dataset import collect
+from afd_fast.teachers.dataset import collect, open_teacher
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.pipeline import PipelineTeacher, write_folder
 from afd_fast.teachers.video_api import VideoAPI
-from afd_fast.training.state import toy_system
+from afd_fast.video_io import VideoFormat
 from tests.api_server import KEY, Provider
 
 FIT = {"frames": 12, "size": (16, 16), "fps": 10}
@@ -60,7 +58,7 @@ def test_refused_and_hopeless_videos_are_final_and_stop_nobody(provider, tmp_pat
     asked = teacher(provider, tmp_path)
     asked.fetch([(p, 0) for p in prompts])
     assert [asked.seeds(p, [0]) for p in prompts] == [[], [], [], [], [0]]
-    text = "\n".join(asked.problems())
+    text = "\n".join(asked.problems)
     for word in ("InputTextSensitive", "OutputVideoSensitive", "InternalServiceError", "5 frames"):
         assert word in text
     assert provider.charged("refused at once") == 0 and provider.hits["create fails always"] == 2
@@ -118,7 +116,7 @@ def test_damaged_file_is_downloaded_again_not_paid_again(provider, tmp_path):
 def test_without_a_list_a_lost_answer_is_said_not_paid_again(provider, tmp_path):
     asked = teacher(provider, tmp_path, api={"list_path": None})
     asked.fetch([("lost", 0), ("ball", 0)])
-    assert "look at the bill" in asked.problems()[0] and len(provider.tasks) == 2 and asked.spent == pytest.approx(0.88)
+    assert "look at the bill" in asked.problems[0] and len(provider.tasks) == 2 and asked.spent == pytest.approx(0.88)
 
 
 def test_one_process_at_a_time(provider, tmp_path):
@@ -137,7 +135,7 @@ def test_a_request_that_never_arrived_is_no_failure_of_the_provider(provider, tm
     asked._write(asked._id("fails", 0), prompt="fails", seed=0, state="creating", usd=0.44, wire_seed=1, tries=1)
     again = teacher(provider, tmp_path)
     again.fetch([("fails", 0)])
-    assert again.missing([("fails", 0)]) == [] and not again.problems() and provider.charged("fails") == 1
+    assert again.missing([("fails", 0)]) == [] and not again.problems and provider.charged("fails") == 1
 
 
 CHILD = f"""
@@ -209,13 +207,12 @@ def test_training_on_an_api(provider, tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(f"a ball {word}" for word in ("one", "two", "three", "refused later")))
     given = description(provider)
     (tmp_path / "ark.json").write_text(json.dumps(given))
-    config, ticks = TrainConfig(teacher=f"api:{tmp_path / 'ark.json'}", teacher_clips=2), []
-    data = collect(
-        config, toy_system(ToyStudent()), tmp_path, lambda items, what: (ticks.append(what) or item for item in items)
-    )
+    ticks = []
+    teacher = open_teacher(f"api:{tmp_path / 'ark.json'}", VideoFormat(12, 16, 16, 10), tmp_path)
+    data = collect(teacher, 2, None, lambda items, what: (ticks.append(what) or item for item in items))
     assert data.train_prompts == ["a ball one", "a ball two"] and data.held_out == ["a ball three"]
     assert data.videos["a ball one"].shape == (2, 3, 12, 16, 16) and "refused" in data.problems[0]
-    assert ticks.count("teacher API") == 8
+    assert ticks.count("fetching teacher videos") == 8
 
 
 class Frames(DiffusionPipeline):

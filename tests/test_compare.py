@@ -10,10 +10,11 @@ import pytest
 
 from afd_fast.config import with_overrides
 from afd_fast.errors import ConfigError
-from afd_fast.training import runs as recipes
+from afd_fast.training import runs as named
 from afd_fast.training.compare import ABLATIONS, compare, log_of, methods, runs
-from afd_fast.training.methods.baselines import STEPS
-from tests.test_trainer import QUIET, TINY, command
+from afd_fast.training.methods import METHODS
+from tests.runs import QUIET
+from tests.test_trainer import TINY, command
 
 
 def test_comparison_stops_goes_on_and_reports(tmp_path):
@@ -45,36 +46,35 @@ def test_comparison_stops_goes_on_and_reports(tmp_path):
     assert (
         html.count("data:video/mp4;base64,") == 6 and "<svg" in html and not re.search(r'(src|href)="(?!data:|#)', html)
     )
-    with pytest.raises(ConfigError, match="another student_lr"):
-        compare("demo", [*TINY, "student_lr=1"], lambda c: methods(c, ["afd"]), 1, out, console=QUIET)
+    with pytest.raises(ConfigError, match="another configuration .update.lr"):
+        compare("demo", [*TINY, "update.lr=1"], lambda c: methods(c, ["afd"]), 1, out, console=QUIET)
 
 
 def test_a_failing_run_is_named_with_its_last_words(tmp_path):
     run = command("ablate", "v_old", "demo", *TINY, f"teacher=folder:{tmp_path}/nowhere", "--out", tmp_path / "a")
     assert run.wait() == 1
-    assert re.search(r"v_old=ema-0 failed: .*nowhere", run.stdout.read().replace("\n", " "))
+    assert re.search(r"update.v_old=ema-0 failed: .*nowhere", run.stdout.read().replace("\n", " "))
 
 
 def test_every_method_and_setting_is_a_valid_configuration(tmp_path):
-    config = recipes.demo()
-    assert set(recipes.BASELINES) == set(STEPS)
-    for rows in [lambda c: methods(c, list(STEPS)), *ABLATIONS.values()]:
+    config = named.demo()
+    for rows in [lambda c: methods(c, list(METHODS)), *ABLATIONS.values()]:
         planned = runs(config, rows(config), 2, tmp_path)
         assert len(set(map(str, planned.values()))) == len(planned) >= 4
         assert len({log_of(folder) for folder in planned} | set(planned)) == 2 * len(planned)
-    rates = [v.keys["disc_lr"] for v in ABLATIONS["disc_lr"](recipes.afd_table3())]
+    rates = [v.keys["discriminator.lr"] for v in ABLATIONS["disc_lr"](named.afd_table3())]
     assert rates == pytest.approx([0, 1e-6, 5e-6, 1e-5, 5e-5])  # the paper's
     assert {
         c.prompts_per_step * c.rollouts_per_prompt for c in runs(config, ABLATIONS["k"](config), 1, tmp_path).values()
     } == {96}
     with pytest.raises(ConfigError, match="unknown method 'ppo'"):
         methods(config, ["ppo"])
-    with pytest.raises(ConfigError, match="chunked_update"):
-        with_overrides(config, ["chunked_update=true", "update=block_causal"])
+    with pytest.raises(ConfigError, match="update.chunked"):
+        with_overrides(config, ["update.chunked=true", "update.history=block_causal"])
 
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "afd-0").mkdir()
     (tmp_path / "afd-0/thesis.txt").write_text("years of work")
     with pytest.raises(ConfigError, match="not a run folder"):
-        runs(recipes.demo(), methods(recipes.demo(), ["afd"]), 1, tmp_path)
+        runs(named.demo(), methods(named.demo(), ["afd"]), 1, tmp_path)

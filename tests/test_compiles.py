@@ -11,29 +11,32 @@ import triton
 import triton.language as tl
 from afd_kernels import nft as kernels
 from afd_kernels import noise as noise_kernels
-from afd_kernels._launch import TILE
+from afd_kernels.layout import TILE, Slot, Source
 
 from tests.aot import compile_kernel
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 OFF = dict(
-    X0=False, REF_X0=False, SOURCE=0, HAS_OLD=False, HAS_REF=True, HAS_MASK=False, HAS_SIGMA=False, PER_FRAME=False,
-    GRAD=False, SCALED=False, GUARD=False, SUMS=0, PACKED=False, CU_BLOCK=1,
+    X0=False, REF_X0=False, SOURCE=Source.NOISE.value, HAS_OLD=False, HAS_REF=True, HAS_MASK=False, HAS_SIGMA=False,
+    PER_FRAME=False, GRAD=False, SCALED=False, GUARD=False, SUMS=0, PACKED=False, CU_BLOCK=1,
 )  # fmt: skip
-PLAIN, ADAPTIVE = 0b10100, 0b01111  # e^2 and the prior; the four sums of the weights
+SEED, X_T = Source.SEED.value, Source.X_T.value
+PRIOR, EVERY = Slot.PRIOR.bit, (1 << len(Slot)) - 1
+PLAIN = Slot.POS.bit | PRIOR
+ADAPTIVE = Slot.SIZE.bit | Slot.SIZE_GAP.bit | Slot.POS.bit | Slot.NEG.bit  # the four sums of the weights
 SWEEPS = {  # flags, tensors read, bytes a bf16 element moves, instructions an element may cost (measured + 5 %)
-    "afd, seed, loss and gradient": (dict(SOURCE=1, GRAD=True, SUMS=PLAIN), "v x0 ref", 8, 90),
-    "afd, seed, loss only": (dict(SOURCE=1, SUMS=PLAIN), "v x0 ref", 6, 86),
+    "afd, seed, loss and gradient": (dict(SOURCE=SEED, GRAD=True, SUMS=PLAIN), "v x0 ref", 8, 90),
+    "afd, seed, loss only": (dict(SOURCE=SEED, SUMS=PLAIN), "v x0 ref", 6, 86),
     "afd, noise, loss and gradient": (dict(GRAD=True, SUMS=PLAIN), "v x0 y ref", 10, 27),
     "afd, gradient again": (dict(GRAD=True, SCALED=True, GUARD=True), "v x0 y ref", 10, 20),
-    "adaptive, seed, weights": (dict(X0=True, SOURCE=1, HAS_OLD=True, HAS_REF=False, SUMS=ADAPTIVE), "v x0 old", 6, 97),
-    "adaptive, seed, gradient": (dict(X0=True, SOURCE=1, HAS_OLD=True, GRAD=True, SUMS=1 << 4), "v x0 old ref", 10, 97),
-    "adaptive, x_t, sums": (dict(X0=True, SOURCE=2, HAS_OLD=True, SUMS=ADAPTIVE | 1 << 4), "v x0 y old ref", 10, 36),
-    "adaptive, x_t, gradient": (dict(X0=True, SOURCE=2, HAS_OLD=True, GRAD=True, SCALED=True), "v x0 y old ref", 12, 28),
-    "adaptive, noise, stats": (dict(X0=True, HAS_OLD=True, SUMS=0b111011111), "v x0 y old ref", 10, 50),
-    "mask": (dict(GRAD=True, SUMS=PLAIN | 1 << 5, HAS_MASK=True), "v x0 y ref mask", 11, 39),
+    "adaptive, seed, weights": (dict(X0=True, SOURCE=SEED, HAS_OLD=True, HAS_REF=False, SUMS=ADAPTIVE), "v x0 old", 6, 97),
+    "adaptive, seed, gradient": (dict(X0=True, SOURCE=SEED, HAS_OLD=True, GRAD=True, SUMS=PRIOR), "v x0 old ref", 10, 97),
+    "adaptive, x_t, sums": (dict(X0=True, SOURCE=X_T, HAS_OLD=True, SUMS=ADAPTIVE | PRIOR), "v x0 y old ref", 10, 36),
+    "adaptive, x_t, gradient": (dict(X0=True, SOURCE=X_T, HAS_OLD=True, GRAD=True, SCALED=True), "v x0 y old ref", 12, 28),
+    "adaptive, noise, stats": (dict(X0=True, HAS_OLD=True, SUMS=EVERY & ~Slot.KEPT.bit), "v x0 y old ref", 10, 50),
+    "mask": (dict(GRAD=True, SUMS=PLAIN | Slot.KEPT.bit, HAS_MASK=True), "v x0 y ref mask", 11, 39),
     "per-frame t": (dict(X0=True, GRAD=True, SUMS=PLAIN, PER_FRAME=True), "v x0 y ref", 10, 65),
-    "packed": (dict(X0=True, SOURCE=2, HAS_OLD=True, GRAD=True, SUMS=PLAIN, PACKED=True, CU_BLOCK=16), "v x0 y old ref", 12, 45),
+    "packed": (dict(X0=True, SOURCE=X_T, HAS_OLD=True, GRAD=True, SUMS=PLAIN, PACKED=True, CU_BLOCK=16), "v x0 y old ref", 12, 45),
 }  # fmt: skip
 
 
@@ -78,7 +81,7 @@ def test_sweep(case, dtype):
     assert wide(c.loads) == sum(c.read[n] for n in big - {"mask_ptr"}) * BYTES[dtype]
     assert wide(c.stores) == c.written["grad_ptr"] * BYTES[dtype]
     assert c.instructions * 128 / TILE <= budget * (1.0 if dtype == "bf16" else 1.05)
-    if flags.get("SOURCE") == 1:  # the same bits everywhere: nothing contracted, nothing approximate
+    if flags.get("SOURCE") == SEED:  # the same bits everywhere: nothing contracted, nothing approximate
         assert "fma.rn.f32" not in c.ptx and "sqrt.rn.f32" in c.ptx and ".approx" not in c.ptx
 
 
@@ -106,7 +109,7 @@ def test_forward_noise(dtype, seed, frames, budget):
 
 FINISH = dict(
     ADAPTIVE=True, SAMPLE_MEAN=True, BATCH_MEAN=True, BY_R=True, EMPTY_ALL=True, HAS_OLD=True, HAS_REF=True,
-    HAS_VALID=True, HAS_CHOSEN=True, HAS_MASK=True, SUMS=0b111111111, STATS=True, PACKED=False, BLOCK=64,
+    HAS_VALID=True, HAS_CHOSEN=True, HAS_MASK=True, SUMS=EVERY, STATS=True, PACKED=False, BLOCK=64,
 )  # fmt: skip
 
 
@@ -114,11 +117,12 @@ FINISH = dict(
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_everything_compiles(capability, dtype):
     full = OFF | dict(
-        X0=True, REF_X0=True, SOURCE=1, HAS_OLD=True, HAS_MASK=True, HAS_SIGMA=True, GRAD=True, SCALED=True, SUMS=511
-    )
+        X0=True, REF_X0=True, SOURCE=SEED, HAS_OLD=True, HAS_MASK=True, HAS_SIGMA=True, GRAD=True, SCALED=True,
+        SUMS=EVERY,
+    )  # fmt: skip
     for kernel, flags in (
-        (kernels.sweep_kernel, full), (kernels.sweep_kernel, OFF | dict(SOURCE=2, GRAD=True, GUARD=True, SCALED=True)),
-        (kernels.reduce_kernel, dict(SUMS=511, PACKED=True, CU_BLOCK=8)), (kernels.finish_kernel, FINISH),
+        (kernels.sweep_kernel, full), (kernels.sweep_kernel, OFF | dict(SOURCE=X_T, GRAD=True, GUARD=True, SCALED=True)),
+        (kernels.reduce_kernel, dict(SUMS=EVERY, PACKED=True, CU_BLOCK=8)), (kernels.finish_kernel, FINISH),
         (kernels.finish_kernel, FINISH | dict(PACKED=True, SUMS=0, ADAPTIVE=False)),
         (noise_kernels.forward_noise_kernel, dict(SEED=True, PER_FRAME=True)),
     ):  # fmt: skip

@@ -2,29 +2,63 @@ import json
 
 import pytest
 
-from afd_fast.config import TrainConfig, from_dict, to_dict, with_overrides
+from afd_fast.config import TrainConfig, from_dict, keys, to_dict, with_overrides
 from afd_fast.errors import ConfigError
-from afd_fast.training import runs as recipes
+from afd_fast.reference.nft import nft_recipe
+from afd_fast.training import runs
 
 
 def test_overrides_are_typed():
     config = with_overrides(
         TrainConfig(),
-        ["student_lr=1e-3", "iterations=7", "steps=1000,500", "lr_decay=false", "codec_crf=23", "recipe=afd"],
+        [
+            "update.lr=1e-3",
+            "iterations=70",
+            "rollout.steps=1000,500",
+            "update.lr_decay=false",
+            "codec_crf=23",
+            "loss=afd",
+        ],
     )
-    assert (config.student_lr, config.iterations, config.steps) == (1e-3, 7, (1000.0, 500.0))
-    assert config.lr_decay is False and config.codec_crf == 23 and config.recipe == "afd"
+    assert (config.update.lr, config.iterations, config.rollout.steps) == (1e-3, 70, (1000.0, 500.0))
+    assert config.update.lr_decay is False and config.codec_crf == 23 and config.loss == nft_recipe("afd")
     assert with_overrides(config, ["codec_crf=none"]).codec_crf is None
 
 
 @pytest.mark.parametrize(
     "item, message",
     [
-        ("studnet_lr=1", "did you mean 'student_lr'"),
+        ("student_lr=1", "did you mean 'update.lr'"),
+        ("disc_lr=1", "did you mean 'discriminator.lr'"),
+        ("update.lrr=1", "did you mean 'update.lr'"),
+        ("nonsense=1", "afd-fast keys"),
+        ("loss=afdd", "did you mean 'afd'"),
+        ("loss.beta=0", "loss.beta must be positive"),
+        ("loss.adv_clip=1,2,3", "two numbers"),
+        ("rollout.steps=250,500", "rollout.steps must fall"),
+        ("rollout.shift=nan", "rollout.shift must be a positive number"),
+        ("rollout.chunk=4", "rollout.chunk=3"),
+        ("rollout.window=6", "need a Wan student"),
+        ("rollout.graphs=true", "needs a Wan student"),
+        ("student.frames=9", "student.frames has no meaning for the student 'toy'"),
+        ("student.lora_rank=-1", "student.lora_rank must be at least 0"),
+        ("discriminator.steps=0", "discriminator.steps must be at least 1"),
+        ("discriminator.lora_rank=4", "discriminator.lora_rank has no meaning for the discriminator 'toy'"),
+        ("discriminator.device=cudda", "discriminator.device must be one of PyTorch's"),
+        ("discriminator.r1=-1", "discriminator.r1 must be at least 0"),
+        ("discriminator.warmup=300", "set discriminator.warmup below 300"),
+        ("iterations=20", "discriminator.warmup=20 leaves none of iterations=20"),
+        ("update.ema=2", "update.ema must be in"),
+        ("update.grad_norm=-1", "update.grad_norm must be positive"),
+        ("update.batch=0", "update.batch must be at least 1"),
+        ("evaluation.batch=0", "evaluation.batch must be at least 1"),
+        ("codec_crf=99", "codec_crf must be in 0..51"),
+        ("seed=-1", "seed must be at least 0"),
+        ("method=ppo", "method must be"),
         ("iterations=many", "iterations=many"),
-        ("lr_decay=perhaps", "true or false"),
+        ("update.lr_decay=perhaps", "true or false"),
         ("iterations", "key=value"),
-        ("v_old=new", "v_old must be"),
+        ("update.v_old=new", "v_old must be"),
         ("rollouts_per_prompt=1", "at least 2"),
         ("iterations=0", "at least 1"),
     ],
@@ -34,9 +68,25 @@ def test_bad_overrides_say_what_to_do(item, message):
         with_overrides(TrainConfig(), [item])
 
 
-def test_recipes_by_name_and_round_trip():
-    for name in recipes.RECIPES:
-        config = recipes.get(name)
+def test_runs_by_name_and_round_trip():
+    for name in runs.RUNS:
+        config = runs.get(name)
         assert config.name == name and from_dict(json.loads(json.dumps(to_dict(config)))) == config
     with pytest.raises(ConfigError, match="did you mean 'demo_lagged'"):
-        recipes.get("demo_laged")
+        runs.get("demo_laged")
+    with pytest.raises(ConfigError, match="another version"):
+        from_dict({"seed": 1})
+
+
+def test_every_key_has_a_meaning():
+    assert [key.name for key in keys(TrainConfig()) if not key.meaning] == []
+
+
+def test_a_method_without_a_discriminator_needs_no_iteration_after_the_warm_up():
+    assert with_overrides(TrainConfig(), ["method=sft", "iterations=5"]).iterations == 5
+
+
+def test_short_forms_set_a_parts_name_or_all_of_a_recipe():
+    config = with_overrides(TrainConfig(), ["student=tiny", "discriminator=some/folder", "loss=afd", "loss.beta=0.2"])
+    assert config.student.name == "tiny" and config.discriminator.name == "some/folder"
+    assert config.loss == nft_recipe("afd", beta=0.2)

@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from afd_fast.config import TrainConfig
+from afd_fast.discriminators import Discriminator
 from afd_fast.errors import ConfigError
-from afd_fast.students.toy import shipped as base_student
+from afd_fast.students.toy import shipped
 from afd_fast.teachers.dataset import Shard
-from afd_fast.training import checkpoint, step
+from afd_fast.training import checkpoint, rollouts, update
 from afd_fast.training.distributed import Ranks
+from afd_fast.training.loop import train_step
 from afd_fast.training.run_folder import read_rows
-from afd_fast.training.state import new_state, toy_system
+from tests.runs import changed, toy_run
 from tests.test_trainer import TINY, same, wait_for_rows
 
 TWO = [a for a in TINY if not a.startswith("prompts_per_step")] + ["prompts_per_step=4", "shards=2"]
@@ -75,16 +77,19 @@ def test_alone_nothing_is_exchanged():
 
 def test_every_shard_draws_its_own_numbers(monkeypatch):
     seen = []
-    for name in ("sample_policy", "discriminator_loss", "student_backward"):
-        real = getattr(step, name)
+    for place, name in ((rollouts, "sample_policy"), (Discriminator, "paired_loss"), (update, "student_backward")):
+        real = getattr(place, name)
         note = lambda *a, real=real, **k: (
-            seen.append(next(x for x in a if isinstance(x, torch.Generator)).initial_seed()),
+            seen.append(next(x for x in (*a, *k.values()) if isinstance(x, torch.Generator)).initial_seed()),
             real(*a, **k),
         )[1]
-        monkeypatch.setattr(step, name, note)
-    config = TrainConfig(disc_warmup=0, prompts_per_step=2, rollouts_per_prompt=2, shards=2, lora_rank=4, disc_width=8)
-    state = new_state(config, toy_system(base_student.load()))
-    step.train_step(state, config, [Shard(i, ["a red ball dropped"] * 2, torch.rand(2, 3, 12, 16, 16)) for i in (0, 1)])
+        monkeypatch.setattr(place, name, note)
+    config = changed(
+        TrainConfig(), discriminator__warmup=0, prompts_per_step=2, rollouts_per_prompt=2, shards=2,
+        student__lora_rank=4, discriminator__width=8,
+    )  # fmt: skip
+    shards = [Shard(i, ["a red ball dropped"] * 2, torch.rand(2, 3, 12, 16, 16)) for i in (0, 1)]
+    train_step(toy_run(config), shards)
     assert len(seen) == 6 and len(set(seen)) == 6
 
 
@@ -98,7 +103,7 @@ def test_sharded_parameters_are_the_whole_ones(tmp_path, folder_teacher):
     student = lambda out: load_file(out / "student.safetensors")
     a, b = student(alone), student(together)
     assert all(torch.allclose(a[n], b[n], rtol=0, atol=2e-6 * a[n].abs().max().item() + 1e-9) for n in a)
-    base = base_student.load().state_dict()
+    base = shipped.load().state_dict()
     assert any((a[n] - base[n]).abs().max() > 1e-4 for n in a)
 
     job = run(stopped, folder_teacher, "fsdp=true", processes=2)

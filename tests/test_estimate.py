@@ -7,19 +7,23 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from afd_fast.config import with_overrides
+from afd_fast.discriminators.config import new_discriminator
 from afd_fast.errors import ConfigError
-from afd_fast.estimate import estimate
 from afd_fast.estimate import formulas as flops
-from afd_fast.generate import tiny
+from afd_fast.estimate import iteration as estimate
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students import CausalWanConfig
 from afd_fast.students.lora import trainable
+from afd_fast.students.student import family
+from afd_fast.students.toy.family import of_student
 from afd_fast.students.toy.model import ToyConfig, ToyStudent
-from afd_fast.students.wan.family import wan_system
-from afd_fast.training import runs as recipes
-from afd_fast.training.state import generator, new_state, toy_system
-from afd_fast.training.step import sample_policy, student_backward
-from afd_fast.training.update import chunk_velocities, student_velocity
+from afd_fast.students.wan.family import tiny
+from afd_fast.training import runs as named
+from afd_fast.training.rollouts import sample_policy
+from afd_fast.training.run import Run
+from afd_fast.training.state import generator, new_state
+from afd_fast.training.update import Targets, policy_recipe, student_backward
+from afd_fast.training.velocity import Chunking, chunk_velocities, velocity
 from benchmarks.update import CPU_FLASH
 from tests.test_trainer import command
 
@@ -37,59 +41,60 @@ def wan_case(overrides):
         "student=tiny",
         "shards=1",
         "discriminator=toy",
-        "disc_width=8",
-        "frames=9",
-        "height=6",
-        "width=10",
-        "lora_rank=4",
+        "discriminator.width=8",
+        "student.frames=9",
+        "student.height=6",
+        "student.width=10",
+        "student.lora_rank=4",
     ]
-    config = with_overrides(recipes.afd_table3(), [*small, *overrides])
-    system = wan_system(config)
-    return config, system, flops.wan(system.student.config, 9, 6, 10, 3, 4)
+    config = with_overrides(named.afd_table3(), [*small, *overrides])
+    made = family(config.student, chunk=3)
+    return config, made, flops.wan(made.student.config, 9, 6, 10, 3, 4)
 
 
 def toy_case(overrides):
-    config = with_overrides(recipes.demo(), ["lora_rank=4", *overrides])
-    system = toy_system(ToyStudent(ToyConfig(dim=32, heads=2, layers=3, hidden=40)))
-    return config, system, flops.toy(system.student.config)
+    config = with_overrides(named.demo(), ["student.lora_rank=4", *overrides])
+    made = of_student(ToyStudent(ToyConfig(dim=32, heads=2, layers=3, hidden=40)))
+    return config, made, flops.toy(made.student.config)
 
 
 @pytest.mark.parametrize("make", [wan_case, toy_case])
-@pytest.mark.parametrize("overrides", [["v_old=ema"], ["v_old=self", "steps=1000,500"]])
+@pytest.mark.parametrize("overrides", [["update.v_old=ema"], ["update.v_old=self", "rollout.steps=1000,500"]])
 def test_rollout(make, overrides):
-    config, system, formula = make(overrides)
-    state = new_state(config, system)
-    call = lambda: sample_policy(state, config, PROMPTS, generator(0, 0, "test"), average=config.v_old == "ema")
-    assert formula.rollout(2, len(config.steps), 4).flops == counted(call)
+    config, made, formula = make(overrides)
+    run = Run(config, new_state(config, made))
+    average = config.update.v_old == "ema"
+    call = lambda: sample_policy(run, PROMPTS, generator(0, 0, "test"), average)
+    assert formula.rollout(2, len(config.rollout.steps), 4).flops == counted(call)
 
 
 @pytest.mark.parametrize("make", [wan_case, toy_case])
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["v_old=self", "recipe=afd", "chunked_update=true"],
-        ["v_old=ema", "recipe=diffusionnft", "chunked_update=true"],
-        ["v_old=ema", "recipe=diffusionnft", "chunked_update=false"],
-        ["v_old=self", "recipe=afd", "chunked_update=true", "prior_weight=0"],
+        ["update.v_old=self", "loss=afd", "update.chunked=true"],
+        ["update.v_old=ema", "loss=diffusionnft", "update.chunked=true"],
+        ["update.v_old=ema", "loss=diffusionnft", "update.chunked=false"],
+        ["update.v_old=self", "loss=afd", "update.chunked=true", "loss.ref_coef=0"],
     ],
 )
 def test_update(make, overrides):
-    config, system, formula = make(overrides)
-    state = new_state(config, system)
-    x0, r = torch.randn(2, *system.shape), torch.tensor([0.1, 0.9])
+    config, made, formula = make(overrides)
+    run = Run(config, new_state(config, made))
+    targets = Targets(torch.randn(2, *made.latents), torch.tensor([[0.1], [0.9]]), PROMPTS, 0)
 
-    call = lambda: student_backward(state, config, x0, r, PROMPTS, generator(0, 0, "test"))
+    call = lambda: student_backward(run, targets, policy_recipe(run), generator(0, 0, "test"))
     assert formula.update(2, config).flops == counted(call)
 
 
-def networks(*overrides, recipe="afd_table3"):
-    return estimate.networks(with_overrides(recipes.get(recipe), list(overrides)))
+def networks(*overrides):
+    return estimate.networks(with_overrides(named.afd_table3(), list(overrides)))
 
 
 def test_the_13b_student(monkeypatch):
     """Parameters, adapters, cache and, on the meta device, FLOPs: two chunks of a full-size latent."""
-    net = networks("frames=6", "student=any.pt")
-    student = net.system.student
+    net = networks("student.frames=6", "student=any.pt")
+    student = net.family.student
     count = lambda parameters: sum(p.numel() for p in parameters)
     assert count(p for n, p in student.named_parameters() if ".lora_" not in n) == 1_418_996_800
     assert count(trainable(student).values()) == 256 * 30 * (8 * 2 * 1536 + 2 * (1536 + 8960)) == 349_962_240
@@ -104,7 +109,7 @@ def test_the_13b_student(monkeypatch):
     monkeypatch.setattr(flops, "ATTENTION_BACKWARD", 2.0)  # on meta it is not a flash kernel: no scores to recompute
     backward = flops.total(s.backward(1, index, 256) for index in range(2)) + s.encode(1, 256, backward=True)
     expected = s.encode(1, 256) + s.velocity(1, 256) + backward
-    update = lambda: student_velocity(student, x, t, student.encode_text(words), x, 3).sum().backward()
+    update = lambda: velocity(student, x, t, student.encode_text(words), x, Chunking(3)).sum().backward()
     assert expected.flops == counted(update)
 
 
@@ -116,8 +121,8 @@ def test_the_14b_student_has_its_own_sizes():
 
 @pytest.mark.parametrize("make", [wan_case, toy_case])
 def test_memory_of_the_optimiser_and_the_average(make):
-    config, system, _ = make([])
-    state = new_state(config, system)
+    config, made, _ = make([])
+    state = new_state(config, made)
     trained = trainable(state.student)
     for p in trained.values():
         p.grad = torch.ones_like(p)
@@ -136,20 +141,20 @@ def test_memory_of_the_optimiser_and_the_average(make):
 def test_activations_are_what_autograd_keeps():
     """The meta device against a real bfloat16 student on the CPU, whose attention also keeps a log-sum-exp, and whose
     LayerNorm keeps mean and deviation in bfloat16 where CUDA's has float32."""
-    net = networks("student=tiny", "frames=9", "height=12", "width=20", "lora_rank=4")
-    net.system.student.bfloat16()
-    for p in trainable(net.system.student).values():
+    net = networks("student=tiny", "student.frames=9", "student.height=12", "student.width=20", "student.lora_rank=4")
+    net.family.student.bfloat16()
+    for p in trainable(net.family.student).values():
         p.data = p.data.float()
-    real = copy.deepcopy(net.system.student).to_empty(device="cpu")
+    real = copy.deepcopy(net.family.student).to_empty(device="cpu")
     for p in real.parameters():
         torch.nn.init.normal_(p, std=0.02)
-    found = estimate.graph_bytes(net.system.student, net.system.shape, 3, batch=2)
+    found = estimate.graph_bytes(net.family, batch=2)
     x = torch.randn(2, 16, 9, 12, 20, dtype=torch.bfloat16)
     sizes = []
     with (kept := estimate.Kept(real)):
         text = real.encode_text(torch.randn(2, 12, 24, dtype=torch.bfloat16))
         in_text = kept.take()
-        for _ in chunk_velocities(real, x, torch.rand(2, 9), text, x, 3):
+        for _ in chunk_velocities(real, x, torch.rand(2, 9), text, x, Chunking(3)):
             sizes.append(in_text + kept.take())
     rows = 2 * 180  # samples, tokens
     lse, statistics = rows * 4 * 4 * 4, rows * 6 * 2 * 2  # 4 attentions of 4 heads; 6 norms of what has a gradient
@@ -182,15 +187,16 @@ def test_reward_model():
 
 
 def test_vae_and_toy_discriminator_are_counted_as_they_run():
-    net = networks("student=tiny", "frames=6", "height=6", "width=10")
-    config = with_overrides(recipes.demo(), ["disc_width=8", "r1=0"])
-    latents = torch.randn(1, *net.system.shape)
+    net = networks("student=tiny", "student.frames=6", "student.height=6", "student.width=10")
+    config = with_overrides(named.demo(), ["discriminator.width=8", "discriminator.r1=0"])
+    latents = torch.randn(1, *net.family.latents)
     with torch.no_grad():
-        work, largest = estimate.metered(lambda: net.system.decode(latents.to("meta")), 4)
-        real = tiny()[2]
+        work, largest = estimate.metered(lambda: net.decoder.decode(latents.to("meta")), 4)
+        real = tiny().vae
         assert work.single == counted(lambda: real(latents)) and 0 < largest < work.bytes
-    judge = estimate.toy_judge(config, net.system, 2)
-    model, videos = net.system.new_discriminator(config), torch.rand(4, 3, *net.system.video)
+    judge = estimate.toy_judge(config, net.family, 2)
+    model = new_discriminator(config.discriminator, net.family.video, torch.device("cpu"))
+    videos = torch.rand(4, 3, *net.family.video[:3])
     assert judge.score.flops == counted(lambda: model.score(videos[:2], ["a", "b"]))
     assert judge.update.flops == counted(lambda: model.score(videos, ["a", "b"] * 2).sum().backward())
     assert judge.trained == sum(p.numel() for p in model.parameters())
@@ -227,7 +233,7 @@ def test_roofline():
 
 
 def test_shards_share_the_work_and_shrink_the_memory():
-    one, four = (estimate.estimate(with_overrides(recipes.demo(), [f"shards={n}"])) for n in (1, 4))
+    one, four = (estimate.estimate(with_overrides(named.demo(), [f"shards={n}"])) for n in (1, 4))
     for phase in ("decode", "score"):
         assert one.phases[phase].flops == four.phases[phase].flops
     assert one.phases["update"].flops < four.phases["update"].flops < 1.1 * one.phases["update"].flops  # merges
@@ -235,16 +241,25 @@ def test_shards_share_the_work_and_shrink_the_memory():
 
 
 def test_command(tmp_path):
-    tiny_run = ["student=tiny", "shards=1", "discriminator=toy", "frames=6", "height=6", "width=10"]
+    tiny_run = [
+        "student=tiny",
+        "shards=1",
+        "discriminator=toy",
+        "student.frames=6",
+        "student.height=6",
+        "student.width=10",
+    ]
     process = command("estimate", "afd_table3", *tiny_run, "--gpu", "a100", cwd=tmp_path)
     said = process.communicate()[0]
     assert process.returncode == 0 and "A100 80 GB: a floor, not a measurement" in said and "at the peak" in said
     assert "no checkpoint was read" in " ".join(said.split()) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", ["method=sft", "frames=7", "window=9", "stream=42", "update=block_causal"])
+@pytest.mark.parametrize(
+    "wrong", ["method=sft", "student.frames=7", "rollout.window=9", "stream.frames=42", "update.history=block_causal"]
+)
 def test_what_cannot_be_counted_is_said(wrong):
     with pytest.raises(ConfigError, match="counts method=|whole chunks"):
-        networks("student=tiny", "chunked_update=false", wrong)
+        networks("student=tiny", "update.chunked=false", wrong)
     with pytest.raises(ConfigError, match="known: h100, h200"):
         estimate.gpu_of("b200")

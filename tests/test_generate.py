@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from afd_fast.generate import GenerateStats, file_name, generate, tiny
-from afd_fast.rollout import RolloutConfig, rollout
+from afd_fast.errors import ConfigError
+from afd_fast.generate import GenerateOptions, GenerateStats, Job, file_name, generate, jobs
+from afd_fast.rollout import rollout
+from afd_fast.students.wan.family import tiny
 from afd_fast.students.wan.text import TextEncoder, clean_prompt
 from afd_fast.students.wan.vae import WanDecoder
 
@@ -114,11 +116,10 @@ class TestText:
 
 
 def test_generate_writes_a_video_per_prompt(tmp_path):
-    student, encode, decode = tiny()
-    written, ticks = {}, []
-    prompts = ["A red ball.", "", "two cubes fall", "third"]
+    networks, written, ticks = tiny(), {}, []
+    todo = jobs(["A red ball.", "", "two cubes fall", "third"], seed=7)
     stats = generate(
-        student, prompts, tmp_path / "out", encode=encode, decode=decode, frames=6, height=4, width=6, batch=2, seed=7,
+        networks, todo, tmp_path / "out", GenerateOptions(frames=6, height=4, width=6, batch=2),
         write=lambda path, video, fps: written.update({path.name: (video, fps)}), progress=lambda *a: ticks.append(a),
     )  # fmt: skip
     assert list(written) == ["0000-a-red-ball.mp4", "0001-two-cubes-fall.mp4", "0002-third.mp4"]
@@ -130,19 +131,20 @@ def test_generate_writes_a_video_per_prompt(tmp_path):
     g = torch.Generator().manual_seed(7 + 2)  # a video depends on its own seed, not on its batch
     noise = torch.randn(16, 6, 4, 6, generator=g)[None]
     with torch.no_grad():
-        alone = decode(rollout(student, student.encode_text(encode(["third"])), noise, generator=[g]))
+        text = networks.student.encode_text(networks.text(["third"]))
+        alone = networks.vae(rollout(networks.student, text, noise, generator=[g]))
     assert torch.allclose(alone[0], written["0002-third.mp4"][0], atol=1e-5)
 
 
 def test_generate_refuses(tmp_path):
-    student, encode, decode = tiny()
-    options = dict(encode=encode, decode=decode, write=None)
-    with pytest.raises(ValueError, match="no prompts"):
-        generate(student, [" "], tmp_path, **options)
-    with pytest.raises(ValueError, match="batch"):
-        generate(student, ["a"], tmp_path, batch=0, **options)
-    with pytest.raises(ValueError, match="divide"):
-        generate(student, ["a"], tmp_path, frames=5, config=RolloutConfig(), height=4, width=6, **options)
+    with pytest.raises(ConfigError, match="no prompts"):
+        jobs([" "])
+    for bad in ({"batch": 0}, {"frames": 0}, {"fps": float("nan")}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            GenerateOptions(**bad)
+    with pytest.raises(ConfigError, match="5 latent frames do not divide into chunks of 3: 3 or 6 do"):
+        generate(tiny(), [Job("a", "a.mp4", 0)], tmp_path / "out", GenerateOptions(5, 4, 6))
+    assert not (tmp_path / "out").exists()
     assert GenerateStats().line() == "no videos" and file_name(3, "!") == "0003-video.mp4"
 
 
@@ -151,8 +153,8 @@ def test_models_import_neither_transformers_nor_diffusers():
     import sys
 
     code = (
-        "import sys, afd_fast, afd_fast.models, afd_fast.rollout, afd_fast.generate\n"
-        "from afd_fast.models import CausalWan, CausalWanConfig, load_student\n"
+        "import sys, afd_fast, afd_fast.students, afd_fast.rollout, afd_fast.generate\n"
+        "from afd_fast.students import CausalWan, CausalWanConfig, load_student\n"
         "import afd_fast.students.wan.vae, afd_fast.students.wan.text\n"
         "assert not {'transformers', 'diffusers', 'triton', 'peft'} & set(sys.modules), set(sys.modules) & {'transformers', 'diffusers', 'triton', 'peft'}\n"
     )

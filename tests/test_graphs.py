@@ -8,6 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students import CausalWan, CausalWanConfig
+from afd_fast.students.lora import add_lora, trainable
+from afd_fast.students.wan.family import LORA_TARGETS
 from afd_fast.students.wan.graphs import GraphedStudent
 
 
@@ -121,6 +123,27 @@ def test_the_cache_is_still_checked(student):
     graphed = GraphedStudent(student, recorder=Recorder())
     text, noise, draws = inputs(student, 0)
     rollout(graphed, text, noise, renoise=draws)
-    cache, t = graphed.new_cache(2, 9, 4, 6), graphed.conditioning(1000.0)
+    cache, t = graphed.new_cache(2, 9, 4, 6), graphed.timestep(1000.0, 2, 3)
     with torch.no_grad(), pytest.raises(ValueError, match="earlier chunks"):
         graphed(noise[:, :, 3:6], t, text, cache=cache, start_frame=3)
+
+
+def test_the_rollouts_option_records_once_also_with_merged_adapters_and_optimiser_steps(student, monkeypatch):
+    """rollout.graphs: LoRA is merged in place, so that the recordings see the new weights and stay valid."""
+    recorder = Recorder()
+    monkeypatch.setattr("afd_fast.students.wan.graphs.CudaRecorder", lambda: recorder)
+    add_lora(student, 2, list(LORA_TARGETS))
+    adapters = list(trainable(student).values())
+    optimizer = torch.optim.SGD(adapters, 1.0)
+    config, seen = RolloutConfig(graphs=True), []
+    for _ in range(3):
+        text, noise, draws = inputs(student, 0)
+        expected = rollout(student, text, noise, renoise=draws)
+        replayed = rollout(student, text, noise, config, renoise=draws)
+        assert (replayed - expected).abs().max() < 1e-13
+        seen.append(replayed)
+        for p in adapters:
+            p.grad = torch.full_like(p, 0.05)
+        optimizer.step()
+    assert recorder.recorded == 14 and recorder.replayed == 3 * 14
+    assert (seen[0] - seen[1]).abs().max() > 1e-6 < (seen[1] - seen[2]).abs().max()

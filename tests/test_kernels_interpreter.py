@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from afd_kernels import nft as kernels
 from afd_kernels import noise as noise_kernels
+from afd_kernels.layout import COEFFICIENTS, Row
 
 import afd_fast
 from afd_fast.ops import nft as ops
@@ -65,8 +66,8 @@ def check(i, scale=3.0, watch=True):
     for got in (found, both):
         torch.testing.assert_close(got[0], loss, rtol=2e-6, atol=0)
         torch.testing.assert_close(got[1], totals, rtol=2e-6, atol=1e-6)  # the signal is a difference of terms near 1
-        torch.testing.assert_close(got[2][:8], rows[:8], rtol=2e-6, atol=1e-7)
-        torch.testing.assert_close(got[2][8:], found[2][8:], rtol=1e-6, atol=0)
+        torch.testing.assert_close(got[2][:COEFFICIENTS], rows[:COEFFICIENTS], rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(got[2][COEFFICIENTS:], found[2][COEFFICIENTS:], rtol=1e-6, atol=0)
     top = exact.abs().max().item()
     info = torch.finfo(i.v.dtype)
     bound = (info.eps * 0.51 + 2e-6) * top + info.smallest_normal * info.eps
@@ -147,7 +148,8 @@ def test_weight_floor():
     i = make(recipe=afd_fast.nft_recipe("diffusionnft", weight_floor=10.0))
     check(i)
     half = i._replace(r=torch.full((2,), 0.5), v_ref=None)
-    assert (kernels.nft_loss(*half)[2][8] == 0).all()  # c+ - c-: nothing is left of rounding at zero advantage
+    rows = kernels.nft_loss(*half)[2]
+    assert (rows[Row.DIFFERENCE] == 0).all()  # no rounding noise is left at zero advantage
 
 
 @pytest.mark.parametrize(

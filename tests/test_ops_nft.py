@@ -1,7 +1,11 @@
 """nft_loss and forward_noise as operators: dispatch, compile, layouts, sizes, out=, grad_output."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from afd_kernels.layout import Row, Slot, Source, Total
 
 import afd_fast
 from afd_fast.ops import layout, native
@@ -84,7 +88,7 @@ def test_per_frame_t(backend, recipe, source, frame_dim, t_shape):
     inputs = make((2, 6, 3, 4, 5)) | {"t": 0.1 + 0.8 * torch.rand(t_shape), "frame_dim": frame_dim}
     if source == "seed":
         inputs |= {"noise": None, "seed": -3}
-    inputs["sigma"] = 0.1 + 0.8 * torch.rand(2)  # one value a sample beside t's several
+    inputs["sigma"] = 0.1 + 0.8 * torch.rand(2)  # one value per sample, where t has several
     (loss, grad), (exact_loss, exact) = run(inputs, recipe=recipe), run(widened(inputs), recipe=recipe)
     assert abs(loss - exact_loss) <= 1e-5 * abs(exact_loss) and error(grad, exact) <= bound(exact, torch.float32)
     x_t = afd_fast.forward_noise(
@@ -220,7 +224,8 @@ def test_only_v_gets_a_gradient_and_double_backward_says_no():
     inputs |= {k: inputs[k].clone().requires_grad_() for k in ("x0", "v_old", "v_ref", "r")}
     loss = afd_fast.nft_loss(**inputs)
     (grad,) = torch.autograd.grad(loss, inputs["v"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+    torch.testing.assert_close(grad, run(inputs)[1])
+    with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(grad.sum(), inputs["v"])
     afd_fast.nft_loss(**inputs).backward()
     assert inputs["v"].grad is not None and all(inputs[k].grad is None for k in ("x0", "v_old", "v_ref"))
@@ -246,8 +251,21 @@ def test_module_and_backends():
 def test_float64_rewards_do_not_change_the_implementation():
     i = _inputs(torch.bfloat16)
     assert not is_wide(i._replace(r=i.r.double())) and is_wide(_inputs(torch.float64))
-    one = torch.ones((), dtype=torch.float64)
-    assert not is_wide((one, torch.zeros(11, 2), *i)) and is_wide((one, torch.zeros(11, 2, dtype=torch.float64), *i))
+    one, rows = torch.ones((), dtype=torch.float64), torch.zeros(len(Row), 2)
+    assert not is_wide((one, rows, *i)) and is_wide((one, rows.double(), *i))
+
+
+@pytest.mark.parametrize("enum", [Slot, Row, Total, Source], ids=lambda e: e.__name__)
+def test_cpp_has_the_same_names_in_the_same_order(enum):
+    header = (Path(__file__).parents[1] / "kernels/csrc/afd_core.h").read_text()
+    names = re.findall(r"\w+", re.search(rf"enum Afd{enum.__name__} {{(.*?)}}", header, re.S)[1])
+    names = [n.split("_", 1)[1].replace("XT", "X_T") for n in names if n not in ("AFD_SLOTS", "AFD_ROWS")]
+    assert names == [member.name for member in enum] and list(enum) == list(range(len(enum)))
+
+
+def test_rows_are_fields_of_the_stats():
+    totals = {"policy_loss", "prior_loss", "signal"}
+    assert set(ops.STATISTICS) | totals == set(afd_fast.NFTStats._fields) and len(totals) == len(Total)
 
 
 def test_seed_wraps_to_64_bits():

@@ -35,7 +35,7 @@ def test_wheel_holds_the_package_its_assets_and_the_kernels(sources, tmp_path):
     names = zipfile.ZipFile(build_wheel(sources, tmp_path)[0]).namelist()
     for needed in (
         "afd_fast/assets/base_student.safetensors", "afd_fast/assets/report.html", "afd_fast/reference/nft.py",
-        "afd_fast/training/step.py", "afd_kernels/nft.py", "afd_kernels/transformer.py",
+        "afd_fast/training/methods/afd.py", "afd_kernels/nft.py", "afd_kernels/transformer.py",
     ):  # fmt: skip
         assert needed in names
     top = {name.split("/")[0] for name in names if ".dist-info" not in name}

@@ -1,34 +1,52 @@
 """The loss and gradient of the step against method's closed form, in float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from afd_fast.config import TrainConfig
 from afd_fast.reference.advantage import PerPromptStatTracker
+from afd_fast.reference.nft import nft_recipe
 from afd_fast.students.lora import disabled, trainable
-from afd_fast.students.toy import shipped as base_student
 from afd_fast.students.toy.text import tokenize
 from afd_fast.teachers.dataset import Shard
 from afd_fast.teachers.physics import all_prompts
-from afd_fast.training import step as step_module
-from afd_fast.training.state import generator, new_state, toy_system
-from afd_fast.training.step import loss_recipe, sample_policy, student_backward, student_update, train_step
-from afd_fast.training.update import student_velocity
+from afd_fast.training.loop import train_step
+from afd_fast.training.methods import afd
+from afd_fast.training.rollouts import sample_policy
+from afd_fast.training.state import generator
+from afd_fast.training.update import Targets, policy_recipe, student_backward, update_student
+from afd_fast.training.velocity import Chunking, velocity
+from tests.runs import changed, toy_run
 
-CONFIG = TrainConfig(recipe="afd", v_old="self", prior_weight=0.05, lora_rank=4, disc_width=8)
+CONFIG = changed(
+    TrainConfig(), loss=nft_recipe("afd", ref_coef=0.05), update__v_old="self", student__lora_rank=4,
+    discriminator__width=8,
+)  # fmt: skip
+LAGGED = changed(CONFIG, loss=nft_recipe("diffusionnft", beta=0.1, ref_coef=0.05), update__v_old="ema")
 PROMPTS = all_prompts()[:4]
 
 
-def double_state(config):
-    state = new_state(config, toy_system(base_student.load()))
-    state.student.double()
-    for p in trainable(state.student).values():
+def double_run(config):
+    run = toy_run(config)
+    student, ema = run.family.student, run.state.ema
+    student.double()
+    for p in trainable(student).values():
         torch.nn.init.normal_(p, std=0.05, generator=generator(0, 0, "test"))
-    for name, p in trainable(state.student).items():
-        state.ema.shadow[name] = p.detach() * 0.9
-    return state
+    for name, p in trainable(student).items():
+        ema.shadow[name] = p.detach() * 0.9
+    return run
+
+
+def targets(x0, r):
+    return Targets(x0, r[:, None], PROMPTS, 0)
+
+
+def backward(run, x0, r, scale=1.0):
+    return student_backward(run, targets(x0, r), policy_recipe(run), generator(0, 0, "update"), scale)
+
+
+def student_velocity(student, x_t, t, text, x0, chunk):
+    return velocity(student, x_t, t, text, x0, Chunking(chunk))
 
 
 def inputs():
@@ -41,7 +59,7 @@ def inputs():
 def drawn(config, x0):
     """t [B, F], one level a chunk, and noise as the step draws them."""
     g = generator(0, 0, "update")
-    grid = torch.tensor(config.steps, dtype=torch.float64) / 1000
+    grid = torch.tensor(config.rollout.steps, dtype=torch.float64) / 1000
     t = grid[torch.randint(len(grid), (4, 4), generator=g)].repeat_interleave(3, 1)
     return t, torch.randn(x0.shape, generator=g, dtype=torch.float64)
 
@@ -52,20 +70,20 @@ def wide(a):
 
 
 def test_loss_and_gradient_are_equation_4_and_5():
-    state, (x0, r) = double_state(CONFIG), inputs()
+    run, (x0, r) = double_run(CONFIG), inputs()
     t, noise = drawn(CONFIG, x0)
-    found = student_backward(state, CONFIG, x0, r, PROMPTS, generator(0, 0, "update"), scale=0.5)
-    parameters = list(trainable(state.student).values())
+    found = backward(run, x0, r, scale=0.5)
+    parameters = list(trainable(run.family.student).values())
     gradient = [2 * p.grad for p in parameters]
 
     x_t = (1 - wide(t)) * x0 + wide(t) * noise
-    text = state.student.encode_text(tokenize(PROMPTS))
-    v = student_velocity(state.student, x_t, t, text, x0, 3)
-    with torch.no_grad(), disabled(state.student):
-        v_ref = student_velocity(state.student, x_t, t, text, x0, 3)
+    text = run.family.student.encode_text(tokenize(PROMPTS))
+    v = student_velocity(run.family.student, x_t, t, text, x0, 3)
+    with torch.no_grad(), disabled(run.family.student):
+        v_ref = student_velocity(run.family.student, x_t, t, text, x0, 3)
     error, gap = v - (noise - x0), v - v_ref
     expected_loss = error.square().sum() + 0.05 * (wide(r) * gap.square()).sum()
-    expected_dv = 2 * CONFIG.beta * (2 * wide(r) - 1) * error + 2 * 0.05 * wide(r) * gap
+    expected_dv = 2 * CONFIG.loss.beta * (2 * wide(r) - 1) * error + 2 * 0.05 * wide(r) * gap
     expected = torch.autograd.grad(v, parameters, expected_dv.detach())
     ratio = (v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1)).mean()
     square = error.square().sum((1, 2, 3, 4))
@@ -78,26 +96,26 @@ def test_loss_and_gradient_are_equation_4_and_5():
 
 
 def test_equal_rewards_give_no_policy_gradient():
-    config = replace(CONFIG, prior_weight=0.0)
-    state, (x0, r) = double_state(config), inputs()
-    student_backward(state, config, x0, torch.full_like(r, 0.5), PROMPTS, generator(0, 0, "update"))
-    assert all(p.grad.abs().max() < 1e-9 for p in trainable(state.student).values())
+    config = changed(CONFIG, loss__ref_coef=0.0)
+    run, (x0, r) = double_run(config), inputs()
+    backward(run, x0, torch.full_like(r, 0.5))
+    assert all(p.grad.abs().max() < 1e-9 for p in trainable(run.family.student).values())
 
 
 def test_lagged_policy_gradient_has_the_trust_region_term():
     """d/dv with a distinct v_old: 2 beta c/d [r e+/W+ - (1 - r) e-/W-] (-t) in x0 space."""
-    config = replace(CONFIG, recipe="diffusionnft", v_old="ema", prior_weight=0.0)
-    state, (x0, r) = double_state(config), inputs()
+    config = changed(LAGGED, loss__ref_coef=0.0)
+    run, (x0, r) = double_run(config), inputs()
     t, noise = drawn(config, x0)
-    student_backward(state, config, x0, r, PROMPTS, generator(0, 0, "update"))
-    parameters = list(trainable(state.student).values())
+    backward(run, x0, r)
+    parameters = list(trainable(run.family.student).values())
     gradient = [p.grad for p in parameters]
     x_t = (1 - wide(t)) * x0 + wide(t) * noise
-    run = lambda: student_velocity(state.student, x_t, t, state.student.encode_text(tokenize(PROMPTS)), x0, 3)
+    run = lambda: student_velocity(run.family.student, x_t, t, run.family.student.encode_text(tokenize(PROMPTS)), x0, 3)
     v = run()
-    with torch.no_grad(), state.ema.applied(state.student):
+    with torch.no_grad(), run.state.ema.applied(run.family.student):
         old = run()
-    beta, each = config.beta, (1, 2, 3, 4)
+    beta, each = config.loss.beta, (1, 2, 3, 4)
     e_pos = x_t - wide(t) * (beta * v + (1 - beta) * old) - x0
     e_neg = x_t - wide(t) * ((1 + beta) * old - beta * v) - x0
     w_pos, w_neg = (e.abs().mean(each, keepdim=True) for e in (e_pos, e_neg))
@@ -114,93 +132,99 @@ def test_lagged_policy_gradient_has_the_trust_region_term():
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8 * want.abs().max().item())
 
 
+def small(**keys):
+    return changed(TrainConfig(), prompts_per_step=2, student__lora_rank=4, **keys)
+
+
 def test_step_feeds_back_the_tracker_and_trains_both(monkeypatch):
     """One whole iteration: the r the loss sees is tracker -> clip -> [0, 1] of this discriminator's scores."""
-    config = TrainConfig(disc_warmup=0, prompts_per_step=2, rollouts_per_prompt=3, lora_rank=4)
-    state = new_state(config, toy_system(base_student.load()))
-    seen = {}
-    real = step_module.student_update
-    monkeypatch.setattr(
-        step_module,
-        "student_update",
-        lambda s, c, parts, *a: (seen.update(x0=parts[0][0], r=parts[0][1]), real(s, c, parts, *a))[1],
-    )
+    config = small(discriminator__warmup=0, rollouts_per_prompt=3)
+    run, seen = toy_run(config), {}
+    real = afd.update_student
+    monkeypatch.setattr(afd, "update_student", lambda r, parts: (seen.update(x0=parts[0].x0, r=parts[0].r), real(r, parts))[1])  # fmt: skip
     prompts = [p for p in all_prompts()[:2] for _ in range(3)]
-    weights = {k: p.clone() for k, p in trainable(state.student).items()}
-    judge = {k: p.clone() for k, p in state.discriminator.state_dict().items()}
-    metrics = train_step(state, config, [Shard(0, prompts, torch.rand(6, 3, 12, 16, 16))])
+    student, discriminator = run.family.student, run.discriminator
+    weights = {k: p.clone() for k, p in trainable(student).items()}
+    judge = {k: p.clone() for k, p in discriminator.state_dict().items()}
+    metrics = train_step(run, [Shard(0, prompts, torch.rand(6, 3, 12, 16, 16))])
     videos = ((seen["x0"] + 1) / 2).clamp(0, 1).mul(255).round().div(255)
     with torch.no_grad():
-        scores = state.discriminator.score(videos, prompts)
+        scores = discriminator.score(videos, prompts)
     advantage = PerPromptStatTracker(config.global_std).update(prompts, scores)
-    torch.testing.assert_close(seen["r"].double(), (advantage.clamp(-5, 5) / 10 + 0.5), atol=1e-5, rtol=0)
-    assert metrics["r_std"] > 0 and state.step == 1
-    assert any(not torch.equal(p, weights[k]) for k, p in trainable(state.student).items())
-    assert all(not torch.equal(p, judge[k]) for k, p in state.discriminator.state_dict().items() if "convs" in k)
+    torch.testing.assert_close(seen["r"][:, 0].double(), (advantage.clamp(-5, 5) / 10 + 0.5), atol=1e-5, rtol=0)
+    assert metrics["r_std"] > 0 and run.state.step == 1
+    assert {
+        "seconds/rollout",
+        "seconds/reference",
+        "seconds/backward",
+        "seconds/optimiser",
+        "health/level",
+    } <= metrics.keys()
+    assert any(not torch.equal(p, weights[k]) for k, p in trainable(student).items())
+    assert all(not torch.equal(p, judge[k]) for k, p in discriminator.state_dict().items() if "convs" in k)
 
 
 def test_warmup_leaves_the_student_alone():
-    config = TrainConfig(disc_warmup=1, prompts_per_step=2, rollouts_per_prompt=2, lora_rank=4)
-    state = new_state(config, toy_system(base_student.load()))
-    weights = {k: p.clone() for k, p in trainable(state.student).items()}
-    metrics = train_step(
-        state, config, [Shard(0, [p for p in PROMPTS[:2] for _ in range(2)], torch.rand(4, 3, 12, 16, 16))]
-    )
-    assert "loss" not in metrics and all(torch.equal(p, weights[k]) for k, p in trainable(state.student).items())
+    run = toy_run(small(discriminator__warmup=1, rollouts_per_prompt=2))
+    student = run.family.student
+    weights = {k: p.clone() for k, p in trainable(student).items()}
+    prompts = [p for p in PROMPTS[:2] for _ in range(2)]
+    metrics = train_step(run, [Shard(0, prompts, torch.rand(4, 3, 12, 16, 16))])
+    assert "loss" not in metrics and all(torch.equal(p, weights[k]) for k, p in trainable(student).items())
 
 
 @pytest.mark.parametrize("average", [True, False])
 def test_policy_samples_from_the_weights_it_names(average):
-    state = new_state(CONFIG, toy_system(base_student.load()))
+    run = toy_run(CONFIG)
     with torch.no_grad():
-        for p in (state.ema.shadow if average else trainable(state.student)).values():
+        for p in (run.state.ema.shadow if average else trainable(run.family.student)).values():
             p.normal_(std=0.3, generator=generator(0, 0, "test"))
-    draw = lambda avg: sample_policy(state, CONFIG, PROMPTS, generator(0, 0, "x"), average=avg)
-    changed, unchanged = draw(average), draw(not average)
-    fresh = new_state(CONFIG, toy_system(base_student.load()))
-    initial = sample_policy(fresh, CONFIG, PROMPTS, generator(0, 0, "x"), average=average)
-    assert torch.allclose(unchanged, initial, atol=1e-5) and not torch.allclose(changed, initial, atol=1e-2)
+    draw = lambda run, avg: sample_policy(run, PROMPTS, generator(0, 0, "x"), average=avg)
+    moved, same = draw(run, average), draw(run, not average)
+    initial = draw(toy_run(CONFIG), average)
+    assert torch.allclose(same, initial, atol=1e-5) and not torch.allclose(moved, initial, atol=1e-2)
 
 
 @pytest.mark.parametrize("chunked, update_batch", [(True, None), (True, 1), (True, 3), (False, 3)])
 @pytest.mark.parametrize("v_old", ["self", "ema"])
 def test_chunked_update_is_the_same_step(v_old, chunked, update_batch):
-    config = replace(CONFIG, recipe="afd" if v_old == "self" else "diffusionnft", v_old=v_old)
-    whole, parts, (x0, r) = double_state(config), double_state(config), inputs()
-    part = lambda: [(x0, r, PROMPTS, generator(0, 0, "update"))]
-    a = student_update(whole, config, part())
-    b = student_update(parts, replace(config, chunked_update=chunked, update_batch=update_batch), part())
+    config = CONFIG if v_old == "self" else LAGGED
+    whole, parts, (x0, r) = double_run(config), double_run(changed(config, update__chunked=chunked, update__batch=update_batch)), inputs()  # fmt: skip
+    a, b = (update_student(run, [targets(x0, r)]) for run in (whole, parts))
     assert b == pytest.approx(a, rel=1e-9) and {"signal", "velocity_norm_ratio"} <= a.keys()
-    for x, y in zip(trainable(whole.student).values(), trainable(parts.student).values(), strict=True):
+    pairs = zip(trainable(whole.family.student).values(), trainable(parts.family.student).values(), strict=True)
+    for x, y in pairs:
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
 
 
 def test_reference_every_nth_iteration_has_the_same_weight_on_average():
-    config = replace(CONFIG, ref_every=3)
-    weights = [loss_recipe(config, step).ref_coef for step in range(6)]
-    assert weights == [3 * config.prior_weight, 0, 0] * 2
-    state, (x0, r) = double_state(config), inputs()
-    state.step = 1
-    assert "prior_loss" not in student_update(state, config, [(x0, r, PROMPTS, generator(0, 0, "update"))])
+    config = changed(CONFIG, update__ref_every=3)
+    run, (x0, r) = double_run(config), inputs()
+    weights = []
+    for run.state.step in range(6):
+        weights.append(policy_recipe(run).ref_coef)
+    assert weights == [3 * config.loss.ref_coef, 0, 0] * 2
+    run.state.step = 1
+    assert "prior_loss" not in update_student(run, [targets(x0, r)])
 
 
 def test_without_adapters_every_weight_is_trained_against_a_frozen_copy():
-    config = replace(CONFIG, lora_rank=0, prior_weight=3.0)
-    state = new_state(config, toy_system(base_student.load()))
-    assert set(trainable(state.student)) == {n for n, _ in state.student.named_parameters()}
-    state.student.double(), state.reference.double()
+    run = toy_run(changed(CONFIG, student__lora_rank=0, loss__ref_coef=3.0))
+    student, reference = run.family.student, run.state.reference
+    assert set(trainable(student)) == {n for n, _ in student.named_parameters()}
+    student.double(), reference.double()
     with torch.no_grad():
-        for p in state.student.parameters():
+        for p in student.parameters():
             p += 0.01 * torch.randn(p.shape, generator=generator(0, 0, "test"))
-    (x0, r), frozen = inputs(), {n: p.clone() for n, p in state.reference.named_parameters()}
-    t, noise = drawn(config, x0)
-    loss = student_backward(state, config, x0, r, PROMPTS, generator(0, 0, "update"))["loss"]
+    (x0, r), frozen = inputs(), {n: p.clone() for n, p in reference.named_parameters()}
+    t, noise = drawn(CONFIG, x0)
+    loss = backward(run, x0, r)["loss"]
     x_t = (1 - wide(t)) * x0 + wide(t) * noise
-    run = lambda m: student_velocity(m, x_t, t, m.encode_text(tokenize(PROMPTS)), x0, 3)
+    of = lambda m: student_velocity(m, x_t, t, m.encode_text(tokenize(PROMPTS)), x0, 3)
     with torch.no_grad():
-        v, v_ref = run(state.student), run(state.reference)
+        v, v_ref = of(student), of(reference)
         expected = (v - (noise - x0)).square().sum() + 3.0 * (wide(r) * (v - v_ref).square()).sum()
     assert loss == pytest.approx(expected.item(), rel=1e-12)
-    state.ema.shadow = {n: p.detach().clone() for n, p in trainable(state.student).items()}
-    student_update(state, config, [(x0, r, PROMPTS, generator(0, 0, "update"))])
-    assert all(torch.equal(p, frozen[n]) for n, p in state.reference.named_parameters())
+    run.state.ema.shadow = {n: p.detach().clone() for n, p in trainable(student).items()}
+    update_student(run, [targets(x0, r)])
+    assert all(torch.equal(p, frozen[n]) for n, p in reference.named_parameters())

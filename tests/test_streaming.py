@@ -6,101 +6,101 @@ from functools import partial
 import pytest
 import torch
 
-from afd_fast import nft_loss
+from afd_fast import nft_loss, nft_recipe
 from afd_fast.errors import ConfigError
 from afd_fast.reference.advantage import PerPromptStatTracker, reward_to_r
 from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.students.lora import disabled, trainable
-from afd_fast.students.wan.family import wan_system
+from afd_fast.students.student import family
 from afd_fast.teachers.dataset import Shard
-from afd_fast.training import checkpoint
-from afd_fast.training import runs as recipes
-from afd_fast.training.methods import streaming
+from afd_fast.training import checkpoint, rollouts, runs
+from afd_fast.training.loop import train_step
+from afd_fast.training.run import Run
 from afd_fast.training.run_folder import read_rows
 from afd_fast.training.state import generator, new_state
-from afd_fast.training.step import loss_recipe, rollout_config
-from afd_fast.training.update import student_velocity
+from afd_fast.training.velocity import velocity
 from benchmarks.update import saved_bytes
+from tests.runs import changed
 from tests.test_trainer import command, same
 from tests.test_wan_training import TINY, teacher  # noqa: F401  (a fixture)
 
-CONFIG = replace(
-    recipes.afd_table3(), student="tiny", discriminator="toy", disc_width=8, frames=6, height=6, width=10, stream=24,
-    active_clips=2, window=9, sink=3, lora_rank=4, prompts_per_step=2, rollouts_per_prompt=2, shards=1, disc_warmup=0,
-    prior_weight=0.1,
+CONFIG = changed(
+    runs.afd_table3(), student__name="tiny", discriminator__name="toy", discriminator__width=8, student__frames=6,
+    student__height=6, student__width=10, stream__frames=24, stream__active_clips=2, rollout__window=9, rollout__sink=3,
+    student__lora_rank=4, prompts_per_step=2, rollouts_per_prompt=2, shards=1, loss__ref_coef=0.1,
 )  # fmt: skip
 PROMPTS = ["a cat", "a cat", "a dog", "a dog"]
 
 
-def make_state(config, double=False):
-    system = wan_system(config)
+def make_run(config, double=False):
+    made = family(config.student, chunk=3, seed=config.seed)
     if double:
         torch.manual_seed(0)
-        system.student = CausalWan(replace(CausalWanConfig.tiny(), num_layers=2)).double().requires_grad_(False)
-        encode, decode = system.encode, system.decode
-        system.encode = lambda prompts: [x.double() for x in encode(prompts)]
-        system.decode = lambda latents: decode(latents.float())
-    state = new_state(config, system)
-    for p in trainable(state.student).values():
-        p.data = p.data.to(next(state.student.parameters()).dtype)
+        made.student = CausalWan(replace(CausalWanConfig.tiny(), num_layers=2)).double().requires_grad_(False)
+        encode, decode = made.text, made.vae.decode
+        made.text = lambda prompts: [x.double() for x in encode(prompts)]
+        made.vae.decode = lambda latents: decode(latents.float())
+    run = Run(config, new_state(config, made))
+    for p in trainable(made.student).values():
+        p.data = p.data.to(next(made.student.parameters()).dtype)
         torch.nn.init.normal_(p, std=0.05, generator=generator(0, 0, "adapters"))
-    state.ema.shadow = {n: p.detach().clone() for n, p in trainable(state.student).items()}
-    return state
+    run.state.ema.shadow = {n: p.detach().clone() for n, p in trainable(made.student).items()}
+    return run
 
 
-def shard(system):
+def shard(run):
     g = torch.Generator().manual_seed(0)
-    return Shard(0, PROMPTS, torch.rand(4, 3, *system.video, generator=g))
+    return Shard(0, PROMPTS, torch.rand(4, 3, *run.family.video[:3], generator=g))
 
 
 def test_continuations_share_their_prefix_and_are_the_samplers():
-    state = make_state(CONFIG)
-    x = streaming.continuations(state, CONFIG, PROMPTS, generator(0, 0, "r"), range(12, 24))
+    run = make_run(CONFIG)
+    draw = lambda active: rollouts.continuations(run, PROMPTS, generator(0, 0, "r"), active)
+    x = draw(range(12, 24))
     assert x.shape == (4, 16, 24, 6, 10)
     assert torch.equal(x[0, :, :12], x[1, :, :12]) and torch.equal(x[2, :, :12], x[3, :, :12])
     assert not torch.equal(x[0, :, :12], x[2, :, :12])
     for a, b in ((0, 1), (2, 3)):
         assert all(not torch.equal(x[a, :, f], x[b, :, f]) for f in range(12, 24))
-    first = streaming.continuations(state, CONFIG, PROMPTS, generator(0, 0, "r"), range(0, 12))
+    first = draw(range(0, 12))
     assert first.shape[2] == 12 and not torch.equal(first[0], first[1])
 
 
 def test_clips_are_as_long_as_the_teachers_and_see_the_frames_before():
-    state = make_state(CONFIG)
+    run = make_run(CONFIG)
     x = torch.randn(1, 16, 24, 6, 10)
-    whole, part = (streaming.clip(state.system, CONFIG, x, first) for first in (0, 6))
-    assert whole.shape == part.shape == (1, 3, *state.system.video)
+    whole, part = (rollouts.clip(run, x, first) for first in (0, 6))
+    assert whole.shape == part.shape == (1, 3, *run.family.video[:3])
     x[:, :, 5] += 1  # the decoder's history, not the clip itself
-    assert not torch.equal(streaming.clip(state.system, CONFIG, x, 6), part)
+    assert not torch.equal(rollouts.clip(run, x, 6), part)
 
 
 @pytest.mark.parametrize("v_old", ["self", "ema"])
 def test_gradient_is_that_of_the_active_clips_with_rewards_of_their_own(monkeypatch, v_old):
-    recipe = {"self": "afd", "ema": "diffusionnft"}[v_old]
-    config = replace(CONFIG, v_old=v_old, recipe=recipe)
-    state = make_state(config, double=True)
+    recipe = nft_recipe({"self": "afd", "ema": "diffusionnft"}[v_old], beta=0.1, ref_coef=0.1)
+    config = changed(CONFIG, update__v_old=v_old, loss=recipe)
+    run = make_run(config, double=True)
+    state, student = run.state, run.family.student
     if v_old == "ema":
         state.ema.shadow = {n: p * 0.5 for n, p in state.ema.shadow.items()}
-    system, student = state.system, state.student
     found = {}
 
-    def keep(state, config, ranks):
-        found.update({n: p.grad.clone() for n, p in trainable(state.student).items()})
+    def keep(run):
+        found.update({n: p.grad.clone() for n, p in trainable(run.family.student).items()})
         return 0.0
 
-    monkeypatch.setattr("afd_fast.training.step.optimise", keep)
+    monkeypatch.setattr("afd_fast.training.update.optimise", keep)
     monkeypatch.setattr(state.discriminator, "score", lambda v, p: v.detach().flatten(1).sum(1) + 0 * state.discriminator.head.weight.sum())  # fmt: skip
-    config = replace(config, r1=0.0, instance_noise=0.0)
-    part = shard(system)
+    part = shard(run)
     state.step = next(s for s in range(9) if torch.randint(3, (), generator=generator(config.seed, s, "place")) == 1)
     rng = lambda purpose: generator(config.seed, state.step, purpose)
     active, step = range(6, 18), state.step
-    x0 = streaming.continuations(state, config, PROMPTS, rng("rollout"), active)
-    metrics = streaming.stream_step(state, config, [part])
+    x0 = rollouts.continuations(run, PROMPTS, rng("rollout"), active)
+    metrics = train_step(run, [part])
     assert metrics["place"] == 6
     state.step = step
 
-    videos = [streaming.clip(system, config, x0, first) for first in (6, 12)]
+    videos = [rollouts.clip(run, x0, first) for first in (6, 12)]
     rewards = torch.stack([v.flatten(1).sum(1) for v in videos], 1)  # [b, A]
     r = torch.empty(4, 2)
     tracker = PerPromptStatTracker(config.global_std)
@@ -113,22 +113,20 @@ def test_gradient_is_that_of_the_active_clips_with_rewards_of_their_own(monkeypa
     noise = torch.randn(x0.shape, generator=g, dtype=torch.float64)
     wide = t[:, None, :, None, None]
     x_t = (1 - wide) * x0 + wide * noise
-    run = lambda: student_velocity(
-        student, x_t, t, student.encode_text(system.encode(PROMPTS)), x0, 3, active=active, window=9, sink=3
-    )
+    compute = lambda: velocity(student, x_t, t, student.encode_text(run.family.text(PROMPTS)), x0, run.chunking(active))
     with torch.no_grad():
         with disabled(student):
-            v_ref = run()
+            v_ref = compute()
         with state.ema.applied(student):
-            v_old_ = run() if v_old == "ema" else None
-    v, loss = run(), 0
+            v_old_ = compute() if v_old == "ema" else None
+    v, loss = compute(), 0
     for c in range(2):
-        here, there = slice(6 * c, 6 * c + 6), slice(6 + 6 * c, 12 + 6 * c)
+        there = slice(6 + 6 * c, 12 + 6 * c)
         own = nft_loss(
-            v[:, :, here], x0[:, :, there], r[:, c], t[:, there], frame_dim=2, noise=noise[:, :, there],
-            v_ref=v_ref[:, :, here], v_old=None if v_old_ is None else v_old_[:, :, here], recipe=loss_recipe(config),
+            v[:, :, there], x0[:, :, there], r[:, c], t[:, there], frame_dim=2, noise=noise[:, :, there],
+            v_ref=v_ref[:, :, there], v_old=None if v_old_ is None else v_old_[:, :, there], recipe=recipe,
         )  # fmt: skip
-        loss = loss + (own / 3 if loss_recipe(config).batch_reduction == "mean" else own)  # 3 clips up to there
+        loss = loss + (own / 3 if recipe.batch_reduction == "mean" else own)  # 3 clips up to there
     parameters = trainable(student)
     want = torch.autograd.grad(loss, list(parameters.values()))
     scale = max(w.abs().max() for w in want)
@@ -142,20 +140,19 @@ def test_memory_does_not_grow_with_the_stream(monkeypatch):
     caches, sizes = [], {}
     new_cache = CausalWan.new_cache
     monkeypatch.setattr(CausalWan, "new_cache", lambda *a, **k: caches.append(new_cache(*a, **k)) or caches[-1])
-    monkeypatch.setattr(streaming.torch, "randint", lambda high, *a, **k: torch.tensor(high - 1))  # the last place
+    monkeypatch.setattr(rollouts.torch, "randint", lambda high, *a, **k: torch.tensor(high - 1))  # the last place
     for frames in (12, 66):
-        config = replace(CONFIG, stream=frames, active_clips=1)
-        state = make_state(config)
+        run = make_run(changed(CONFIG, stream__frames=frames, stream__active_clips=1))
         caches.clear()
-        kept = saved_bytes(partial(streaming.stream_step, state, config, [shard(state.system)]))
+        kept = saved_bytes(partial(train_step, run, [shard(run)]))
         sizes[frames] = kept, max(cache.nbytes for cache in caches)
-        assert all(torch.isfinite(p).all() for p in trainable(state.student).values())
+        assert all(torch.isfinite(p).all() for p in trainable(run.family.student).values())
     latents = 4 * 16 * 66 * 6 * 10 * 4
     assert sizes[66][0] <= sizes[12][0] + latents and sizes[66][1] == sizes[12][1]
 
 
 def test_command_trains_resumes_and_refuses(tmp_path, teacher):  # noqa: F811
-    keys = [*TINY, teacher, "stream=18", "window=9", "sink=3", "active_clips=2"]
+    keys = [*TINY, teacher, "stream.frames=18", "rollout.window=9", "rollout.sink=3", "stream.active_clips=2"]
     run = lambda out, *more: command("train", "afd_table3", *keys, "--out", out, *more)
     whole, stopped = run(tmp_path / "whole"), run(tmp_path / "stopped")
     while not list((tmp_path / "stopped").glob("checkpoints/step-*.pt")):
@@ -169,12 +166,13 @@ def test_command_trains_resumes_and_refuses(tmp_path, teacher):  # noqa: F811
     assert same(state("whole"), state("stopped"))
     rows = read_rows(tmp_path / "whole/metrics.jsonl")
     assert len({row["place"] for row in rows}) > 1 and rows[-1]["grad_norm"] > 0
-    for bad in ({"stream": 20}, {"active_clips": 9}, {"method": "gan"}):
-        with pytest.raises(ConfigError):
-            replace(CONFIG, **bad)
-    refused = command("train", "demo", "stream=42", "--out", tmp_path / "x")
+    for bad in ({"stream__frames": 20}, {"stream__active_clips": 9}, {"method": "gan"}):
+        with pytest.raises(ConfigError, match="stream"):
+            make_run(changed(CONFIG, **bad))
+    refused = command("train", "demo", "stream.frames=42", "--out", tmp_path / "x")
     assert refused.wait() == 2 and "need a Wan student" in refused.stdout.read()
 
 
 def test_window_of_training_is_the_samplers():
-    assert (rollout_config(CONFIG, 3).window, rollout_config(CONFIG, 3).sink) == (9, 3)
+    run = make_run(CONFIG)
+    assert (run.sampler.window, run.sampler.sink) == (run.chunking().window, run.chunking().sink) == (9, 3)

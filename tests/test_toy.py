@@ -3,10 +3,11 @@ import torch
 from afd_fast.discriminators.toy import ToyDiscriminator
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students.lora import add_lora, disabled, lora_layers, merged_lora, trainable
+from afd_fast.students.toy.family import LORA_TARGETS
 from afd_fast.students.toy.model import ToyConfig, ToyStudent
 from afd_fast.students.toy.text import tokenize
 from afd_fast.teachers.physics import all_prompts, split_prompts
-from afd_fast.training.state import EMA, generator, toy_system
+from afd_fast.training.state import EMA, generator
 from afd_fast.training.update import student_velocity
 
 
@@ -83,7 +84,7 @@ def test_words_of_the_world_do_not_collide():
 
 def test_merged_lora_equals_unmerged_and_restores_exactly():
     model = student()
-    add_lora(model, 4, toy_system(model).lora_targets)
+    add_lora(model, 4, list(LORA_TARGETS))
     for p in trainable(model).values():
         torch.nn.init.normal_(p, std=0.3)
     assert len(lora_layers(model)) == 8
@@ -100,7 +101,7 @@ def test_disabled_adapters_are_the_initial_student():
     model = student()
     x, t, text, clean = batch(model)
     initial = student_velocity(model, x, t, text, clean, 3)
-    add_lora(model, 4, toy_system(model).lora_targets)
+    add_lora(model, 4, list(LORA_TARGETS))
     for p in trainable(model).values():
         torch.nn.init.normal_(p, std=0.3)
     assert not torch.allclose(student_velocity(model, x, t, text, clean, 3), initial)
@@ -110,7 +111,7 @@ def test_disabled_adapters_are_the_initial_student():
 
 def test_ema_follows_and_swaps_back():
     model = student()
-    add_lora(model, 4, toy_system(model).lora_targets)
+    add_lora(model, 4, list(LORA_TARGETS))
     ema = EMA(model, 0.9)
     start = {k: v.clone() for k, v in ema.shadow.items()}
     with torch.no_grad():

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,16 +18,15 @@ from afd_fast.config import TrainConfig, to_dict
 from afd_fast.errors import CheckpointError, ConfigError, TrainingError
 from afd_fast.reports.run import write_report
 from afd_fast.students.lora import trainable
-from afd_fast.students.toy import shipped as base_student
-from afd_fast.training import checkpoint, run_folder, trainer
-from afd_fast.training.state import toy_system
-from afd_fast.training.trainer import Trainer
+from afd_fast.students.toy import shipped
+from afd_fast.training import checkpoint, run_folder, train
+from afd_fast.training.watch import Watch
+from tests.runs import QUIET, changed, toy_run, trainer
 
 TINY = [
-    "iterations=6", "disc_warmup=1", "teacher_clips=1", "prompts_per_step=3", "rollouts_per_prompt=2", "eval_every=3",
-    "eval_rollouts=2", "checkpoint_every=2", "lora_rank=4",
+    "iterations=6", "discriminator.warmup=1", "teacher_clips=1", "prompts_per_step=3", "rollouts_per_prompt=2", "evaluation.every=3",
+    "evaluation.rollouts=2", "checkpoint_every=2", "student.lora_rank=4",
 ]  # fmt: skip
-QUIET = Console(quiet=True)
 
 
 def command(*arguments, **kwargs):
@@ -115,23 +113,33 @@ def test_existing_folder_is_never_replaced_silently(tmp_path, tiny_config):
     out = tmp_path / "run"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
+    check = lambda folder, config=tiny_config, **how: run_folder.check_folder(
+        folder, config, **{"overwrite": False, "resume": False, **how}
+    )
     with pytest.raises(ConfigError, match="--resume.*--overwrite"):
-        run_folder.prepare_folder(out, tiny_config, overwrite=False, resume=False)
+        check(out)
+    (out / "config.json").write_text(json.dumps(to_dict(tiny_config)))  # a Hugging Face folder has one too
     with pytest.raises(ConfigError, match="not a run folder"):
-        run_folder.prepare_folder(out, tiny_config, overwrite=True, resume=False)
+        check(out, overwrite=True)
     assert (out / "thesis.txt").read_text() == "years of work"
-    (out / "config.json").write_text(json.dumps(to_dict(tiny_config)))
+    (out / "environment.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"another configuration \(seed"):
-        run_folder.prepare_folder(out, TrainConfig(**{**to_dict(tiny_config), "seed": 9}), overwrite=False, resume=True)
-    run_folder.prepare_folder(out, tiny_config, overwrite=True, resume=False)
+        check(out, changed(tiny_config, seed=9), resume=True)
+    check(out, overwrite=True)
+    assert (out / "thesis.txt").exists()  # checking touches nothing
+    run_folder.make_folder(out, tiny_config)
     assert not (out / "thesis.txt").exists()
     with pytest.raises(ConfigError, match="no run to resume"):
-        run_folder.prepare_folder(tmp_path / "nothing", tiny_config, overwrite=False, resume=True)
+        check(tmp_path / "nothing", resume=True)
+    with pytest.raises(ConfigError, match="is a file"):
+        check(out / "config.json")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run_folder.make_folder(out / "config.json" / "x", tiny_config)
 
 
 def test_run_on_physics_writes_everything(tmp_path, tiny_config, few_prompts):
     torch.manual_seed(0)
-    result = trainer.start(tiny_config, toy_system(base_student.load()), tmp_path / "run", console=QUIET)
+    result = train(tiny_config, out=tmp_path / "run", console=QUIET)
     run = tmp_path / "run"
     assert set(result["rows"]) == {"base", "student", "teacher"}
     assert result["rows"]["teacher"]["residual_px"] < 0.2 < result["rows"]["base"]["residual_px"]
@@ -141,75 +149,72 @@ def test_run_on_physics_writes_everything(tmp_path, tiny_config, few_prompts):
     assert list((run / "tensorboard").iterdir())
     html = write_report(run).read_text()
     assert "correlate at" in html and "physics residual" in html and html.count("<svg") == 2
-    before, after = base_student.load(), base_student.load(run / "student.safetensors")
+    before, after = shipped.load(), shipped.load(run / "student.safetensors")
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
 
 @pytest.mark.parametrize("where", ["student", "discriminator"])
 def test_nan_stops_before_a_checkpoint_and_names_the_tensor(tmp_path, tiny_config, few_prompts, where):
-    run = Trainer(
-        tiny_config, toy_system(base_student.load()), tmp_path / "run", cache=tmp_path / "cache", console=QUIET
-    )
-    named = trainable(run.state.student) if where == "student" else dict(run.state.discriminator.named_parameters())
+    state = (run := trainer(tiny_config, tmp_path / "run")).run.state
+    named = trainable(state.student) if where == "student" else dict(state.discriminator.named_parameters())
     name, parameter = list(named.items())[3]
     seen = {}
 
     def poison(row):
         if row["step"] == 2:
-            seen.update({k: p.detach().clone() for k, p in trainable(run.state.student).items()})
+            seen.update({k: p.detach().clone() for k, p in trainable(state.student).items()})
             parameter.register_hook(lambda g: g * float("nan"))
 
-    (tmp_path / "run").mkdir()
     with pytest.raises(TrainingError, match=f"iteration 3: the gradient of .*{re.escape(name)} is not finite"):
-        run.run(on_step=poison)
-    assert all(torch.equal(p, seen[k]) for k, p in trainable(run.state.student).items())
+        run.train(on_step=poison)
+    assert all(torch.equal(p, seen[k]) for k, p in trainable(state.student).items())
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-000002.pt"
 
 
 @pytest.mark.parametrize(
-    "r, remedy", [(0.9, "stale: raise disc_lr"), (0.001, "overpowering: lower disc_lr"), (0.3, None)]
+    "r, remedy", [(0.9, "stale: raise discriminator.lr"), (0.001, "overpowering: lower discriminator.lr"), (0.3, None)]
 )
-def test_a_discriminator_without_signal_is_said_with_its_remedy(tmp_path, tiny_config, few_prompts, r, remedy):
+def test_a_discriminator_without_signal_is_logged_with_its_remedy(tiny_config, r, remedy):
     console = Console(record=True, file=open(os.devnull, "w"), width=300)
-    run = Trainer(tiny_config, toy_system(base_student.load()), tmp_path, cache=tmp_path / "cache", console=console)
+    watch = Watch(toy_run(tiny_config), console)
     for _ in range(25):
-        run._watch({"pair_r": r})
+        watch({"pair_r": r})
     said = console.export_text()
     assert said.count("the discriminator is") == bool(remedy) and (remedy or "") in said
 
 
-def test_a_student_that_drifts_is_said_once_in_a_while(tmp_path, tiny_config, few_prompts):
+def test_a_student_that_drifts_is_logged_once_in_a_while(tiny_config):
     console = Console(record=True, file=open(os.devnull, "w"), width=300)
-    run = Trainer(tiny_config, toy_system(base_student.load()), tmp_path, cache=tmp_path / "cache", console=console)
+    watch = Watch(run := toy_run(tiny_config), console)
     for run.state.step, ratio in enumerate([1.0, 0.95, *[1.2] * 15, 0.8, *[1.3] * 15]):
-        run._watch({"velocity_norm_ratio": ratio})
+        watch({"velocity_norm_ratio": ratio})
     said = console.export_text()
     assert "iteration 2: the student's velocities are 1.20 times" in said and "iteration 22: " in said
-    assert said.count("raise prior_weight") == 2
+    assert said.count("raise loss.ref_coef") == 2
 
 
-def test_a_checkpoint_of_another_version_is_refused(tmp_path, tiny_config, few_prompts):
-    run = Trainer(tiny_config, toy_system(base_student.load()), tmp_path, cache=tmp_path / "cache", console=QUIET)
+def test_a_checkpoint_of_another_version_is_refused(tiny_config):
+    run = toy_run(tiny_config)
     saved = run.state.state_dict()
-    with pytest.raises(ValueError, match="lacks pair_r: another version"):
+    with pytest.raises(CheckpointError, match="lacks pair_r: another version"):
         run.state.load_state_dict({k: v for k, v in saved.items() if k != "pair_r"})
 
 
 @pytest.mark.parametrize(
     "r, factors", [(0.9, [2, 4, 8, 10, 10]), (0.001, [0.5, 0.25, 0.125, 0.1, 0.1]), (0.3, [1] * 5)]
 )
-def test_disc_lr_auto_applies_the_remedy_within_bounds_and_is_kept(tmp_path, tiny_config, few_prompts, r, factors):
-    config = replace(tiny_config, disc_lr_auto=True)
-    make = lambda: Trainer(config, toy_system(base_student.load()), tmp_path, cache=tmp_path / "cache", console=QUIET)
-    run, rates = make(), []
+def test_disc_lr_auto_applies_the_remedy_within_bounds_and_is_kept(tiny_config, r, factors):
+    config = changed(tiny_config, discriminator__lr_auto=True)
+    run, rates = toy_run(config), []
+    watch = Watch(run, QUIET)
     for _ in range(5):
         for _ in range(20):
-            run._watch({"pair_r": r})
+            watch({"pair_r": r})
         rates.append(run.state.disc_optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([config.disc_lr * f for f in factors])
+    assert rates == pytest.approx([config.discriminator.lr * f for f in factors])
     for _ in range(7):
-        run._watch({"pair_r": r})
-    again = make()
+        watch({"pair_r": r})
+    again = toy_run(config)
     again.state.load_state_dict(run.state.state_dict())
     assert again.state.disc_optimizer.param_groups[0]["lr"] == rates[-1] and len(again.state.pair_r) == (
         20 if r == 0.3 else 7
@@ -219,7 +224,7 @@ def test_disc_lr_auto_applies_the_remedy_within_bounds_and_is_kept(tmp_path, tin
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["demo", "studnet_lr=1"], "did you mean 'student_lr'"),
+        (["demo", "student_lr=1"], "did you mean 'update.lr'"),
         (["train", "demmo"], "did you mean 'demo'"),
         (["demo", "--teacher", "folder:/nowhere"], "neither manifest"),
         (["demo", "--teacher", "oracle"], '"physics" or "folder:PATH"'),
@@ -247,7 +252,7 @@ def test_env_names_versions():
 
 
 def test_the_long_world_is_judged_in_full(tmp_path):
-    run = command("train", "demo_long", *TINY[:-1], "iterations=2", "lora_rank=4", "--out", tmp_path / "run")
+    run = command("train", "demo_long", *TINY[:-1], "iterations=2", "student.lora_rank=4", "--out", tmp_path / "run")
     assert run.wait() == 0, run.stdout.read()
     with safe_open(tmp_path / "run/samples.safetensors", "pt") as file:
         assert file.get_slice("student").get_shape()[-3:] == file.get_slice("teacher").get_shape()[-3:] == [24, 16, 16]

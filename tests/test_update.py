@@ -1,17 +1,16 @@
 """The KV-detached update: its gradient against teacher forcing, chunk by chunk against all at once, its memory."""
 
-import contextlib
-
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afd_fast import nft_loss, nft_recipe
 from afd_fast.students import CausalWan, CausalWanConfig
+from afd_fast.students.student import StudentModule, map_tensors
 from afd_fast.students.toy.model import ToyConfig, ToyStudent
 from afd_fast.students.toy.text import tokenize
 from afd_fast.students.wan import attention as patterns
-from afd_fast.training.update import chunk_velocities, nft_backward, student_velocity
+from afd_fast.training.velocity import Chunking, LossInputs, chunk_velocities, clip_loss, nft_backward, velocity
 from benchmarks.update import saved_bytes
 
 CHUNK = 3
@@ -43,6 +42,14 @@ def inputs(shape, batch=2, clips=1):
     wide = t[:, None, :, None, None]
     r = torch.rand(batch, clips, generator=g, dtype=torch.float64)
     return x0, noise, (1 - wide) * x0 + wide * noise, t, r, v_ref, v_old
+
+
+def student_velocity(model, x_t, t, text, clean, chunk=CHUNK, **options):
+    return velocity(model, x_t, t, text, clean, Chunking(chunk, **options))
+
+
+def loss_inputs(x0, noise, x_t, t, r, recipe, **more):
+    return LossInputs(x0, x_t, noise, t, r if r.ndim == 2 else r[:, None], recipe, **more)
 
 
 def gradients(model) -> list[Tensor]:
@@ -88,9 +95,10 @@ def test_chunk_by_chunk_is_all_at_once(make, recipe):
     loss = nft_loss(student_velocity(model, x_t, t, text(), x0, CHUNK), x0, r[:, 0], t, frame_dim=2, **given)
     (0.7 * loss).backward()
     whole = gradients(model)
-    found, _ = nft_backward(model, x_t, t, text(), x0, CHUNK, r=r[:, 0], scale=0.7, **given)
+    inputs_ = loss_inputs(x0, noise, x_t, t, r[:, :1], recipe, v_ref=v_ref, v_old=v_old)
+    found = nft_backward(model, text(), inputs_, Chunking(CHUNK), 0.7)
     assert close(gradients(model), whole)
-    torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.loss, loss.detach(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
@@ -108,13 +116,12 @@ def test_a_reward_for_every_clip(recipe, batch_reduction):
     )  # fmt: skip
     loss.backward()
     expected = gradients(model)
-    found, of = nft_backward(
-        model, x_t, t, text(), x0, CHUNK, r=r, noise=noise, v_ref=v_ref, v_old=v_old, recipe=recipe
-    )
+    given = loss_inputs(x0, noise, x_t, t, r, recipe, v_ref=v_ref, v_old=v_old)
+    found = nft_backward(model, text(), given, Chunking(CHUNK))
     assert close(gradients(model), expected)
     ratio = (v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1)).mean()
     expected = (loss, stats.policy_loss, stats.prior_loss, stats.signal, ratio)
-    torch.testing.assert_close((found, *of), tuple(x.detach() for x in expected), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(tuple(found), tuple(x.detach() for x in expected), rtol=1e-11, atol=1e-12)
 
 
 def test_only_the_active_frames_learn():
@@ -125,48 +132,52 @@ def test_only_the_active_frames_learn():
     of = lambda x: x[:, :, part]
     nft_loss(v, of(x0), r[:, 2], t[:, part], frame_dim=2, noise=of(noise), v_ref=of(v_ref), recipe=recipe).backward()
     expected = gradients(model)
-    nft_backward(
-        model,
-        x_t,
-        t,
-        text(),
-        x0,
-        CHUNK,
-        r=r,
-        noise=noise,
-        v_ref=v_ref,
-        recipe=recipe,
-        active=range(6, 9),
-        window=6,
-        sink=3,
-    )
+    given = loss_inputs(x0, noise, x_t, t, r, recipe, v_ref=v_ref)
+    nft_backward(model, text(), given, Chunking(CHUNK, 6, 3, range(6, 9)))
     assert close(gradients(model), expected)
 
 
-@pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
-def test_reference_over_the_policys_history(recipe):
-    """With the policy itself as the reference there is no prior, whichever history."""
-    model, text, shape = wan()
-    x0, noise, x_t, t, r, _, v_old = inputs(shape)
-    given = {"r": r, "noise": noise, "v_old": v_old}
-    with torch.no_grad():
-        words = text()
-    beside = (contextlib.nullcontext, words)
-    nft_backward(model, x_t, t, text(), x0, CHUNK, reference=beside, recipe=nft_recipe(recipe, ref_coef=9.0), **given)
-    with_reference = gradients(model)
-    nft_backward(model, x_t, t, text(), x0, CHUNK, recipe=nft_recipe(recipe, ref_coef=0.0), **given)
-    assert close(with_reference, gradients(model))
+@pytest.mark.parametrize("text_of", [lambda x: x, lambda x: [x, x * 0], lambda x: {"words": x}, lambda x: (x,)])
+def test_any_text_encoding_works_in_every_update(text_of):
+    """A plain tensor, a list, a dict or a tuple of tensors: the text's own gradient is the same in both updates."""
+
+    class Student(StudentModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.mix = nn.Linear(3, 16).double(), nn.Linear(16, 16).double()
+
+        def encode_text(self, context):
+            return text_of(self.words(context))
+
+        def new_cache(self, batch, frames, height, width, window=None, sink=0):
+            return []
+
+        def forward(self, x, t, text, *, cache, start_frame=0):
+            words = []
+            map_tensors(text, lambda a: words.append(a) or a)
+            cache.append(x.detach())
+            return self.mix((x + sum(words)[:, :, None, None, None]).movedim(1, -1)).movedim(-1, 1) + len(cache)
+
+    model, context = Student(), torch.randn(2, 3, dtype=torch.float64)
+    x0, noise, x_t, t, r, v_ref, v_old = inputs((16, 12, 2, 2))
+    given = loss_inputs(x0, noise, x_t, t, r, nft_recipe("afd", ref_coef=0.3), v_ref=v_ref)
+    loss, _ = clip_loss(student_velocity(model, x_t, t, model.encode_text(context), x0), given)
+    loss.backward()
+    whole = gradients(model)
+    nft_backward(model, model.encode_text(context), given, Chunking(CHUNK))
+    assert close(gradients(model), whole) and whole[0].abs().max() > 0
 
 
 def peaks(frames: int, recipe: str) -> tuple[int, int]:
     """Bytes kept by the chunked update and by the whole graph, over a rolling cache."""
     model, text, shape = wan(frames, batch=1)
     x0, noise, x_t, t, r, v_ref, v_old = inputs(shape, batch=1, clips=frames // CHUNK)
-    given = {"r": r, "noise": noise, "v_ref": v_ref, "v_old": v_old, "recipe": nft_recipe(recipe)}
-    rolling = {"window": 9, "sink": 3}
+    given = loss_inputs(x0, noise, x_t, t, r, nft_recipe(recipe), v_ref=v_ref, v_old=v_old)
+    rolling = Chunking(CHUNK, 9, 3)
     return (
-        saved_bytes(lambda: nft_backward(model, x_t, t, text(), x0, CHUNK, **given, **rolling)),
-        saved_bytes(lambda: student_velocity(model, x_t, t, text(), x0, CHUNK, **rolling).sum().backward()),
+        saved_bytes(lambda: nft_backward(model, text(), given, rolling)),
+        saved_bytes(lambda: velocity(model, x_t, t, text(), x0, rolling).sum().backward()),
     )
 
 
@@ -180,10 +191,10 @@ def test_a_long_stream_in_constant_memory(recipe):
 def test_bad_input():
     model, text, shape = wan()
     x0, noise, x_t, t, r, *_ = inputs(shape)
-    given = {"noise": noise, "recipe": nft_recipe("diffusionnft")}
+    of = lambda r: loss_inputs(x0, noise, x_t, t, r, nft_recipe("diffusionnft"))
     with pytest.raises(ValueError, match="a clip must be whole chunks"):
-        nft_backward(model, x_t, t, text(), x0, CHUNK, r=torch.rand(2, 12), **given)
+        nft_backward(model, text(), of(torch.rand(2, 12)), Chunking(CHUNK))
     with pytest.raises(ValueError, match="need whole clips of 12 frames"):
-        nft_backward(model, x_t, t, text(), x0, CHUNK, r=r, active=range(3, 12), **given)
+        nft_backward(model, text(), of(r), Chunking(CHUNK, active=range(3, 12)))
     with pytest.raises(ValueError, match="not whole chunks of 3"):
-        next(chunk_velocities(model, x_t, t, text(), x0, CHUNK, active=range(1, 4)))
+        next(chunk_velocities(model, x_t, t, text(), x0, Chunking(CHUNK, active=range(1, 4))))

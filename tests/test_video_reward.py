@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import Qwen2VLModel
 
-from afd_fast.discriminators.discriminator import FeatureCache, Features
+from afd_fast.discriminators import FeatureCache, Features, Objective
 from afd_fast.discriminators.videoalign import model as video_reward
 from afd_fast.discriminators.videoalign.checkpoints import load_video_reward
 from afd_fast.students.lora import merged_lora
@@ -41,7 +41,7 @@ def test_scores_and_gradients_are_videoaligns(golden, lora_rank):
     logits = golden_logits(model, golden)
     assert np.abs(logits.detach().numpy() - golden["logits"]).max() < 1e-5
     if lora_rank is None:
-        loss = model.objective(*logits.sum(1))
+        loss = Objective()(*logits.sum(1))
         assert abs(loss.item() - golden["bt_loss"]) < 1e-6
         loss.backward()
         named = dict(model.named_parameters())
@@ -153,7 +153,7 @@ def test_head_and_adapters_are_float32_and_move():
     optimizer = torch.optim.AdamW(trained.values(), 1e-5)
     for _ in range(3):
         optimizer.zero_grad()
-        model.loss(tiny.clips(2), tiny.clips(2, seed=1), PROMPTS).backward()
+        model.paired_loss(tiny.clips(2), tiny.clips(2, seed=1), PROMPTS).loss.backward()
         optimizer.step()
     assert (model.rm_head.weight != before).float().mean() > 0.99
 
@@ -223,11 +223,11 @@ def test_packed_is_unpacked():
 
 def test_loss_is_one_packed_batch(monkeypatch):
     model, teacher, student = tiny.reward_model(), tiny.clips(2), tiny.clips(2, 9, seed=1)
-    wanted = model.objective(model.score(teacher, PROMPTS), model.score(student, PROMPTS))
+    wanted = Objective()(model.score(teacher, PROMPTS), model.score(student, PROMPTS))
     calls = []
     states = model.states_of
     monkeypatch.setattr(model, "states_of", lambda *a: calls.append(len(a[0])) or states(*a))
-    assert abs(model.loss(teacher, student, PROMPTS) - wanted) < 1e-6 and calls == [4]
+    assert abs(model.paired_loss(teacher, student, PROMPTS).loss - wanted) < 1e-6 and calls == [4]
 
 
 def test_equal_prompts_are_looked_up_once(monkeypatch):
@@ -236,7 +236,7 @@ def test_equal_prompts_are_looked_up_once(monkeypatch):
     monkeypatch.setattr(
         embed, "forward", lambda ids: seen.append(ids.numel()) or torch.nn.Embedding.forward(embed, ids)
     )
-    model.loss(tiny.clips(2), tiny.clips(2, seed=1), ["same", "same"])
+    model.paired_loss(tiny.clips(2), tiny.clips(2, seed=1), ["same", "same"])
     assert len(seen) == 2  # the prefix, the suffix
 
 
@@ -256,22 +256,22 @@ def test_checkpointing_and_cached_features_change_nothing():
         assert model.backbone.language_model.layers[1].gradient_checkpointing is checkpointing
         calls = []
         if cached:
-            cache = FeatureCache(model.encode)
+            cache = FeatureCache(model)
             for _ in range(2):
                 given = cache(["a", "b"], lambda i, calls=calls: calls.append(i) or teacher[i])
             assert calls == [0, 1] and isinstance(given, Features)
-        model.loss(given if cached else teacher, student, PROMPTS).backward()
+        model.paired_loss(given if cached else teacher, student, PROMPTS).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for other in gradients[1:]:
         assert all(torch.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(gradients[0], other))
     with pytest.raises(ValueError, match="frozen"):
-        FeatureCache(tiny.reward_model(freeze_vision=False).encode)
+        FeatureCache(tiny.reward_model(freeze_vision=False))
 
 
 def test_vision_tower_is_frozen_by_default_and_can_be_trained():
     for freeze in (True, False):
         model = tiny.reward_model(freeze_vision=freeze)
-        model.loss(tiny.clips(2), tiny.clips(2, seed=1), PROMPTS).backward()
+        model.paired_loss(tiny.clips(2), tiny.clips(2, seed=1), PROMPTS).loss.backward()
         grads = [p.grad is not None for p in model.backbone.visual.parameters()]
         assert all(grads) is not freeze and any(grads) is not freeze
         assert not any(p.requires_grad for n, p in model.named_parameters() if "embed_tokens" in n)
@@ -335,7 +335,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="1 videos and 2 prompts"):
         model.score(tiny.clips(1), PROMPTS)
     with pytest.raises(ValueError, match="1 student_videos and 2 prompts"):
-        model.loss(tiny.clips(2), tiny.clips(1), PROMPTS)
+        model.paired_loss(tiny.clips(2), tiny.clips(1), PROMPTS)
     with pytest.raises(ValueError, match="one string"):
         model.score(tiny.clips(2), "ab")
     with pytest.raises(ValueError, match="divide 0..255 by 255"):

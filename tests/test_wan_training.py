@@ -8,22 +8,21 @@ import torch
 
 from afd_fast.config import with_overrides
 from afd_fast.errors import ConfigError
-from afd_fast.generate import tiny
-from afd_fast.students import load_student
+from afd_fast.students import load_student, save_student
 from afd_fast.students.lora import add_lora, lora_layers, trainable
-from afd_fast.students.wan.checkpoints import save_diffusers
-from afd_fast.students.wan.family import LORA_TARGETS, wan_system
-from afd_fast.training import checkpoint
-from afd_fast.training import runs as recipes
+from afd_fast.students.wan.family import LORA_TARGETS, SIZE, tiny, wan_family
+from afd_fast.training import checkpoint, runs
+from afd_fast.training.rollouts import sample_policy
 from afd_fast.training.run_folder import read_rows
-from afd_fast.training.state import generator, new_state
-from afd_fast.training.step import sample_policy, student_backward
+from afd_fast.training.state import generator
+from afd_fast.training.update import Targets, policy_recipe, student_backward
 from afd_fast.video_io import write_video
+from tests.runs import named_run
 from tests.test_trainer import command, same
 
 TINY = [
-    "student=tiny", "shards=1", "discriminator=toy", "disc_width=8", "frames=6", "height=6", "width=10", "iterations=3", "prompts_per_step=2",
-    "rollouts_per_prompt=2", "disc_warmup=1", "lora_rank=4", "eval_every=3", "checkpoint_every=1", "teacher_clips=1", "eval_rollouts=2", "eval_batch=1",
+    "student=tiny", "shards=1", "discriminator=toy", "discriminator.width=8", "student.frames=6", "student.height=6", "student.width=10", "iterations=3", "prompts_per_step=2",
+    "rollouts_per_prompt=2", "discriminator.warmup=1", "student.lora_rank=4", "evaluation.every=3", "checkpoint_every=1", "teacher_clips=1", "evaluation.rollouts=2", "evaluation.batch=1",
 ]  # fmt: skip
 
 
@@ -42,17 +41,19 @@ def test_paper_recipe_trains_resumes_and_exports(tmp_path, teacher):
     whole = run(tmp_path / "whole")
     assert whole.wait() == 0, whole.stdout.read()
     rows = read_rows(tmp_path / "whole/metrics.jsonl")
-    assert len(rows) == 3 and all(np.isfinite(v) for row in rows for v in row.values()) and "seconds/update" in rows[2]
+    assert (
+        len(rows) == 3 and all(np.isfinite(v) for row in rows for v in row.values()) and "seconds/backward" in rows[2]
+    )
     assert (tmp_path / "whole/report.html").exists()
-    adapted, before = load_student(tmp_path / "whole/student"), tiny()[0]
-    save_diffusers(before, tmp_path / "base")
+    adapted, before = load_student(tmp_path / "whole/student"), tiny().student
+    save_student(before, tmp_path / "base")
     changed = [n for n, p in before.state_dict().items() if not torch.equal(p, adapted.state_dict()[n])]
     assert changed and all(any(f".{t}." in n for t in LORA_TARGETS) for n in changed)
     merged = load_student(tmp_path / "whole/student").state_dict()
     added = load_student(tmp_path / "base", lora=tmp_path / "whole/lora").state_dict()
     assert all(torch.allclose(p, added[n], rtol=0, atol=1e-6) for n, p in merged.items())
     card = (tmp_path / "whole/student/README.md").read_text()
-    assert "pipeline_tag: text-to-video" in card and "| prior_weight | 0.0001 |" in card
+    assert "pipeline_tag: text-to-video" in card and "| loss.ref_coef | 0.0001 |" in card
 
     stopped = tmp_path / "stopped"
     first = run(stopped)
@@ -67,19 +68,24 @@ def test_paper_recipe_trains_resumes_and_exports(tmp_path, teacher):
 
 
 def test_adapters_are_float32_on_a_bfloat16_student():
-    system = wan_system(with_overrides(recipes.afd_table3(), TINY))
-    system.student.to(torch.bfloat16)
-    config = with_overrides(recipes.afd_table3(), TINY)
-    state = new_state(config, system)
-    assert {p.dtype for p in trainable(state.student).values()} == {torch.float32}
-    assert len(lora_layers(state.student)) == 10 * system.student.config.num_layers
+    run = named_run(with_overrides(runs.afd_table3(), TINY))
+    student = run.family.student.to(torch.bfloat16)
+    for p in trainable(student).values():
+        p.data = p.data.float()
+    assert len(lora_layers(student)) == 10 * student.config.num_layers
     rng = lambda: generator(0, 0, "test")
-    x0 = sample_policy(state, config, ["a cat", "a dog"], rng(), average=False)
+    x0 = sample_policy(run, ["a cat", "a dog"], rng(), average=False)
     assert x0.dtype == torch.bfloat16 and x0.isfinite().all()
-    found = student_backward(state, config, x0, torch.tensor([0.9, 0.1]), ["a cat", "a dog"], rng())
-    assert math.isfinite(found["loss"]) and any(
-        p.grad.abs().max() > 0 for p in trainable(state.student).values() if p.grad is not None
-    )
+    targets = Targets(x0, torch.tensor([[0.9], [0.1]]), ["a cat", "a dog"], 0)
+    found = student_backward(run, targets, policy_recipe(run), rng())
+    assert math.isfinite(found["loss"])
+    assert any(p.grad.abs().max() > 0 for p in trainable(student).values() if p.grad is not None)
+
+
+def test_new_adapters_of_a_bfloat16_layer_are_float32():
+    student = tiny().student.bfloat16()
+    add_lora(student, 4, list(LORA_TARGETS))
+    assert {p.dtype for p in trainable(student).values()} == {torch.float32}
 
 
 def test_adapters_compute_in_the_layers_dtype_with_float32_gradients():
@@ -105,21 +111,25 @@ def test_adapters_compute_in_the_layers_dtype_with_float32_gradients():
 
 
 def test_table_3():
-    c = recipes.afd_table3()
-    assert (c.lora_rank, c.prior_weight, c.beta, c.adv_clip, c.ema, c.student_lr) == (256, 1e-4, 0.1, 5.0, 0.99, 1e-5)
-    assert (c.weight_decay, c.grad_norm, c.global_std, c.v_old, c.recipe) == (1e-4, 1.0, True, "self", "afd")
-    assert (8 * c.height, 8 * c.width, 4 * c.frames - 3) == (480, 832, 81)
+    c = runs.afd_table3()
+    assert (c.student.lora_rank, c.loss.ref_coef, c.loss.beta, c.loss.adv_clip) == (256, 1e-4, 0.1, 5.0)
+    assert (c.update.ema, c.update.lr, c.update.weight_decay, c.update.grad_norm) == (0.99, 1e-5, 1e-4, 1.0)
+    assert (c.global_std, c.update.v_old, c.loss.name) == (True, "self", "afd")
+    assert (SIZE.height * 8, SIZE.width * 8, 4 * SIZE.frames - 3) == (480, 832, 81)
+    d = c.discriminator  # decided, not inherited from the demo
+    assert (d.warmup, d.instance_noise, d.r1, d.steps, d.lr) == (0, 0.0, 0.0, 1, 1e-5)
 
 
-@pytest.mark.parametrize("change", [["frames=7"], ["height=5"], ["width=11"]])
+@pytest.mark.parametrize("change", [["student.frames=7"], ["student.height=5"], ["student.width=11"]])
 def test_impossible_sizes(change):
     with pytest.raises(ConfigError, match="whole chunks of latents of even size"):
-        wan_system(with_overrides(recipes.afd_table3(), [*TINY, *change]))
+        config = with_overrides(runs.afd_table3(), [*TINY, *change])
+        wan_family(config.student, config.rollout.chunk)
 
 
 def test_every_linear_of_a_block_is_adapted():
-    student = tiny()[0]
-    add_lora(student, 2, LORA_TARGETS)
+    student = tiny().student
+    add_lora(student, 2, list(LORA_TARGETS))
     linears = [
         m
         for n, m in student.named_modules()
@@ -138,18 +148,23 @@ def test_dry_run_says_sizes_and_writes_nothing(tmp_path, teacher):
 @pytest.mark.parametrize("method", ["sft", "gan"])
 def test_baselines_train_a_wan_student(tmp_path, teacher, method):
     """SFT through the VAE's encoder, GAN through its decoder; without adapters, every weight."""
-    overrides = [f"method={method}", "v_old=self", "student_lr=1e-2", f"lora_rank={4 if method == 'sft' else 0}"]
+    overrides = [
+        f"method={method}",
+        "update.v_old=self",
+        "update.lr=1e-2",
+        f"student.lora_rank={4 if method == 'sft' else 0}",
+    ]
     run = command("train", "afd_table3", *TINY, teacher, *overrides, "--out", tmp_path / "run")
     assert run.wait() == 0, run.stdout.read()
     rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert rows[2]["grad_norm"] > 0 and all(np.isfinite(v) for row in rows for v in row.values())
-    adapted, before = load_student(tmp_path / "run/student"), tiny()[0]
+    adapted, before = load_student(tmp_path / "run/student"), tiny().student
     assert any(not torch.equal(p, adapted.state_dict()[n]) for n, p in before.state_dict().items())
 
 
 def test_vae_encodes_what_diffusers_does_and_decodes_with_gradient():
     torch.manual_seed(0)
-    decode = tiny()[2]
+    decode = tiny().vae
     videos = torch.rand(1, 3, 9, 16, 24)
     latents = decode.encode(videos)
     with torch.no_grad():

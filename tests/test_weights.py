@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_diffusers
+from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
 from afd_fast.students.wan.checkpoints import clean_keys, from_diffusers, to_diffusers
 
 CONFIG = CausalWanConfig(dim=128, ffn_dim=96, num_heads=1, num_layers=2, text_len=512, text_dim=24, freq_dim=32)
@@ -209,7 +209,7 @@ class TestDiffusers:
     def test_folder_out(self, model, tmp_path):
         from diffusers import WanTransformer3DModel
 
-        save_diffusers(model, tmp_path)
+        save_student(model, tmp_path)
         self.outputs_agree(model, WanTransformer3DModel.from_pretrained(tmp_path).eval())
         same(load_student(tmp_path), dict(model.state_dict()))
 

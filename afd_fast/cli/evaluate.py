@@ -4,12 +4,24 @@ import os
 import shutil
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+
+from afd_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from afd_fast.evaluation.folder import Clip
+    from afd_fast.evaluation.intervals import Score
+    from afd_fast.evaluation.scores import Difference
+    from afd_fast.generate import GenerateOptions
+    from afd_fast.rollout import RolloutConfig
+    from afd_fast.students.wan.family import Networks
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = Console()
@@ -22,7 +34,7 @@ FPS = 16.0  # of a Wan video; VBench's dynamic degree takes every round(fps / 8)
 def export(
     out: Folder,
     vbench: Annotated[Path | None, typer.Option(help="VBench_full_info.json of the official repository")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="text file, one prompt a line, for the other tools")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="text file, one prompt per line, for the other tools")] = None,
     student: Annotated[
         str | None,
         typer.Option(
@@ -30,11 +42,10 @@ def export(
         ),
     ] = None,
     n: Annotated[
-        int | None, typer.Option(help="videos a prompt; default 5 for VBench (25 for its flickering prompts), else 1")
+        int | None,
+        typer.Option(help="videos per prompt; default 5 for VBench (25 for its flickering prompts), else 1"),
     ] = None,
-    base: Annotated[
-        str, typer.Option(help="diffusers repository of text encoder and VAE")
-    ] = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    base: Annotated[str | None, typer.Option(help="diffusers repository of text encoder and VAE")] = None,
     frames: Annotated[int, typer.Option(help="latent frames; 21 are 81 frames of video")] = 21,
     shift: float = 5.0,
     chunk: int = 3,
@@ -42,57 +53,81 @@ def export(
     seed: int = 0,
 ) -> None:
     """Make the videos a tool expects, under the names it expects; run again to continue."""
-    from afd_fast.errors import ConfigError
     from afd_fast.evaluation import folder
     from afd_fast.evaluation import vbench as suite
-    from afd_fast.generate import file_name
+    from afd_fast.generate import chunk_count
+    from afd_fast.rollout import RolloutConfig
+    from afd_fast.students.wan.family import BASE
 
     if (vbench is None) == (prompts is None):
         raise ConfigError("give either --vbench VBench_full_info.json or --prompts FILE")
     if vbench is not None:
         n = suite.KEPT if n is None else n
         clips = suite.clips(suite.suite(vbench), n, seed)
-    else:
-        lines = prompts.read_text(encoding="utf-8").splitlines() if prompts.is_file() else []
-        lines = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    elif prompts is not None:
         n = 1 if n is None else n
-        if not lines or n < 1:
-            raise ConfigError(f"{prompts} must be a file with at least one prompt, and --n at least 1")
-        names = [(prompt, f"{file_name(i, prompt)[:-4]}-{k}.mp4") for i, prompt in enumerate(lines) for k in range(n)]
-        clips = [folder.Clip(name, prompt, seed + i) for i, (prompt, name) in enumerate(names)]
-    settings = {"n": n, "student": student}
+        clips = _listed(prompts, n, seed)
+    sampler = RolloutConfig(shift=shift, chunk=chunk)
+    settings: folder.Settings = {"n": n, "student": student}
     if student is not None:
-        settings |= {"base": base, "frames": frames, "shift": shift, "chunk": chunk, "fps": FPS}
+        chunk_count(frames, sampler)
+        settings |= {"base": base or BASE, "frames": frames, "shift": shift, "chunk": chunk, "fps": FPS}
     folder.start(out, clips, settings)
     if vbench is not None and not (out / suite.SUITE).exists():
         shutil.copyfile(vbench, out / suite.SUITE)
     todo = folder.missing(out, clips)
     if student is not None and todo:
-        _generate(out, todo, student, base, seed, frames, shift, chunk, batch)
+        from afd_fast.students.wan.family import load_networks
+
+        _generate(out, todo, load_networks(student, base, seed), _size(student, frames, batch), sampler)
         todo = folder.missing(out, clips)
     console.print(f"{len(clips) - len(todo)} of {len(clips)} videos are in {out / 'videos'}; names: manifest.csv")
 
 
-def _generate(out, clips, student, base, seed, frames, shift, chunk, batch) -> None:
+def _listed(prompts: Path, n: int, seed: int) -> "list[Clip]":
+    """n clips of every line of a text file."""
+    from afd_fast.evaluation.folder import Clip
+    from afd_fast.generate import file_name
+
+    lines = prompts.read_text(encoding="utf-8-sig").split("\n") if prompts.is_file() else []
+    lines = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not lines or n < 1:
+        raise ConfigError(f"{prompts} must be a file with at least one prompt, and --n at least 1")
+    names = [(prompt, f"{file_name(i, prompt)[:-4]}-{k}.mp4") for i, prompt in enumerate(lines) for k in range(n)]
+    return [Clip(name, prompt, seed + i) for i, (prompt, name) in enumerate(names)]
+
+
+def _size(student: str, frames: int, batch: int) -> "GenerateOptions":
+    from afd_fast.generate import GenerateOptions
+    from afd_fast.students.wan.family import SIZE, TINY_SIZE
+
+    size = TINY_SIZE if student == "tiny" else SIZE
+    return GenerateOptions(frames, size.height, size.width, FPS, batch)
+
+
+def _generate(
+    out: Path, clips: "list[Clip]", networks: "Networks", options: "GenerateOptions", sampler: "RolloutConfig"
+) -> None:
     """Make clips; a file appears in OUT/videos only when it is whole."""
-    from afd_fast.generate import generate, load_networks
-    from afd_fast.rollout import RolloutConfig
+    from afd_fast.generate import Job, generate
     from afd_fast.video_io import write_video
 
-    def write(path: Path, video, fps: float) -> None:
+    def write(path: Path, video: "Tensor", fps: float) -> None:
         write_video(out / "partial.mp4", video, fps)
         os.replace(out / "partial.mp4", path)
 
-    model, encode, decode = load_networks(student, base, seed)
-    size = {"height": 6, "width": 10} if student == "tiny" else {}
+    todo = [Job(clip.prompt, clip.video, clip.seed) for clip in clips]
     with Progress(console=console) as progress:
         task = progress.add_task("chunks", total=None)
         stats = generate(
-            model, [clip.prompt for clip in clips], out / "videos", encode=encode, decode=decode, write=write,
-            names=[clip.video for clip in clips], seeds=[clip.seed for clip in clips], frames=frames, batch=batch,
-            fps=FPS, config=RolloutConfig(shift=shift, chunk=chunk), **size,
+            networks,
+            todo,
+            out / "videos",
+            options,
+            sampler,
+            write=write,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
+        )
     console.print(stats.line())
 
 
@@ -106,15 +141,17 @@ def run(
     dimension: Annotated[list[str] | None, typer.Option(help="of VBench, repeatable; default all")] = None,
 ) -> None:
     """Score the videos of a folder with an official tool; what is scored already is kept."""
-    from afd_fast.errors import ConfigError
     from afd_fast.evaluation import flickering, vbench, videoalign, videophy2
 
-    say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     if tool == "flickering":
         flickering.run(out, say)
     elif tool == "vbench" and env is not None:
         vbench.run(out, env, dimension, say)
     elif tool in ("videophy2", "videoalign") and None not in (env, repo, checkpoint):
+        assert env is not None and repo is not None and checkpoint is not None
         {"videophy2": videophy2, "videoalign": videoalign}[tool].run(out, env, repo, checkpoint, say)
     else:
         raise ConfigError(
@@ -163,5 +200,5 @@ def _digits(name: str, value: float) -> str:
     return ".2f" if name.startswith("VBench") or value > 10 else ".3f"
 
 
-def _between(row, digits: str) -> str:
+def _between(row: "Score | Difference", digits: str) -> str:
     return "" if row.low != row.low else f"{row.low:{digits}} .. {row.high:{digits}}"

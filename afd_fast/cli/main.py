@@ -1,49 +1,68 @@
 """The `afd-fast` command."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from afd_fast.cli.evaluate import app as evaluation
+from afd_fast.errors import AFDError, ConfigError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
+if TYPE_CHECKING:
+    from afd_fast.config import TrainConfig
+    from afd_fast.students import Family
+    from afd_fast.training.compare import Variants
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help=__doc__,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.add_typer(evaluation, name="eval")
 console = Console()
 
 Out = Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run folder if it exists")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the folder")]
-Keys = Annotated[list[str] | None, typer.Argument(help="key=value overrides of the configuration", show_default=False)]
+Keys = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value overrides of the configuration (see `afd-fast keys`)", show_default=False),
+]
 
 
-def _system(config, weights: Path | None = None):
-    """The networks of a configuration; weights: of a toy student other than the shipped one."""
-    from afd_fast.errors import ConfigError
-    from afd_fast.students.toy import shipped as base_student
-    from afd_fast.students.wan.family import wan_system
-    from afd_fast.training.state import toy_system
+def _version(asked: bool) -> None:
+    if asked:
+        from afd_fast import __version__
 
-    if config.student in base_student.SHIPPED:
-        if config.stream or config.window:
-            raise ConfigError("stream and window need a Wan student: the embedded one has a fixed length")
-        return toy_system(base_student.load(weights, name=config.student))
-    return wan_system(config)
+        console.print(f"afd-fast {__version__}", highlight=False)
+        raise typer.Exit
 
 
-def _run(config, out: Path | None, overwrite: bool, resume: bool, weights: Path | None = None) -> None:
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Adversarial Flow Distillation: train, roll out, evaluate and estimate causal video students."""
+
+
+def _run(
+    config: "TrainConfig", out: Path | None, overwrite: bool, resume: bool, family: "Family | None" = None
+) -> None:
     from afd_fast.reports.run import console_table, write_report
-    from afd_fast.training import distributed, trainer
+    from afd_fast.training import train
 
     out = out or Path("runs") / config.name
-    with distributed.job() as ranks:
-        screen = console if ranks.lead else Console(quiet=True)
-        system = _system(config, weights)
-        result = trainer.start(config, system, out, overwrite=overwrite, resume=resume, console=screen, ranks=ranks)
-    if not ranks.lead:
+    result = train(config, family, out, resume, overwrite=overwrite, console=console)
+    if result is None:  # not rank 0
         return
     console.print(console_table(result))
     last = result["rows"]["student"]
@@ -52,7 +71,7 @@ def _run(config, out: Path | None, overwrite: bool, resume: bool, weights: Path 
             f"within prompts, discriminator score and physics score correlate at {last['reward_physics_correlation']:.2f}; "
             f"discriminator accuracy on held-out prompts {last['held_out_accuracy']:.2f}"
         )
-    console.print(f"{result['seconds']:.0f} s; report: {write_report(out)}")
+    console.print(f"{result['seconds']:.0f} s; report: {escape(str(write_report(out)))}")
 
 
 @app.command()
@@ -75,67 +94,98 @@ def demo(
     resume: Resume = False,
 ) -> None:
     """Distil the embedded teacher into the shipped base student and write a report."""
-    from dataclasses import replace
-
     from afd_fast.config import with_overrides
-    from afd_fast.students.toy import shipped as base_student
-    from afd_fast.training import runs as recipes
+    from afd_fast.training import runs
 
-    config = with_overrides(recipes.demo(), overrides or [])
+    config = with_overrides(runs.demo(), overrides or [])
     if teacher:
         name = config.name if teacher == "physics" else f"{config.name}-{Path(teacher.partition(':')[2]).stem}"
         config = replace(config, teacher=teacher, name=name)
-    weights = (out or Path("runs") / config.name).with_suffix(".base.safetensors") if from_scratch else None
-    if weights and not weights.exists():
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        base_student.make(console, weights)
-    _run(config, out, overwrite, resume, weights)
+    family = None
+    if from_scratch:
+        from afd_fast.students.toy import family as toy
+        from afd_fast.students.toy import shipped
+
+        weights = (out or Path("runs") / config.name).with_suffix(".base.safetensors")
+        if not weights.exists():
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            shipped.make(console, weights)
+        family = toy.of_student(shipped.load(weights))
+    _run(config, out, overwrite, resume, family)
 
 
 @app.command()
 def train(
-    recipe: str,
+    run: Annotated[str, typer.Argument(help="a named run (see `afd-fast runs`)")],
     overrides: Keys = None,
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="say what would run, how large it is and what the teacher would cost")
+        bool, typer.Option("--dry-run", help="show what would run, how large it is and what the teacher would cost")
     ] = False,
+    help_keys: Annotated[bool, typer.Option("--help-keys", help="list the run's keys and exit")] = False,
 ) -> None:
-    """Train a named RECIPE (see `afd-fast recipes`) with key=value overrides."""
+    """Train a named RUN with key=value overrides."""
     from afd_fast.config import with_overrides
-    from afd_fast.training import runs as recipes
+    from afd_fast.training import runs
 
-    config = with_overrides(recipes.get(recipe), overrides or [])
+    config = with_overrides(runs.get(run), overrides or [])
+    if help_keys:
+        return console.print(_key_table(config))
     if not dry_run:
         return _run(config, out, overwrite, resume)
-    from afd_fast.config import to_dict
-    from afd_fast.estimate.estimate import floor
-    from afd_fast.training.trainer import facts
+    from tempfile import TemporaryDirectory
 
+    from afd_fast.config import to_dict
+    from afd_fast.estimate import floor
+    from afd_fast.training.trainer import facts, new_run, teacher_of
+
+    with TemporaryDirectory() as cache:
+        prepared = new_run(config)
+        found = facts(prepared, teacher_of(prepared, None, Path(cache)))
     table = Table(show_header=False)
-    for key, value in (to_dict(config) | facts(config, _system(config)) | floor(config)).items():
-        table.add_row(key, str(value))
+    for key, value in (to_dict(config) | found | floor(config)).items():
+        table.add_row(key, escape(str(value)))
     console.print(table)
 
 
-Seeds = Annotated[int, typer.Option(help="runs of every row, with seeds from the recipe's on")]
+def _key_table(config: "TrainConfig") -> Table:
+    from afd_fast.config import keys
+
+    table = Table("key", "default", "meaning", title=f"keys of {config.name}", title_justify="left")
+    for key in keys(config):
+        value = ",".join(map(str, key.value)) if isinstance(key.value, tuple) else str(key.value).lower()
+        table.add_row(key.name, escape(value if not isinstance(key.value, str) else key.value), escape(key.meaning))
+    return table
+
+
+@app.command(name="keys")
+def list_keys(
+    run: Annotated[str, typer.Argument(help="a named run, whose values are the defaults")] = "demo",
+) -> None:
+    """List every key of the configuration with its default and meaning."""
+    from afd_fast.training import runs
+
+    console.print(_key_table(runs.get(run)))
+
+
+Seeds = Annotated[int, typer.Option(help="runs per row, with seeds from the run's on")]
 Jobs = Annotated[int, typer.Option(help="runs at the same time; each gets its share of the cores")]
 
 
-def _compare(recipe, overrides, variants, seeds: int, out: Path, jobs: int) -> None:
+def _compare(run: str, overrides: list[str] | None, variants: "Variants", seeds: int, out: Path, jobs: int) -> None:
     from afd_fast.reports.comparison import console_table, write_report
     from afd_fast.training.compare import compare
 
-    comparison = compare(recipe, overrides or [], variants, seeds, out, jobs=jobs, console=console)
+    comparison = compare(run, overrides or [], variants, seeds, out, jobs=jobs, console=console)
     console.print(console_table(comparison))
-    console.print(f"report: {write_report(out)}")
+    console.print(f"report: {escape(str(write_report(out)))}")
 
 
 @app.command(name="compare")
 def compare_methods(
-    recipe: str,
+    run: str,
     overrides: Keys = None,
     methods: Annotated[str, typer.Option(help="of afd, sft, gan, dmd, rejection; the base student is always there")] = (
         "base,sft,gan,dmd,afd"
@@ -144,55 +194,57 @@ def compare_methods(
     out: Out = None,
     jobs: Jobs = 1,
 ) -> None:
-    """Train RECIPE with several methods over several seeds: one table, one report. The same command goes on after a stop."""
+    """Train RUN with several methods over several seeds: one table, one report. The same command continues after a stop."""
     from afd_fast.training import compare
 
     names = [name for name in methods.split(",") if name and name != "base"]
-    rows = lambda config: compare.methods(config, names)
-    _compare(recipe, overrides, rows, seeds, out or Path("runs") / f"compare-{recipe}", jobs)
+
+    def rows(config: "TrainConfig") -> list[compare.Variant]:
+        return compare.methods(config, names)
+
+    _compare(run, overrides, rows, seeds, out or Path("runs") / f"compare-{run}", jobs)
 
 
 @app.command()
 def ablate(
-    what: Annotated[str, typer.Argument(help="disc_lr, disc_loss, v_old, t_sampling, k, prior or update")],
-    recipe: str,
+    what: Annotated[str, typer.Argument(help="disc_lr, disc_loss, v_old, t_sampling, k, prior or history")],
+    run: str,
     overrides: Keys = None,
     seeds: Seeds = 1,
     out: Out = None,
     jobs: Jobs = 1,
 ) -> None:
-    """Train RECIPE with several settings of one thing (the paper's sweeps), as `compare` does."""
-    from afd_fast.errors import ConfigError
+    """Train RUN with several settings of one thing (the paper's sweeps), as `compare` does."""
     from afd_fast.training.compare import ABLATIONS
 
     if what not in ABLATIONS:
         raise ConfigError(f"unknown ablation {what!r}; known: {', '.join(ABLATIONS)}")
-    _compare(recipe, overrides, ABLATIONS[what], seeds, out or Path("runs") / f"ablate-{what}-{recipe}", jobs)
+    _compare(run, overrides, ABLATIONS[what], seeds, out or Path("runs") / f"ablate-{what}-{run}", jobs)
 
 
 @app.command()
 def estimate(
-    recipe: str,
+    run: str,
     overrides: Keys = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100 or rtx4090")] = "h100",
 ) -> None:
-    """Least time and memory of one training iteration of RECIPE on a GPU, by phase; nothing is run or downloaded."""
+    """Least time and memory of one training iteration of RUN on a GPU, by phase; nothing is run or downloaded."""
+    from afd_fast import estimate as arithmetic
     from afd_fast.config import with_overrides
-    from afd_fast.estimate import estimate as floor
-    from afd_fast.training import runs as recipes
+    from afd_fast.training import runs
 
-    device, config = floor.gpu_of(gpu), with_overrides(recipes.get(recipe), overrides or [])
-    found = floor.estimate(config)
-    console.print(*floor.tables(found, device), *found.about, sep="\n")
+    device, config = arithmetic.gpu_of(gpu), with_overrides(runs.get(run), overrides or [])
+    found = arithmetic.estimate(config)
+    console.print(*arithmetic.tables(found, device), *found.about, sep="\n")
 
 
-@app.command(name="recipes")
-def list_recipes() -> None:
+@app.command(name="runs")
+def list_runs() -> None:
     """List the named runs."""
-    from afd_fast.training import runs as recipes
+    from afd_fast.training import runs
 
-    for name, function in recipes.RECIPES.items():
-        console.print(f"[bold]{name}[/]  {function.__doc__}")
+    for name, function in runs.RUNS.items():
+        console.print(f"[bold]{name}[/]  {' '.join((function.__doc__ or '').split())}")
 
 
 @app.command()
@@ -202,67 +254,71 @@ def pretrain(
     frames: Annotated[int, typer.Option(help="length of its clips; a multiple of 3")] = 12,
 ) -> None:
     """Train a base student of the embedded task from nothing: a few-step student of the wrong physics."""
-    from afd_fast.errors import ConfigError
-    from afd_fast.students.toy import shipped as base_student
+    from afd_fast.students.toy import shipped
 
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
-    base_student.make(console, out, seed=seed, frames=frames)
+    if frames < 3 or frames % 3:
+        raise ConfigError(f"--frames must be a multiple of 3, got {frames}")
+    shipped.make(console, out, seed=seed, frames=frames)
 
 
 @app.command()
 def rollout(
-    prompts: Annotated[Path, typer.Option(help="text file, one prompt a line")],
+    prompts: Annotated[Path, typer.Option(help="text file, one prompt per line")],
     out: Annotated[Path, typer.Option(help="folder for the mp4 files; must not exist")],
     student: Annotated[str | None, typer.Option(help="checkpoint: .pt, .safetensors, folder or repository")] = None,
     config: Annotated[str, typer.Option(help='"wan", or "tiny": random weights, to try the command anywhere')] = "wan",
-    base: Annotated[
-        str, typer.Option(help="diffusers repository of text encoder and VAE")
-    ] = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    base: Annotated[str | None, typer.Option(help="diffusers repository of text encoder and VAE")] = None,
     frames: Annotated[int, typer.Option(help="latent frames; 21 are 81 frames of video")] = 21,
     shift: float = 5.0,
     chunk: int = 3,
     batch: int = 1,
     seed: int = 0,
+    graphs: Annotated[bool, typer.Option("--graphs", help="replay forwards as CUDA graphs")] = False,
 ) -> None:
     """Generate a video for every prompt with a causal Wan student."""
     from rich.progress import Progress
 
-    from afd_fast.errors import ConfigError
-    from afd_fast.generate import generate, load_networks
+    from afd_fast.generate import GenerateOptions, chunk_count, generate, jobs
     from afd_fast.rollout import RolloutConfig
-    from afd_fast.video_io import write_video
+    from afd_fast.students.wan.family import SIZE, TINY_SIZE, load_networks
 
     if config not in ("wan", "tiny") or (config == "wan") != (student is not None):
         raise ConfigError("give either --student CHECKPOINT or --config tiny")
     if not prompts.is_file():
         raise ConfigError(f"{prompts} is not a file with prompts")
-    lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
-    if not lines:
+    lines = prompts.read_text(encoding="utf-8-sig").split("\n")
+    if not any(line.strip() for line in lines):
         raise ConfigError(f"{prompts} holds no prompt")
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
-    model, encode, decode = load_networks(student or "tiny", base, seed)
-    size = {} if student else {"height": 6, "width": 10}
+    sampler = RolloutConfig(shift=shift, chunk=chunk, graphs=graphs)
+    size = SIZE if student else TINY_SIZE
+    options = GenerateOptions(frames, size.height, size.width, batch=batch)
+    chunk_count(frames, sampler)
+    networks = load_networks(student or "tiny", base, seed)
     with Progress(console=console) as progress:
         task = progress.add_task("chunks", total=None)
         stats = generate(
-            model, lines, out, encode=encode, decode=decode, write=write_video, frames=frames, batch=batch, seed=seed,
-            config=RolloutConfig(shift=shift, chunk=chunk), **size,
+            networks,
+            jobs(lines, seed),
+            out,
+            options,
+            sampler,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
+        )
     console.print(stats.line())
 
 
 @app.command()
-def report(run: Path) -> None:
+def report(run: Annotated[Path, typer.Argument(help="folder of a finished run")]) -> None:
     """Write report.html of a finished run folder again."""
-    from afd_fast.errors import ConfigError
     from afd_fast.reports.run import write_report
 
     if not (run / "result.json").exists():
         raise ConfigError(f"{run} holds no finished run (no result.json)")
-    console.print(write_report(run))
+    console.print(escape(str(write_report(run))))
 
 
 @app.command()
@@ -280,21 +336,12 @@ def env() -> None:
 
 
 def main() -> None:
-    """Run the command; errors the user can mend are one line and exit status 1 (2: configuration, 130: interrupted)."""
-    from afd_fast.errors import ConfigError
-
+    """Run the command. An error that the user can mend is one line on stderr, with the exit status of its class; so is a
+    file that cannot be read or written."""
     try:
         app()
-    except ConfigError as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
-        sys.exit(2)
-    except Exception as error:
-        from afd_fast.errors import CheckpointError, Interrupted, TeacherError, TrainingError, VideoError
-
-        if isinstance(error, Interrupted):
-            console.print(str(error))
-            sys.exit(130)
-        if isinstance(error, (CheckpointError, TeacherError, TrainingError, VideoError)):
-            Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
-            sys.exit(1)
-        raise
+    except (AFDError, OSError) as error:
+        text = str(error) if isinstance(error, AFDError) else f"{error.filename or ''}: {error.strerror or error}"
+        line = Console(stderr=True, soft_wrap=True)
+        line.print(f"[red]error:[/] {escape(text.lstrip(': '))}", highlight=False)
+        sys.exit(error.exit_code if isinstance(error, AFDError) else 1)

@@ -1,66 +1,24 @@
-"""What every discriminator is: D(video, prompt) as a logit, and one step's loss on paired clips.
+"""What every discriminator is: D(video, prompt) as a logit, trained on clips that are paired by prompt.
 
 Legend: B clips, paired by index: teacher[i] and student[i] were made for prompts[i]. A score is a logit, higher is
 more like the teacher. Clips are videos [B, 3, F, H, W] in [0, 1] or `Features`, encoded videos.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from afd_fast.reference.adversarial import approximate_gradient_penalty, bt_loss, centring_penalty, gan_loss
-
-
-class Discriminator(Protocol):
-    """What training needs of a discriminator, whatever its size."""
-
-    def score(self, videos, prompts: Sequence[str]) -> Tensor:
-        """[B] float32 logits."""
-
-    def loss(self, teacher_videos, student_videos, prompts: Sequence[str]) -> Tensor:
-        """A scalar; its gradient trains the discriminator."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What `loss` computes. Everything but the Bradley-Terry term is off by default: nothing here has been measured
-    to help on the full student.
-
-    kind: "bt" (AFD Eq. 1) or "gan" (binary, the ablation). smoothing: label smoothing, caps the useful margin at
-    log((1 - s) / s). centring: weight of E (D_T + D_S)^2. penalty: weight of the approximated R1 + R2 with Gaussian
-    steps of penalty_sigma, in units of what is shaken (pixels, or the features of a frozen tower; APT shakes by 0.1).
-    """
-
-    kind: str = "bt"
-    smoothing: float = 0.0
-    centring: float = 0.0
-    penalty: float = 0.0
-    penalty_sigma: float = 0.1
-
-    def __post_init__(self):
-        if self.kind not in ("bt", "gan"):
-            raise ValueError(f'kind={self.kind!r} is neither "bt" nor "gan"')
-        if not 0 <= self.smoothing < 0.5:
-            raise ValueError(f"smoothing must be in [0, 0.5), got {self.smoothing}")
-        if self.smoothing and self.kind == "gan":
-            raise ValueError("smoothing belongs to kind='bt'")
-
-    def __call__(self, score_teacher: Tensor, score_student: Tensor) -> Tensor:
-        """The loss of scores [B], without the penalty, which needs the discriminator once more."""
-        if self.kind == "gan":
-            loss = gan_loss(score_teacher, score_student)
-        else:
-            loss = bt_loss(score_teacher, score_student, smoothing=self.smoothing)
-        return loss + self.centring * centring_penalty(score_teacher, score_student) if self.centring else loss
+from afd_fast.discriminators.objective import Objective
+from afd_fast.errors import ConfigError
+from afd_fast.reference.adversarial import approximate_gradient_penalty
 
 
 @dataclass(frozen=True)
 class Features:
-    """Encoded clips: tokens [n_i, D] of each, of any lengths. Slices, joins, and can be kept: a teacher's clip of a
-    frozen tower is encoded once, a student's serves the update and the score."""
+    """Encoded clips: tokens [n_i, D] per clip, of any lengths. Slices and joins."""
 
     clips: tuple[Tensor, ...]
 
@@ -73,23 +31,42 @@ class Features:
     def __add__(self, other: "Features") -> "Features":
         return Features(self.clips + other.clips)
 
-    def shaken(self, sigma: float, rng: torch.Generator | None = None) -> "Features":
-        """With Gaussian noise of deviation sigma."""
-        return Features(tuple(_shake(c, sigma, rng) for c in self.clips))
+
+Clips: TypeAlias = Tensor | Features
 
 
-def _shake(x: Tensor, sigma: float, rng: torch.Generator | None) -> Tensor:
+def join(teacher: Clips, student: Clips) -> Clips:
+    """Both sides of B pairs as 2 B clips. ValueError for videos of two sizes."""
+    if isinstance(teacher, Features) and isinstance(student, Features):
+        return teacher + student
+    assert isinstance(teacher, Tensor) and isinstance(student, Tensor)
+    if teacher.shape[1:] != student.shape[1:]:
+        raise ValueError(
+            f"teacher videos {tuple(teacher.shape)} and student videos {tuple(student.shape)} differ in size: bring "
+            "them to one size first (`read_video(..., frames=, size=, fps=)`)"
+        )
+    return torch.cat([teacher, student])
+
+
+def shake(clips: Clips, sigma: float, rng: torch.Generator | None = None) -> Clips:
+    """Clips plus Gaussian noise of deviation sigma, in units of pixels in [-1, 1] or of the features."""
+    if isinstance(clips, Features):
+        return Features(tuple(_noisy(c, sigma, rng) for c in clips.clips))
+    return _noisy(clips, sigma / 2, rng)  # the videos are in [0, 1]
+
+
+def _noisy(x: Tensor, sigma: float, rng: torch.Generator | None) -> Tensor:
     device = x.device if rng is None else rng.device
     return x + sigma * torch.randn(x.shape, generator=rng, device=device).to(x)
 
 
-def check_counts(prompts: Sequence[str], **clips) -> None:
-    """ValueError unless there is one prompt for each clip."""
+def check_counts(prompts: Sequence[str], **clips: Clips | Sequence[Tensor]) -> None:
+    """ValueError unless there is one prompt per clip."""
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of strings, got one string")
     for name, found in clips.items():
         if len(found) != len(prompts):
-            raise ValueError(f"{len(found)} {name} and {len(prompts)} prompts: one prompt for each clip is needed")
+            raise ValueError(f"{len(found)} {name} and {len(prompts)} prompts: one prompt per clip is needed")
 
 
 def check_finite(scores: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -100,86 +77,93 @@ def check_finite(scores: Tensor, prompts: Sequence[str]) -> Tensor:
     return scores
 
 
-class PairedDiscriminator(nn.Module):
-    """`loss` for a class that has `score`; `objective` says which."""
+class PairedLoss(NamedTuple):
+    """A discriminator's loss on B pairs, and the scores [B] it is made of."""
 
-    objective = Objective()
+    loss: Tensor
+    teacher: Tensor
+    student: Tensor
 
-    def encode(self, videos):
-        """What `score` also takes in the videos' place; here the videos themselves."""
+
+class Discriminator(nn.Module):
+    """Base class of discriminators. A subclass defines `score`; `encode` where encoding a clip is worth reusing."""
+
+    keeps_features = False  # whether `encode` of a clip stays the same while the discriminator is trained
+
+    def encode(self, videos: Clips) -> Clips:
+        """What `score` also takes in place of videos [B, 3, F, H, W] in [0, 1]."""
         return videos
 
-    def score(self, videos, prompts: Sequence[str]) -> Tensor:
+    def score(self, videos: Clips, prompts: Sequence[str]) -> Tensor:
+        """[B] float32 logits."""
         raise NotImplementedError
 
-    def pair_scores(self, teacher, student, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def reference_scores(self, videos: Clips, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Scores [B] by name of the model the discriminator was before training; none for one that started from
+        random weights. Falling while `score` rises, they tell that the discriminator is being gamed."""
+        return {}
+
+    def pair_scores(self, teacher: Clips, student: Clips, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(D(teacher), D(student)), [B] each, from one batch."""
         check_counts(prompts, teacher_videos=teacher, student_videos=student)
-        return self._score_pairs(self.encode(teacher), self.encode(student), list(prompts))
+        scores = self.score(join(self.encode(teacher), self.encode(student)), [*prompts, *prompts])
+        of_teacher, of_student = scores.chunk(2)
+        return of_teacher, of_student
 
-    def _score_pairs(self, teacher, student, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        if isinstance(teacher, Tensor) and teacher.shape[1:] == student.shape[1:]:
-            return self.score(torch.cat([teacher, student]), prompts * 2).chunk(2)
-        if isinstance(teacher, Features):
-            return self.score(teacher + student, prompts * 2).chunk(2)
-        return self.score(teacher, prompts), self.score(student, prompts)
+    def paired_loss(
+        self,
+        teacher: Clips,
+        student: Clips,
+        prompts: Sequence[str],
+        objective: Objective = Objective(),
+        *,
+        rng: torch.Generator | None = None,
+    ) -> PairedLoss:
+        """`objective` on clips paired by prompt; rng draws its noises. Raises ValueError for counts that differ,
+        FloatingPointError for scores that are not finite."""
+        check_counts(prompts, teacher_videos=teacher, student_videos=student)
+        teacher, student, o = self.encode(teacher), self.encode(student), objective
+        if o.instance_noise:
+            teacher, student = shake(teacher, o.instance_noise, rng), shake(student, o.instance_noise, rng)
+        both, words = join(teacher, student), [*prompts, *prompts]
+        scores = self.score(both, words)
+        of_teacher, of_student = scores.chunk(2)
+        loss = o(of_teacher, of_student)
+        if o.r1:  # R1 on the teacher's clips, R2 on the student's
+            shaken = self.score(shake(both, o.r1_sigma, rng), words)
+            loss = loss + 2 * o.r1 * approximate_gradient_penalty(scores, shaken, o.r1_sigma)
+        return PairedLoss(loss, of_teacher, of_student)
 
-    def loss(self, teacher_videos, student_videos, prompts, *, rng: torch.Generator | None = None) -> Tensor:
-        """`objective` on clips paired by prompt; rng draws the penalty's noise. Raises ValueError for counts that
-        differ, FloatingPointError for scores that are not finite."""
-        check_counts(prompts, teacher_videos=teacher_videos, student_videos=student_videos)
-        teacher, student, prompts = self.encode(teacher_videos), self.encode(student_videos), list(prompts)
-        scores = self._score_pairs(teacher, student, prompts)
-        loss, o = self.objective(*scores), self.objective
-        if o.penalty:
-            shake = lambda x: (
-                x.shaken(o.penalty_sigma, rng) if isinstance(x, Features) else _shake(x, o.penalty_sigma, rng)
-            )
-            shaken = self._score_pairs(shake(teacher), shake(student), prompts)
-            for clean, noisy in zip(scores, shaken):  # R1 on the teacher's clips, R2 on the student's
-                loss = loss + o.penalty * approximate_gradient_penalty(clean, noisy, o.penalty_sigma)
-        return loss
+
+def check_discriminator(discriminator: nn.Module) -> Discriminator:
+    """The discriminator itself. ConfigError unless it derives from `Discriminator` and defines `score`."""
+    if not isinstance(discriminator, Discriminator):
+        raise ConfigError(
+            f"{type(discriminator).__name__} is no discriminator: derive it from afd_fast.discriminators.Discriminator"
+        )
+    if type(discriminator).score is Discriminator.score:
+        raise ConfigError(f"the discriminator {type(discriminator).__name__} lacks score(videos, prompts) -> [B]")
+    return discriminator
 
 
 class FeatureCache:
-    """Features of clips that come again, by the caller's key (a teacher clip's file name, say). Exact while the tower
-    is frozen, 3.9 MB for a clip of VideoAlign's default size in bf16; ValueError for a tower that is trained."""
+    """Features of clips that come again, in host memory, by the caller's key (a teacher clip's prompt and number).
+    Exact for a discriminator that `keeps_features`: 3.9 MB per clip of VideoAlign's default size in bf16. ValueError
+    for one that does not."""
 
-    def __init__(self, encode: Callable[[Tensor], Features]):
-        model = getattr(encode, "__self__", None)
-        if model is not None and not getattr(model, "freeze_vision", True):
+    def __init__(self, discriminator: Discriminator):
+        if not discriminator.keeps_features:
             raise ValueError("features can only be kept while the vision tower is frozen: freeze_vision=True")
-        self.encode, self.kept = encode, {}
+        self.encode, self.kept = discriminator.encode, dict[Hashable, Tensor]()
 
-    def __call__(self, keys: Sequence, videos: Callable[[int], Tensor]) -> Features:
-        """Features of keys, in order; `videos(i)` -> [3, F, H, W] is only called for a key that is new."""
+    def __call__(
+        self, keys: Sequence[Hashable], videos: Callable[[int], Tensor], device: torch.device | str | None = None
+    ) -> Features:
+        """Features of keys, in order, on `device`; `videos(i)` -> [3, F, H, W] is only called for a key that is new."""
         for i, key in enumerate(keys):
             if key not in self.kept:
                 with torch.no_grad():
-                    self.kept[key] = self.encode(videos(i)[None]).clips[0]
-        return Features(tuple(self.kept[key] for key in keys))
-
-
-class FrozenFeatureHead(PairedDiscriminator):
-    """A small trained head on what a frozen VideoReward knows of (video, prompt): the last hidden states of its three
-    reward tokens, of which TA's sees the prompt. No backward through the trunk and nothing of it in memory."""
-
-    def __init__(self, trunk, width: int = 256, objective: Objective = Objective()):
-        super().__init__()
-        self.objective, self.freeze_vision = objective, True
-        self._trunk = [trunk.requires_grad_(False)]  # not a submodule: not saved with the head
-        size = len(trunk.prompts.reward_ids) * trunk.backbone.config.text_config.hidden_size
-        self.head = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, width), nn.GELU(), nn.Linear(width, 1))
-        self.head.to(trunk.rm_head.weight.device)
-
-    def encode(self, videos) -> Features:
-        """Videos -> the trunk's features, without gradient."""
-        return self._trunk[0].encode(videos)
-
-    def score(self, videos, prompts: Sequence[str]) -> Tensor:
-        """[B] logits. ValueError and FloatingPointError as VideoReward's."""
-        check_counts(prompts, videos=videos)
-        with torch.no_grad():
-            hidden = self._trunk[0].reward_states(self.encode(videos), prompts)  # [B, 3, D]
-        with torch.autocast(hidden.device.type, enabled=False):
-            return check_finite(self.head(hidden.float().flatten(1))[:, 0], prompts)
+                    encoded = self.encode(videos(i)[None])
+                assert isinstance(encoded, Features)
+                self.kept[key] = encoded.clips[0].cpu()
+        return Features(tuple(self.kept[key].to(device) for key in keys))

@@ -3,16 +3,20 @@
 Legend: B videos, F frames, H x W pixels.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afd_fast.discriminators.discriminator import Objective, PairedDiscriminator, check_counts
+from afd_fast.discriminators.discriminator import Clips, Discriminator, check_counts
 from afd_fast.students.toy.model import ToyConfig
 from afd_fast.students.toy.text import PromptEmbedding, tokenize
+from afd_fast.video_io import VideoFormat
 
 
-class ToyDiscriminator(PairedDiscriminator):
+class ToyDiscriminator(Discriminator):
     """D(video, prompt): frames and frame differences stacked as channels (temporal kernels of full length; on
     a CPU an order of magnitude faster than 3-D convolutions), strided 2-D convolutions, FiLM by the prompt.
 
@@ -20,11 +24,9 @@ class ToyDiscriminator(PairedDiscriminator):
     of other sizes, a full student's, are reduced to the configuration's: frames from first to last, area means.
     """
 
-    def __init__(
-        self, config: ToyConfig = ToyConfig(), width: int = 48, dim: int = 64, objective: Objective = Objective()
-    ):
+    def __init__(self, config: ToyConfig = ToyConfig(), width: int = 48, dim: int = 64):
         super().__init__()
-        self.config, self.objective = config, objective
+        self.config = config
         channels = 3 * (2 * config.frames - 1)
         self.convs = nn.Sequential(
             nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2),
@@ -37,12 +39,13 @@ class ToyDiscriminator(PairedDiscriminator):
         self.film = nn.Linear(dim, 4 * dim)
         self.head, self.project = nn.Linear(2 * dim, 1), nn.Linear(2 * dim, dim)
 
-    def score(self, videos: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, videos: Clips, prompts: Sequence[str]) -> Tensor:
         """How much videos [B, 3, F, H, W] in [0, 1] look like the teacher's for their prompts: [B], higher is better."""
+        assert isinstance(videos, Tensor)
         check_counts(prompts, videos=videos)
         x = (self.reduce(videos) * 2 - 1).transpose(1, 2)  # [B, F, 3, H, W]
         stacked = torch.cat([x, x[:, 1:] - x[:, :-1]], 1).flatten(1, 2)
-        prompt = self.prompt_norm(self.prompt(tokenize(prompts).to(x.device))[1])  # [B, dim]
+        prompt = self.prompt_norm(self.prompt(tokenize(list(prompts)).to(x.device))[1])  # [B, dim]
         scale, shift = self.film(prompt).chunk(2, -1)
         h = self.features(self.convs(stacked)) * (1 + scale) + shift
         return self.head(F.leaky_relu(h, 0.2))[:, 0] + (self.project(h) * prompt).mean(1)
@@ -58,3 +61,12 @@ class ToyDiscriminator(PairedDiscriminator):
         index = torch.linspace(0, found[0] - 1, c.frames).round().long().to(videos.device)
         x = videos.index_select(2, index).transpose(1, 2)
         return F.interpolate(x.flatten(0, 1), size[1:], mode="area").view(*x.shape[:3], *size[1:]).transpose(1, 2)
+
+
+def toy_discriminator(video: VideoFormat, width: int) -> ToyDiscriminator:
+    """The discriminator for videos of this format: of the format's own size up to 32 pixels, else of the reduced
+    default size."""
+    default = ToyConfig()
+    if max(video.height, video.width) > 32:
+        return ToyDiscriminator(default, width)
+    return ToyDiscriminator(replace(default, frames=video.frames, height=video.height, width=video.width), width)

@@ -1,6 +1,6 @@
 """Formulas for the FLOPs and bytes of a causal student's rollout and update, and a roofline.
 
-They follow `models/causal_wan.py`, `models/toy.py`, `rollout.py` and `training/update.py` as they are and equal PyTorch's
+They follow `students/wan/model.py`, `students/toy/model.py`, `rollout.py` and `training/velocity.py` as they are and equal PyTorch's
 counter on the real modules (tests/test_estimate.py). Products of matrices alone are counted: 2 FLOPs a multiply-add, every
 operand read and every result written once. Norms, activation functions, noise and the loss cost nothing here, so a time
 from these numbers is a floor, not a forecast.
@@ -9,16 +9,19 @@ Legend: b samples, N tokens of a chunk, (i, o) a linear from width i to o, r ran
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from afd_fast.config import TrainConfig
-from afd_fast.reference.nft import nft_recipe
 from afd_fast.students.toy.model import ToyConfig
 from afd_fast.students.wan.layers import PATCH, CausalWanConfig
 
 T5_LAYER, T5_LAYERS, T5_WIDTH = 4 * 4096**2 + 3 * 4096 * 10240, 24, 4096  # google/umt5-xxl/config.json
 T5_PARAMETERS = 5_680_910_336  # of its encoder, embedding included
 ATTENTION_BACKWARD = 2.5  # of its forward: five products for two, as flash kernels recompute the scores
+
+Linears: TypeAlias = tuple[tuple[int, int], ...]  # (inputs, outputs) of each
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def product(rows: float, i: int, o: int, size: int) -> Work:
     return work(2 * rows * i * o, rows * (i + o) + i * o, size)
 
 
-def total(works) -> Work:
+def total(works: Iterable[Work]) -> Work:
+    """Their sum."""
     return sum(works, Work())
 
 
@@ -90,17 +94,19 @@ class Stack:
     """
 
     layers: int
-    linears: tuple[tuple[int, int], ...]
+    linears: Linears
     entry: int
     width: int
     kv_width: int
     size: int
     adapter: int = 4
 
-    def adapters(self, rows: float, rank: int, linears=None) -> Work:
-        linears = self.linears if linears is None else linears
-        pair = lambda i, o: product(rows, i, rank, self.adapter) + product(rows, rank, o, self.adapter)
-        return total(pair(i, o) for i, o in linears) if rank else Work()
+    def adapters(self, rows: float, rank: int, linears: Linears | None = None) -> Work:
+        """Both products of every adapter."""
+        if not rank:
+            return Work()
+        chosen = self.linears if linears is None else linears
+        return total(product(rows, i, rank, self.adapter) + product(rows, rank, o, self.adapter) for i, o in chosen)
 
     def attention(self, rows: float, pairs: float, keys: float) -> Work:
         """Queries [rows] over [keys], `pairs` of them: scores and values."""
@@ -136,17 +142,17 @@ class Student:
     chunks: int
     tokens: int  # of a chunk
     text_len: int
-    before: tuple = ()
-    after: tuple = ()
-    time: tuple = ()
+    before: Linears = ()
+    after: Linears = ()
+    time: Linears = ()
     rows: int = 1
     tabled: bool = False
-    text: tuple = ()
-    pooled: tuple = ()
-    text_linears: tuple = ()
+    text: Linears = ()
+    pooled: Linears = ()
+    text_linears: Linears = ()
     text_adapted: bool = False
 
-    def plain(self, rows: float, linears) -> Work:
+    def plain(self, rows: float, linears: Iterable[tuple[int, int]]) -> Work:
         return total(product(rows, i, o, self.stack.size) for i, o in linears)
 
     def _shape(self, b: int, index: int) -> tuple[float, float, float]:
@@ -193,15 +199,15 @@ class Student:
 
     def update(self, b: int, config: TrainConfig) -> Work:
         """`student_backward`: policy, reference where the prior has weight, lagged policy where asked."""
-        rank = config.lora_rank
+        rank = config.student.lora_rank
         back = total(self.backward(b, index, rank) for index in range(self.chunks)) + self.encode(b, rank, True)
-        twice = config.chunked_update and nft_recipe(config.recipe).weighting != "none"  # first without a graph
+        twice = config.update.chunked and config.loss.weighting != "none"  # first without a graph
         out = (1 + twice) * self.velocity(b, rank) + self.encode(b, rank) + back
         frozen = self.velocity(b) + self.encode(b)
-        if config.prior_weight:
-            out += 1 / config.ref_every * frozen
-        merges = math.ceil(b / (config.update_batch or b))  # one for each backward
-        return out + merges * self.merge(rank) + frozen if config.v_old == "ema" else out
+        if config.loss.ref_coef:
+            out += 1 / config.update.ref_every * frozen
+        merges = math.ceil(b / (config.update.batch or b))  # one for each backward
+        return out + merges * self.merge(rank) + frozen if config.update.v_old == "ema" else out
 
     @property
     def cache_bytes(self) -> int:
@@ -233,7 +239,7 @@ def toy(c: ToyConfig) -> Student:
     )  # fmt: skip
 
 
-def vision_tower(c, clips: int, grid: tuple[int, int, int], size: int = 2) -> Work:
+def vision_tower(c: Any, clips: int, grid: tuple[int, int, int], size: int = 2) -> Work:
     """Qwen2-VL's tower, forward. c: its vision config; grid: patches (t, h, w) of a clip, which attend within one t."""
     e, rows = c.embed_dim, clips * grid[0] * grid[1] * grid[2]
     wide, patch = c.spatial_merge_size**2 * e, c.in_channels * c.temporal_patch_size * c.patch_size**2
@@ -243,7 +249,7 @@ def vision_tower(c, clips: int, grid: tuple[int, int, int], size: int = 2) -> Wo
     return product(rows, patch, e, size) + blocks.forward(rows, rows * grid[1] * grid[2], rows) + merger
 
 
-def language_model(c, size: int = 2) -> Stack:
+def language_model(c: Any, size: int = 2) -> Stack:
     """Qwen2-VL's decoder blocks with adapters on every linear, which compute in the trunk's precision. c: its text config."""
     d, kv = c.hidden_size, c.hidden_size // c.num_attention_heads * c.num_key_value_heads
     linears = (

@@ -19,23 +19,26 @@ from afd_fast.video_io import read_video, to_uint8
 def temporal_flickering(frames: np.ndarray) -> float:
     """(255 - mean absolute difference of neighbouring frames) / 255 of 8-bit frames [3, F, H, W]; 1 is a still.
 
-    The official function's value to the rounding of its float32: 1e-8 on a 480 x 832 video read by cv2.
-    ValueError unless 8-bit with F >= 2 (the tool's value is nan for one frame).
+    Equals the official function up to its float32 rounding: 1e-8 on a 480 x 832 video read by cv2.
+    Raises ValueError unless the frames are 8-bit with F >= 2 (the tool returns nan for one frame).
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1] < 2:
-        raise ValueError(f"uint8 [3, F >= 2, H, W] is needed, got {frames.dtype} {list(frames.shape)}")
-    images = frames.astype(np.int16).swapaxes(0, 1)  # [F, 3, H, W]; the tool's mean over frames is of equal parts
+        raise ValueError(
+            f"frames are {frames.dtype} {list(frames.shape)}, expected uint8 [3, F >= 2, H, W]: convert floats with "
+            "video_io.to_uint8"
+        )
+    images = frames.astype(np.int16).swapaxes(0, 1)  # [F, 3, H, W]; the tool averages equally sized frames
     change = [np.abs(b - a).mean(dtype=np.float64) for a, b in pairwise(images)]
     return float((255 - np.mean(change)) / 255)
 
 
 def results(out: Path) -> Path:
-    """The table `run` writes."""
+    """The table that `run` writes."""
     return out / "results" / "flickering" / "scores.csv"
 
 
 def _clips(clips: list[Clip], out: Path) -> list[Clip]:
-    """Those of the dimension's own prompts where the folder is of VBench's list, else all."""
+    """The clips of the dimension's prompts if the folder was made from VBench's list, else all."""
     if not (out / vbench.SUITE).exists():
         return clips
     prompts = set(vbench.suite(out / vbench.SUITE).get("temporal_flickering", []))
@@ -43,7 +46,7 @@ def _clips(clips: list[Clip], out: Path) -> list[Clip]:
 
 
 def run(out: Path, say: Callable[[str], None] = print) -> None:
-    """Compute it for the folder's videos. ConfigError: videos missing or strays."""
+    """Compute the score of every video in the folder. Raises ConfigError for missing videos or unexpected files."""
     clips = _clips(folder.check(out), out)
     frames = (to_uint8(read_video(out / "videos" / clip.video)).numpy() for clip in clips)
     rows = [(clip.video, temporal_flickering(video)) for clip, video in zip(clips, frames)]
@@ -53,16 +56,19 @@ def run(out: Path, say: Callable[[str], None] = print) -> None:
 
 
 def values(out: Path) -> dict[str, Groups]:
-    """{score: {prompt: values x 100}}; none if it was not run. ConfigError if it is of other videos."""
+    """{score: {prompt: values x 100}}; empty if it was not run. Raises ConfigError if the table lists other videos."""
     if not results(out).exists():
         return {}
-    found = {row["video"]: 100 * float(row["score"]) for row in folder.read_csv(results(out), ("video", "score"))}
+    rows = folder.read_csv(results(out), ("video", "score"))
+    found = {row["video"]: 100 * folder.number(row, "score", results(out)) for row in rows}
     clips = _clips(folder.read_manifest(out), out)
     if found.keys() != {clip.video for clip in clips}:
-        raise ConfigError(f"{results(out)} is of other videos; run `afd-fast eval run flickering` again")
+        raise ConfigError(
+            f"{results(out)} holds scores of other videos than the manifest lists: run `afd-fast eval run flickering` again"
+        )
     return {"temporal flickering, computed here": folder.by_prompt(clips, found)}
 
 
 def collect(out: Path) -> list[Score]:
-    """Its mean with a bootstrap interval. ConfigError as of `values`."""
+    """The mean score with a bootstrap interval. Raises ConfigError as `values`."""
     return [intervals.score(name, groups, "without the static filter") for name, groups in values(out).items()]

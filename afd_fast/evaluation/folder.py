@@ -1,21 +1,24 @@
-"""The folder an evaluation works in: videos under the names the tools expect, and what was asked for beside them.
+"""The folder of an evaluation: videos under the names the tools expect, next to a list of what was requested.
 
 OUT/videos/         mp4 files and nothing else: VBench takes the extension of the first file it happens to list
 OUT/manifest.csv    video,prompt,seed of every expected file
-OUT/export.json     how they were made; an export is only continued with the same settings
+OUT/export.json     how the videos were made; an export continues only with the same settings
 OUT/results/TOOL/   what the tools wrote
 """
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import av
 
 from afd_fast.errors import ConfigError
 from afd_fast.evaluation.intervals import Groups
+
+Settings = dict[str, Any]  # the contents of export.json
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,16 @@ class Clip:
     seed: int
 
 
-def start(out: Path, clips: list[Clip], settings: dict) -> None:
-    """Write the manifest and the settings, or find the same ones there. ConfigError if OUT holds another export."""
+def start(out: Path, clips: list[Clip], settings: Settings) -> None:
+    """Write the manifest and the settings, or verify that OUT has the same ones.
+
+    Raises ConfigError if OUT holds another export, and for a prompt that makes no file name.
+    """
     for clip in clips:
         if "/" in clip.video or len(clip.video.encode()) > 255:
-            raise ConfigError(f"the prompt {clip.prompt[:60]!r}... is no file name: no '/' and at most 249 bytes")
+            raise ConfigError(
+                f"the prompt {clip.prompt[:60]!r}... makes no file name, which has no '/' and at most 249 bytes: shorten it"
+            )
     if (out / "export.json").exists():
         if read_manifest(out) != clips or read_settings(out) != settings:
             raise ConfigError(f"{out} holds an export with other prompts or settings; choose another folder")
@@ -43,35 +51,50 @@ def start(out: Path, clips: list[Clip], settings: dict) -> None:
     (out / "export.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def read_settings(out: Path) -> dict:
-    """OUT/export.json. ConfigError where there is none."""
-    if not (out / "export.json").is_file():
+def read_settings(out: Path) -> Settings:
+    """OUT/export.json. Raises ConfigError if it is missing or damaged."""
+    file = out / "export.json"
+    if not file.is_file():
         raise ConfigError(f"{out} holds no export.json; make it with `afd-fast eval export`")
-    return json.loads((out / "export.json").read_text())
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON ({error}); make it again with `afd-fast eval export`") from None
+    if not isinstance(settings, dict) or "n" not in settings:
+        raise ConfigError(f"{file} does not hold the settings of an export; make it again with `afd-fast eval export`")
+    return settings
 
 
 def read_manifest(out: Path) -> list[Clip]:
-    """The expected videos, in their order. ConfigError where there is no manifest."""
-    if not (out / "manifest.csv").is_file():
+    """The expected videos, in order. Raises ConfigError if the manifest is missing or damaged."""
+    file = out / "manifest.csv"
+    if not file.is_file():
         raise ConfigError(f"{out} holds no manifest.csv; make it with `afd-fast eval export`")
-    rows = read_csv(out / "manifest.csv", ("video", "prompt", "seed"))
-    return [Clip(row["video"], row["prompt"], int(row["seed"])) for row in rows]
+    rows = read_csv(file, ("video", "prompt", "seed"))
+    try:
+        return [Clip(row["video"], row["prompt"], int(row["seed"])) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{file}: a seed is not an integer ({error}); make it again with `afd-fast eval export`"
+        ) from None
 
 
 def missing(out: Path, clips: list[Clip]) -> list[Clip]:
-    """The clips without a readable file. ConfigError for files in OUT/videos that nobody expects."""
+    """The clips without a readable file. Raises ConfigError for files in OUT/videos that are not in the list."""
     folder = out / "videos"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} does not exist; make it with `afd-fast eval export`")
     stray = {path.name for path in folder.iterdir()} - {clip.video for clip in clips}
     if stray:
         raise ConfigError(
             f"{folder} holds {len(stray)} files that do not belong there ({min(stray)}): move them away, "
-            "the official tools score whatever lies beside the videos or stumble over it"
+            "the official tools score every file in this folder or fail on it"
         )
     return [clip for clip in clips if not _readable(folder / clip.video)]
 
 
 def check(out: Path) -> list[Clip]:
-    """The expected clips, every file there and readable, no other. ConfigError names what is amiss."""
+    """The expected clips, each with a readable file and no other file. Raises ConfigError that names the problem."""
     clips = read_manifest(out)
     lacking = missing(out, clips)
     if lacking:
@@ -82,7 +105,7 @@ def check(out: Path) -> list[Clip]:
     return clips
 
 
-def by_prompt(clips: list[Clip], values: dict[str, float]) -> Groups:
+def by_prompt(clips: list[Clip], values: Mapping[str, float]) -> Groups:
     """The values {video: value} of each prompt's clips; clips without a value are left out."""
     groups: Groups = {clip.prompt: [] for clip in clips}
     for clip in clips:
@@ -92,7 +115,7 @@ def by_prompt(clips: list[Clip], values: dict[str, float]) -> Groups:
 
 
 def _readable(path: Path) -> bool:
-    """Whether the file is a whole mp4: it opens and holds every frame its index tells of."""
+    """Whether the file is a complete mp4: it opens and holds every frame that its index lists."""
     try:
         with av.open(str(path)) as container:
             sizes = [packet.size for packet in container.demux(video=0) if packet.size and not packet.is_corrupt]
@@ -101,8 +124,8 @@ def _readable(path: Path) -> bool:
         return False
 
 
-def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable]) -> None:
-    """A table with a header; it appears whole or not at all."""
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a table with a header; the file appears complete or not at all."""
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
@@ -110,12 +133,23 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable]) -> N
 
 
 def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """The rows of a table. ConfigError unless it is there with these columns."""
+    """The rows of a table. Raises ConfigError unless the file exists and has these columns."""
     if not path.is_file():
         raise ConfigError(f"{path} is not there")
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        absent = set(columns) - set(reader.fieldnames or ())
-        if absent:
-            raise ConfigError(f"{path} has no column {', '.join(sorted(absent))}")
-        return list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            absent = set(columns) - set(reader.fieldnames or ())
+            if absent:
+                raise ConfigError(f"{path} has no column {', '.join(sorted(absent))}")
+            return list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} is not a CSV file in UTF-8: {error}") from None
+
+
+def number(row: Mapping[str, str], column: str, path: Path) -> float:
+    """The number in a column of a row of the table at `path`. Raises ConfigError for anything else."""
+    try:
+        return float(row[column])
+    except (TypeError, ValueError):
+        raise ConfigError(f"{path}: {column} is {row[column]!r}, expected a number; restore the table") from None

@@ -7,17 +7,27 @@ videos.
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 DRAWS = 10_000
-NONE = (float("nan"), float("nan"))
-Groups = dict[str, list[float]]  # {prompt: its videos' values}
+Groups = dict[str, list[float]]  # {prompt: the values of its videos}
+
+
+class Interval(NamedTuple):
+    """Bounds of an interval; nan where there is none."""
+
+    low: float
+    high: float
+
+
+NONE = Interval(float("nan"), float("nan"))
 
 
 @dataclass(frozen=True)
 class Score:
-    """A line of a table of results: the value, its 95 % interval (nan: none), videos scored, what to know."""
+    """A row of a results table: the value, its 95 % interval (nan: none), the number of videos scored, a remark."""
 
     name: str
     value: float
@@ -27,45 +37,50 @@ class Score:
     note: str = ""
 
 
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """Wilson's score interval of a share: k of n, as shares in [0, 1]. ValueError unless 0 <= k <= n and n > 0.
+def wilson(k: int, n: int) -> Interval:
+    """Wilson's score interval of the share k / n, as shares in [0, 1]. Raises ValueError unless 0 <= k <= n and n > 0.
 
     Source: Wilson, J. Am. Stat. Assoc. 22 (1927) 209.
     """
     if not 0 <= k <= n or n < 1:
-        raise ValueError(f"wilson needs 0 <= k <= n and n > 0, got k={k}, n={n}")
+        raise ValueError(f"wilson got k={k}, n={n}, expected 0 <= k <= n and n > 0: k counts successes among n trials")
     z = 1.959963984540054  # the normal distribution's 97.5 % point
     centre = (k + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * (k * (n - k) / n + z * z / 4) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
 
 
 def resampled_means(sums: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Means of DRAWS resamplings of the prompts, the same prompts for every dimension: [DRAWS, D].
 
-    sums, counts: [P, D], of a prompt's values. A mean is over videos: a prompt with more of them weighs more.
+    sums, counts: [P, D], sum and number of each prompt's values. The mean is over videos: a prompt with more videos
+    has more weight.
     """
     prompts = len(sums)
     weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=DRAWS)  # [DRAWS, P]
-    with np.errstate(invalid="ignore"):  # a draw with no video at all is nan, and not counted
+    with np.errstate(invalid="ignore"):  # a draw without any video is nan and is not counted
         return (weights @ sums) / (weights @ counts)
 
 
-def percentiles(draws: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of draws [DRAWS]."""
+def percentiles(draws: np.ndarray) -> Interval:
+    """The central 95 % of draws [DRAWS]."""
     low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+    return Interval(float(low), float(high))
 
 
 def mean(groups: Groups) -> float:
-    """Over all videos."""
+    """The mean over all videos."""
     return sum(map(sum, groups.values())) / sum(map(len, groups.values()))
 
 
 def draws(tables: Mapping[str, Groups]) -> dict[str, np.ndarray]:
-    """{score: resampled means [DRAWS]}; scores of the same prompts share their draws of prompts. The same prompts in the
-    same order are drawn alike at every call, so draws of two sets of videos can be subtracted."""
-    rng, found, alike = np.random.default_rng(0), {}, defaultdict(list)
+    """{score: resampled means [DRAWS]}. Scores of the same prompts share their resampled prompts.
+
+    Every call draws the same prompts for the same list of prompts, so the draws of two sets of videos can be subtracted.
+    """
+    rng = np.random.default_rng(0)
+    found: dict[str, np.ndarray] = {}
+    alike: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for name, groups in tables.items():
         alike[tuple(groups)].append(name)
     for prompts, names in alike.items():
@@ -75,10 +90,10 @@ def draws(tables: Mapping[str, Groups]) -> dict[str, np.ndarray]:
     return found
 
 
-def bootstrap(groups: Groups) -> tuple[float, float]:
+def bootstrap(groups: Groups) -> Interval:
     """Percentile interval of the mean over all values, resampling prompts.
 
-    The same values give the same interval. Fewer than two prompts with values: no interval (nan, nan).
+    The same values give the same interval. With fewer than two prompts that have values there is no interval (nan, nan).
     """
     groups = {prompt: values for prompt, values in groups.items() if values}
     return percentiles(draws({"": groups})[""]) if len(groups) > 1 else NONE

@@ -1,16 +1,30 @@
-"""All tools' scores of one folder, and the difference of two folders prompt by prompt."""
+"""The scores of all tools for one folder, and the difference of two folders prompt by prompt."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from afd_fast.errors import ConfigError
 from afd_fast.evaluation import flickering, folder, intervals, vbench, videoalign, videophy2
 from afd_fast.evaluation.intervals import Groups, Score
 
 
+class Tool(Protocol):
+    """The module of a tool, as far as its scores go."""
+
+    def values(self, out: Path) -> dict[str, Groups]:
+        """{score: {prompt: its videos' values}} of the folder; empty if the tool was not run."""
+
+    def collect(self, out: Path) -> list[Score]:
+        """The means of `values` with 95 % intervals."""
+
+
 @dataclass(frozen=True)
 class Difference:
-    """A line of a comparison: means over the prompts that both have, other - base and its 95 % interval (nan: none)."""
+    """A row of a comparison: means over the prompts that both have, other - base and its 95 % interval (nan: none)."""
 
     name: str
     base: float
@@ -22,13 +36,13 @@ class Difference:
     note: str = ""
 
 
-def _tools(out: Path) -> list:
-    first = [vbench] if (out / vbench.SUITE).exists() else []
+def _tools(out: Path) -> list[Tool]:
+    first: list[Tool] = [vbench] if (out / vbench.SUITE).exists() else []
     return [*first, videophy2, videoalign, flickering]
 
 
 def collect(out: Path) -> list[Score]:
-    """What the tools left in a folder. ConfigError for incomplete results, and for none."""
+    """The scores that the tools wrote into a folder. Raises ConfigError for incomplete results, and for none."""
     scores = [score for tool in _tools(out) for score in tool.collect(out)]
     if not scores:
         raise ConfigError(f"{out} holds no results; run `afd-fast eval run` first")
@@ -36,7 +50,7 @@ def collect(out: Path) -> list[Score]:
 
 
 def _values(out: Path) -> dict[str, Groups]:
-    tables = {}
+    tables: dict[str, Groups] = {}
     for tool in _tools(out):
         found = tool.values(out)
         if tool is vbench:
@@ -45,12 +59,28 @@ def _values(out: Path) -> dict[str, Groups]:
     return tables
 
 
-def differences(base: Path, other: Path) -> list[Difference]:
-    """Every score that both folders have, VBench's totals among them.
+def _vbench(part: Mapping[str, vbench.Value]) -> dict[str, vbench.Value]:
+    """The entries of VBench's dimensions, named and scaled as `vbench.totals` takes them."""
+    return {k: part[f"VBench {k}"] / 100 for k in vbench.DIMENSIONS if f"VBench {k}" in part}
 
-    The videos of a prompt are compared with each other: both sides are resampled by the same prompts, so what a prompt does
-    to both cancels. Prompts without a value on both sides are left out. ConfigError for folders of other prompts, or without
-    a score that both have.
+
+def _means(side: dict[str, Groups]) -> dict[str, float]:
+    """The mean of every score and of VBench's totals."""
+    means = {name: intervals.mean(groups) for name, groups in side.items()}
+    return means | {f"VBench {k}": total for k, total in vbench.totals(_vbench(means)).items()}
+
+
+def _draws(side: dict[str, Groups]) -> dict[str, np.ndarray]:
+    """The resampled means [DRAWS] of every score and of VBench's totals."""
+    draws = intervals.draws(side)
+    return draws | {f"VBench {k}": total for k, total in vbench.totals(_vbench(draws)).items()}
+
+
+def differences(base: Path, other: Path) -> list[Difference]:
+    """Every score that both folders have, with VBench's totals.
+
+    The comparison is paired: both sides are resampled by the same prompts, so what a prompt does to both cancels. Prompts
+    without a value on both sides are left out. Raises ConfigError for folders of other prompts, or without a common score.
     """
     if {c.prompt for c in folder.read_manifest(base)} != {c.prompt for c in folder.read_manifest(other)}:
         raise ConfigError(f"{base} and {other} are of other prompts; only videos of the same prompts can be compared")
@@ -62,11 +92,7 @@ def differences(base: Path, other: Path) -> list[Difference]:
             f"{base} and {other} hold no score in common; run `afd-fast eval run` with the same tool on both"
         )
     sides = [{name: {p: t[name][p] for p in prompts} for name, prompts in shared.items()} for t in (a, b)]
-    means = [{name: intervals.mean(groups) for name, groups in side.items()} for side in sides]
-    draws = [intervals.draws(side) for side in sides]
-    for part in (*means, *draws):
-        found = {k: part[f"VBench {k}"] / 100 for k in vbench.DIMENSIONS if f"VBench {k}" in part}
-        part |= {f"VBench {k}": total for k, total in vbench.totals(found).items()}
+    means, draws = [_means(side) for side in sides], [_draws(side) for side in sides]
     rows = []
     for name, mean in means[0].items():
         prompts = len(shared.get(name, {p for groups in sides[0].values() for p in groups}))

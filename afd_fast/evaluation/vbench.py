@@ -1,15 +1,18 @@
 """VBench by its official tool: which videos it expects, running it, reading what it wrote.
 
 The tool is https://github.com/Vchitect/VBench (0.1.5, commit 45e79ec). A *suite* is the list in its VBench_full_info.json.
-Values are raw means in [0, 1]; totals are plain means x 100 over raw values, as in the paper's Table 1, not the leaderboard's.
+Values are raw means in [0, 1]; totals are plain means x 100 of raw values, as in the paper's Table 1, not the leaderboard's.
 """
 
 import json
 import math
+import operator
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,34 +27,55 @@ GENERAL = (
     "multiple_objects", "color", "scene", "appearance_style", "temporal_style", "overall_consistency",
 )  # fmt: skip
 DIMENSIONS = PHYSICS + GENERAL
-YES_NO = ("dynamic_degree", "human_action")  # of a video; the score is the share of yes
+YES_NO = ("dynamic_degree", "human_action")  # per video; the score is the share of yes
 SUITE = "VBench_full_info.json"
-FLICKER = 25  # videos made for a prompt of temporal_flickering, of which
-KEPT = 5  # at most so many still ones are scored; also the tool's number for every other prompt
+FLICKER = 25  # videos per prompt of temporal_flickering, of which the tool scores
+KEPT = 5  # still ones at most; also the tool's number of videos for every other prompt
 STATIC = Path("static", "filtered_videos")
+Value = TypeVar("Value", float, np.ndarray)
+
+
+class Results(NamedTuple):
+    """A results file of the tool: its mean, {video: value} in [0, 1], and the names of all rows, repeated ones too."""
+
+    mean: float
+    values: dict[str, float]
+    names: list[str]
+
+
+class Scored(NamedTuple):
+    """A scored dimension in [0, 1]: the tool's mean and {prompt: its videos' values}."""
+
+    mean: float
+    groups: Groups
 
 
 def suite(path: Path) -> dict[str, list[str]]:
-    """{dimension: its prompts} of a VBench_full_info.json, in its order. ConfigError for anything else."""
-    prompts = defaultdict(list)
+    """{dimension: its prompts} of a VBench_full_info.json, in the file's order. Raises ConfigError for other files."""
+    prompts: defaultdict[str, list[str]] = defaultdict(list)
     try:
         for row in json.loads(path.read_text()):
             for dimension in row["dimension"]:
                 prompts[dimension].append(row["prompt_en"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not VBench's {SUITE}: {error!r}") from error
+        raise ConfigError(
+            f"{path} is not VBench's {SUITE} ({error!r}): take the file from github.com/Vchitect/VBench"
+        ) from error
     if unknown := prompts.keys() - set(DIMENSIONS):
-        raise ConfigError(f"{path} names dimensions that VBench does not have: {', '.join(sorted(unknown))}")
+        raise ConfigError(
+            f"{path} names dimensions that VBench does not have: {', '.join(sorted(unknown))}; take the file from "
+            "github.com/Vchitect/VBench"
+        )
     return dict(prompts)
 
 
 def clips(prompts: dict[str, list[str]], n: int = KEPT, seed: int = 0) -> list[Clip]:
-    """The videos to make: `{prompt}-{i}.mp4`, i = 0..n-1, seeds counted up from `seed`.
+    """The videos to make: `{prompt}-{i}.mp4`, i = 0..n-1, with consecutive seeds from `seed` on.
 
-    n: 5, VBench's protocol, with 25 for the prompts of temporal_flickering; or 1, of which the paper's numbers are.
+    n: 5, VBench's protocol, with 25 for the prompts of temporal_flickering; or 1, which the paper's numbers use.
     """
     if n not in (1, KEPT):
-        raise ConfigError(f"VBench is scored on n=5 videos a prompt (its protocol) or n=1 (the paper's), got n={n}")
+        raise ConfigError(f"got n={n} videos per prompt, VBench is scored on n=5 (its protocol) or n=1 (the paper's)")
     count: dict[str, int] = {}
     for dimension, lines in prompts.items():
         for prompt in lines:
@@ -64,7 +88,7 @@ def clips(prompts: dict[str, list[str]], n: int = KEPT, seed: int = 0) -> list[C
 def expected(out: Path, dimension: str) -> dict[str, list[str]]:
     """{prompt: files} that the tool should score for a dimension.
 
-    For temporal_flickering with n = 5 these are what the static filter kept: up to five a prompt, maybe none.
+    For temporal_flickering with n = 5 these are the videos that the static filter kept: zero to five per prompt.
     """
     n = folder.read_settings(out)["n"]
     names = {prompt: [f"{prompt}-{i}.mp4" for i in range(n)] for prompt in suite(out / SUITE).get(dimension, [])}
@@ -75,15 +99,16 @@ def expected(out: Path, dimension: str) -> dict[str, list[str]]:
 
 
 def results(out: Path) -> Path:
-    """Where the tool's files are: a folder per dimension."""
+    """The folder of the tool's files, with one folder per dimension."""
     return out / "results" / "vbench"
 
 
 def run(out: Path, env: Path, dimensions: list[str] | None = None, say: Callable[[str], None] = print) -> None:
-    """Score the folder's videos with the tool of an environment, a dimension at a time, on one GPU.
+    """Score the folder's videos with the tool of an environment, one dimension at a time, on one GPU.
 
     Dimensions that have complete results newer than the videos are not run again. A dimension that fails does not stop
-    the others; ToolError names all that failed. ConfigError: videos missing, strays, no such environment.
+    the others; ToolError names all that failed. Raises ConfigError for missing videos, unexpected files or a missing
+    environment.
     """
     python = official.python_of(env, "vbench")
     present = suite(out / SUITE)
@@ -92,7 +117,7 @@ def run(out: Path, env: Path, dimensions: list[str] | None = None, say: Callable
         raise ConfigError(f"{SUITE} has no dimension {', '.join(sorted(unknown))}; it has {', '.join(present)}")
     newest = max((out / "videos" / clip.video).stat().st_mtime for clip in folder.check(out))
     failed = []
-    # Flickering last: its static filter needs the RAFT weights, which the tool fetches for dynamic_degree only.
+    # Flickering runs last: its static filter needs the RAFT weights, which the tool downloads for dynamic_degree only.
     for dimension in sorted(wanted, key="temporal_flickering".__eq__):
         try:
             file = _file(out, dimension)
@@ -109,20 +134,28 @@ def run(out: Path, env: Path, dimensions: list[str] | None = None, say: Callable
 
 def _run(out: Path, python: Path, dimension: str) -> None:
     place = results(out).absolute() / dimension
-    shutil.rmtree(place, ignore_errors=True)  # results of an earlier export must not stay
+    shutil.rmtree(place, ignore_errors=True)  # no results of an earlier export may remain
     place.mkdir(parents=True)
     log, videos = place / "log.txt", out.absolute() / "videos"
     if dimension == "temporal_flickering" and folder.read_settings(out)["n"] > 1:
         videos = results(out).absolute() / STATIC
         shutil.rmtree(videos.parent, ignore_errors=True)
         main = "from vbench.cli.vbench import main; main()"
-        command = [python, "-c", main, "static_filter", "--videos_path", out.absolute() / "videos"]
-        official.call([*command, "--result_path", videos.parent], cwd=place, log=log)
+        filtering: list[str | Path] = [python, "-c", main, "static_filter", "--videos_path", out.absolute() / "videos"]
+        official.call([*filtering, "--result_path", videos.parent], cwd=place, log=log)
         if not any(videos.glob("*.mp4")):
             raise official.failure(dimension, "VBench's static filter kept no video", log)
-    # Not `vbench evaluate`: it takes `python` from the path, joins its arguments into one string for a shell, and
-    # loses the status. Not several GPUs: appearance_style is then the mean over the last frames only.
-    command = [python, "-m", "vbench.launch.evaluate", "--videos_path", videos, "--output_path", place]
+    # Not `vbench evaluate`: it takes `python` from PATH, joins its arguments into one string for a shell and drops
+    # the exit status. Not several GPUs: appearance_style would be the mean over the last frames only.
+    command: list[str | Path] = [
+        python,
+        "-m",
+        "vbench.launch.evaluate",
+        "--videos_path",
+        videos,
+        "--output_path",
+        place,
+    ]
     command += ["--full_json_dir", (out / SUITE).absolute(), "--dimension", dimension, "--mode", "vbench_standard"]
     official.call(command, cwd=place, log=log)
     file = _file(out, dimension)
@@ -133,22 +166,23 @@ def _run(out: Path, python: Path, dimension: str) -> None:
 
 
 def _file(out: Path, dimension: str) -> Path | None:
-    """The results file of a dimension. ConfigError if there are several."""
+    """The results file of a dimension, or None. Raises ConfigError if there are several."""
     files = list((results(out) / dimension).glob("results_*_eval_results.json"))
     if len(files) > 1:
         raise ConfigError(f"{results(out) / dimension} holds {len(files)} results files; keep the right one")
     return files[0] if files else None
 
 
-def _read(file: Path, dimension: str) -> tuple[float, dict[str, float], list[str]]:
-    """(the tool's mean, {video: value}, all names) of a file {dimension: [mean, [{video_path, video_results}, ...]]}.
+def _read(file: Path, dimension: str) -> Results:
+    """A file {dimension: [mean, [{video_path, video_results}, ...]]}.
 
     imaging_quality's values of single videos are on a scale of 100, its mean is not: both are in [0, 1] here.
     """
     mean, rows = json.loads(file.read_text())[dimension]
     names = [Path(row["video_path"]).name for row in rows]
     scale = 100 if dimension == "imaging_quality" else 1
-    return float(mean), {name: float(row["video_results"]) / scale for name, row in zip(names, rows)}, names
+    values = {name: float(row["video_results"]) / scale for name, row in zip(names, rows)}
+    return Results(float(mean), values, names)
 
 
 def _problem(out: Path, dimension: str, file: Path) -> str | None:
@@ -157,9 +191,9 @@ def _problem(out: Path, dimension: str, file: Path) -> str | None:
         mean, values, names = _read(file, dimension)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{file} is not a results file with {dimension}: {error!r}"
-    wanted = [name for files in expected(out, dimension).values() for name in files]
+    wanted = {name for files in expected(out, dimension).values() for name in files}
     if dimension == "color":  # the tool leaves out videos in which it does not find the object
-        wanted = set(wanted) - (set(wanted) - set(names))
+        wanted &= set(names)
     if problem := official.coverage(names, wanted):
         return problem
     if not values or not all(map(math.isfinite, values.values())):
@@ -167,27 +201,28 @@ def _problem(out: Path, dimension: str, file: Path) -> str | None:
     if dimension in YES_NO and not set(values.values()) <= {0.0, 1.0}:
         return "a value is neither yes nor no"
     average = sum(values.values()) / len(values)
-    if not math.isclose(mean, average, abs_tol=1e-3):  # one length of video: a mean over frames is one over videos
+    if not math.isclose(mean, average, abs_tol=1e-3):  # all videos have one length: means over frames and videos agree
         return f"the mean in {file.name} is {mean:.4f}, its videos' is {average:.4f}: scored on several GPUs, or edited"
     return None
 
 
-def totals(values: dict) -> dict:
-    """{"physics": mean of its five x 100, "general": mean of the other eleven x 100}, each where all are there.
+def totals(values: Mapping[str, Value]) -> dict[str, Value]:
+    """{"physics": 100 x the mean of its five, "general": 100 x the mean of the other eleven}, each if all are there.
 
     values: {dimension: raw value in [0, 1]}, floats or arrays. Source: Table 1's ten rows are these means (to 0.01).
     """
     return {
-        name: 100 * sum(values[dimension] for dimension in parts) / len(parts)
+        name: 100 * reduce(operator.add, (values[dimension] for dimension in parts)) / len(parts)
         for name, parts in (("physics", PHYSICS), ("general", GENERAL))
         if all(dimension in values for dimension in parts)
     }
 
 
-def _scored(out: Path) -> dict[str, tuple[float, Groups]]:
-    """{dimension: (the tool's mean, {prompt: its videos' values})} in [0, 1], of the scored dimensions.
+def _scored(out: Path) -> dict[str, Scored]:
+    """{dimension: its scores} of the scored dimensions.
 
-    ConfigError for a results file that lacks a video, has one twice, has others, or whose mean is not its videos'.
+    Raises ConfigError for a results file that lacks a video, lists one twice, lists others, or whose mean is not that
+    of its videos.
     """
     tables = {}
     for dimension in DIMENSIONS:
@@ -196,21 +231,26 @@ def _scored(out: Path) -> dict[str, tuple[float, Groups]]:
             continue
         if problem := _problem(out, dimension, file):
             raise ConfigError(f"{dimension}: {problem}; run `afd-fast eval run vbench` again")
-        mean, found, _ = _read(file, dimension)
+        found = _read(file, dimension)
         files = expected(out, dimension).items()
-        tables[dimension] = mean, {p: [found[name] for name in names if name in found] for p, names in files}
+        groups = {p: [found.values[name] for name in names if name in found.values] for p, names in files}
+        tables[dimension] = Scored(found.mean, groups)
     return tables
 
 
 def values(out: Path) -> dict[str, Groups]:
-    """{dimension: {prompt: its videos' values in [0, 1]}} of the scored dimensions. ConfigError as of `_scored`."""
-    return {dimension: table for dimension, (_, table) in _scored(out).items()}
+    """{dimension: {prompt: its videos' values in [0, 1]}} of the scored dimensions.
+
+    Raises ConfigError for incomplete results.
+    """
+    return {dimension: scored.groups for dimension, scored in _scored(out).items()}
 
 
 def collect(out: Path) -> list[Score]:
-    """The scored dimensions and the totals that are complete, x 100, with 95 % intervals. ConfigError as of `_scored`."""
+    """The scored dimensions and the complete totals, x 100, with 95 % intervals. Raises ConfigError as `values`."""
     scored = _scored(out)
-    means, tables = ({name: both[i] for name, both in scored.items()} for i in (0, 1))
+    means = {name: dimension.mean for name, dimension in scored.items()}
+    tables = {name: dimension.groups for name, dimension in scored.items()}
     draws = intervals.draws(tables)
     scores = [_score(name, 100 * means[name], tables[name], 100 * draws[name]) for name in means]
     for name, total in totals(means).items():
@@ -229,8 +269,8 @@ def _score(dimension: str, value: float, table: Groups, draws: np.ndarray) -> Sc
     if dimension in YES_NO:
         yes = int(sum(map(sum, groups)))
         notes.append(f"{yes}/{count}")
-        if count == asked:  # one video a prompt: independent
+        if count == asked:  # one video per prompt: independent
             low, high = (100 * bound for bound in intervals.wilson(yes, count))
-    if empty := sum(not group for group in groups):
+    if empty := sum(1 for group in groups if not group):
         notes.append(f"{empty} of {asked} prompts without a video that could be scored")
     return Score(f"VBench {dimension}", value, low, high, count, ", ".join(notes))

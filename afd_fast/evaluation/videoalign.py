@@ -1,13 +1,14 @@
 """VideoAlign's VideoReward by its official code: visual quality, motion quality, text alignment, as z-scores.
 
-The code is https://github.com/KwaiVGI/VideoAlign (commit 219ab9d), a class without a command: `videoalign_driver.py` is
-run with its python. Conflict of interest: MQ is the model the discriminator starts from, so AFD raises it partly by
-construction; judge by VideoPhy-2 and VBench.
+The code is https://github.com/KwaiVGI/VideoAlign (commit 219ab9d), a class without a command: its environment's python
+runs `videoalign_driver.py`. Conflict of interest: the discriminator starts from the model that gives MQ, so AFD raises
+MQ partly by construction; judge by VideoPhy-2 and VBench.
 """
 
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from afd_fast.errors import ConfigError
 from afd_fast.evaluation import folder, intervals, official
@@ -20,17 +21,17 @@ NOTE = {"VideoAlign MQ": "the discriminator starts from this model: not an indep
 
 
 def results(out: Path) -> Path:
-    """The table the driver writes."""
+    """The table that the driver writes."""
     return out / "results" / "videoalign" / "scores.csv"
 
 
 def run(out: Path, env: Path, repo: Path, checkpoint: Path, say: Callable[[str], None] = print) -> None:
     """Score the folder's videos. repo: a clone of the repository; checkpoint: the folder with model_config.json.
 
-    ConfigError says what is missing, ToolError that the driver left no complete table.
+    Raises ConfigError that names what is missing, ToolError if the driver left no complete table.
     """
     if not (repo / "inference.py").is_file():
-        raise ConfigError(f"{repo / 'inference.py'} is not there; --repo is a clone of github.com/KwaiVGI/VideoAlign")
+        raise ConfigError(f"{repo / 'inference.py'} does not exist; --repo is a clone of github.com/KwaiVGI/VideoAlign")
     if not (checkpoint / "model_config.json").is_file():
         raise ConfigError(
             f"{checkpoint} has no model_config.json; --checkpoint is a clone of hf.co/KwaiVGI/VideoReward"
@@ -50,9 +51,16 @@ def run(out: Path, env: Path, repo: Path, checkpoint: Path, say: Callable[[str],
     say("VideoAlign: scored")
 
 
-def _read(out: Path) -> list[tuple[str, list[float]]]:
+class Row(NamedTuple):
+    """A video and its scores in the order of NAMES, nan where one is missing."""
+
+    video: str
+    scores: list[float]
+
+
+def _read(out: Path) -> list[Row]:
     rows = folder.read_csv(results(out), ("video", *NAMES))
-    return [(Path(row["video"]).name, [float(row[name] or "nan") for name in NAMES]) for row in rows]
+    return [Row(Path(row["video"]).name, [float(row[name] or "nan") for name in NAMES]) for row in rows]
 
 
 def _problem(out: Path, clips: list[Clip]) -> str | None:
@@ -61,16 +69,16 @@ def _problem(out: Path, clips: list[Clip]) -> str | None:
         rows = _read(out)
     except (ValueError, TypeError) as error:
         return str(error)
-    if problem := official.coverage([name for name, _ in rows], [clip.video for clip in clips]):
+    if problem := official.coverage([row.video for row in rows], [clip.video for clip in clips]):
         return problem
-    broken = [name for name, values in rows if not all(map(math.isfinite, values))]
+    broken = [row.video for row in rows if not all(map(math.isfinite, row.scores))]
     return f"{broken[0]!r} has a value that is no number" if broken else None
 
 
 def values(out: Path) -> dict[str, Groups]:
-    """VQ, MQ, TA and Overall (z-scores): {score: {prompt: values}}; none if the tool was not run.
+    """VQ, MQ, TA and Overall (z-scores): {score: {prompt: values}}; empty if the tool was not run.
 
-    ConfigError for a table that lacks a video, has one twice, or has others.
+    Raises ConfigError for a table that lacks a video, lists one twice, or lists others.
     """
     if not results(out).exists():
         return {}
@@ -79,10 +87,11 @@ def values(out: Path) -> dict[str, Groups]:
         raise ConfigError(f"VideoAlign: {problem}; run `afd-fast eval run videoalign` again")
     rows = _read(out)
     return {
-        f"VideoAlign {name}": folder.by_prompt(clips, {v: row[i] for v, row in rows}) for i, name in enumerate(NAMES)
+        f"VideoAlign {name}": folder.by_prompt(clips, {row.video: row.scores[i] for row in rows})
+        for i, name in enumerate(NAMES)
     }
 
 
 def collect(out: Path) -> list[Score]:
-    """The means of `values` with bootstrap intervals. ConfigError as there."""
+    """The means of `values` with bootstrap intervals. Raises ConfigError as `values`."""
     return [intervals.score(name, groups, NOTE.get(name, "")) for name, groups in values(out).items()]

@@ -1,21 +1,21 @@
-"""Scores videos with VideoAlign's VideoReward: a script for the official environment, run in the repository's folder.
+"""Scores videos with VideoAlign's VideoReward: a script for the official environment, run inside the repository's folder.
 
     python videoalign_driver.py CHECKPOINT INPUT.csv OUTPUT.csv
 
-INPUT has the columns video (an absolute path) and prompt; OUTPUT has video, VQ, MQ, TA and Overall, each with the
-checkpoint's mean taken off and divided by its standard deviation (use_norm); Overall is their sum.
+INPUT has the columns video (an absolute path) and prompt. OUTPUT has video, VQ, MQ, TA and Overall: the first three
+minus the checkpoint's mean, divided by its standard deviation (use_norm), and their sum.
 """
 
 import csv
 import os
 import sys
 
-sys.path[0] = os.getcwd()  # the repository's own modules, not the files beside this one
+sys.path[0] = os.getcwd()  # the repository's modules, not the files next to this one
 
 
 def main(checkpoint: str, source: str, target: str) -> None:
     import torch
-    from inference import VideoVLMRewardInference
+    from inference import VideoVLMRewardInference  # type: ignore[import-not-found]  # VideoAlign's inference.py
 
     model = VideoVLMRewardInference(checkpoint, device="cuda", dtype=torch.bfloat16)
     names = ("VQ", "MQ", "TA", "Overall")

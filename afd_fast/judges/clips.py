@@ -9,13 +9,13 @@ from afd_fast.judges.physics import frechet
 
 
 def evaluate(clips: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Scores of clips [N, 3, F, H, W] beside teacher clips of the same prompts.
+    """Scores of clips [N, 3, F, H, W], compared with teacher clips of the same prompts.
 
     dynamic: mean absolute change between frames, percent of the range. brightness, contrast: mean and std.
-    frechet: Frechet distance on per-frame mean colour and mean change (needs two clips on both sides).
+    frechet: Frechet distance on per-frame mean colour and mean change (nan with fewer than two clips on a side).
     """
 
-    def features(x):
+    def features(x: np.ndarray) -> np.ndarray:
         change = np.abs(np.diff(x, axis=2)).mean((1, 3, 4))  # [N, F - 1]
         return np.concatenate([x.mean((3, 4)).reshape(len(x), -1), change], 1)
 

@@ -1,26 +1,41 @@
-"""The judge of the embedded task: everything is measured from pixels, nothing from the discriminator.
+"""The judge of the embedded task: it measures pixels and never asks the discriminator.
 
 Legend: N clips, F frames, H x W pixels. Lengths are box sides (0..1, y up) unless a name says px.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from afd_fast.teachers.physics import BACKGROUND, BOUNCES, COLORS, FPS, GRAVITY, LOOKS, Scene, parse
 
 
+class Track(NamedTuple):
+    """A ball in every frame of N clips: centre [N, F, 2] and spread (rms radius) [N, F]."""
+
+    centres: np.ndarray
+    spread: np.ndarray
+
+
 def by_day(clips: np.ndarray, prompts: list[str]) -> np.ndarray:
-    """Clips [N, 3, F, H, W] with the look that the prompts ask for (one for all) undone, so that day's judge can read them."""
-    (look,) = {parse(p).look for p in prompts}
+    """Clips [N, 3, F, H, W] without the look that the prompts ask for, as the measurements below expect them.
+
+    Raises ValueError unless all prompts ask for one look.
+    """
+    looks = {parse(p).look for p in prompts}
+    if len(looks) != 1:
+        raise ValueError(f"the prompts ask for the looks {sorted(looks)}, expected one: judge each look by itself")
+    look = looks.pop()
     if look == "day":
         return clips
     dark = LOOKS[look]
     return (BACKGROUND + (clips - dark) * (1 - BACKGROUND) / (1 - dark)).clip(0, 1)
 
 
-def track(clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """clips [N, 3, F, H, W] in [0, 1] -> ball centre [N, F, 2] and spread (rms radius) [N, F]."""
+def track(clips: np.ndarray) -> Track:
+    """The ball's track in clips [N, 3, F, H, W] with values in [0, 1]."""
     mass = clips.max(1) - BACKGROUND  # [N, F, H, W]
     mass = np.where(mass > 0.12, mass, 0)
     height, width = mass.shape[-2:]
@@ -29,10 +44,12 @@ def track(clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     cx, cy = (mass * xx).sum((-1, -2)) / total, (mass * yy).sum((-1, -2)) / total
     square = (xx - cx[..., None, None]) ** 2 + (yy - cy[..., None, None]) ** 2
     spread = np.sqrt((mass * square).sum((-1, -2)) / total) / width
-    return np.stack([(cx + 0.5) / width, 1 - (cy + 0.5) / height], -1), spread
+    return Track(np.stack([(cx + 0.5) / width, 1 - (cy + 0.5) / height], -1), spread)
 
 
-def _heights(y0, v0, radius, elasticity, frames, substeps=40) -> np.ndarray:
+def _heights(
+    y0: ArrayLike, v0: ArrayLike, radius: float, elasticity: float, frames: int, substeps: int = 40
+) -> np.ndarray:
     """Heights of balls that start at (y0, v0) under the true gravity: broadcast shape + [F]."""
     y, v = (a.copy() for a in np.broadcast_arrays(y0, v0))
     out = np.empty(y.shape + (frames,))
@@ -56,13 +73,13 @@ def _bank(radius: float, elasticity: float, frames: int) -> np.ndarray:
 
 def physics_residual(clips: np.ndarray, prompts: list[str]) -> np.ndarray:
     """[N] px: rms distance of a clip's height track to the nearest track that the true gravity and the
-    prompt's bounce allow, over all starts. clips: as delivered, in the look their prompts ask for."""
+    prompt's bounce allow, over all starts. clips: as delivered, with the look that their prompts ask for."""
     return residual(by_day(clips, prompts), [parse(p) for p in prompts])
 
 
 def residual(clips: np.ndarray, scenes: list[Scene]) -> np.ndarray:
     """`physics_residual` of clips by day."""
-    heights = track(clips)[0][..., 1]  # [N, F]
+    heights = track(clips).centres[..., 1]  # [N, F]
     out = np.empty(len(clips))
     for i, (scene, y) in enumerate(zip(scenes, heights)):
         bank = _bank(scene.radius, scene.elasticity, y.shape[0])
@@ -93,7 +110,7 @@ def measured_bounce(heights: np.ndarray, radius: np.ndarray) -> np.ndarray:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance between Gaussians fitted to feature rows a and b."""
+    """Frechet distance between the Gaussians fitted to the feature rows a and b."""
     mean = a.mean(0) - b.mean(0)
     cov_a, cov_b = np.cov(a.T), np.cov(b.T)
     values, vectors = np.linalg.eigh(cov_a)
@@ -113,7 +130,7 @@ def evaluate(clips: np.ndarray, prompts: list[str], reference: np.ndarray) -> di
     physics: residual_px, gravity, gravity_error (relative), bounce_high / bounce_low (elasticity), frechet,
     dynamic_px (motion per frame). general: mean of color, size, shape, motion (shares of clips or frames
     that match the prompt). flicker: mean absolute change of background pixels between frames, percent. background: its
-    brightness. Everything else is measured with the look undone, which is one for all prompts and the reference.
+    brightness, the only score measured in the look as delivered; the prompts and the reference share one look.
     """
     clips = np.asarray(clips, dtype=np.float64).clip(0, 1)
     background = np.median(clips.max(1).reshape(len(clips), -1), 1).mean()
@@ -126,7 +143,7 @@ def evaluate(clips: np.ndarray, prompts: list[str], reference: np.ndarray) -> di
     gravity, bounce = measured_gravity(heights, radius), measured_bounce(heights, radius)
     out = {
         "residual_px": residual(clips, scenes).mean(),
-        "frechet": frechet(_features(centres), _features(track(reference)[0])),
+        "frechet": frechet(_features(centres), _features(track(reference).centres)),
         "gravity": np.nanmedian(gravity),
         "gravity_error": np.nanmean(abs(gravity.clip(-2, 8) - GRAVITY)) / GRAVITY,
     }

@@ -1,4 +1,4 @@
-"""Attention over [B, L, H, d] views, dense or in packed segments, through the fastest kernel that is there; none is written here.
+"""Attention over [B, L, H, d] views, dense or in packed segments, through the fastest installed kernel of others.
 
 backend: "fa3" (flash_attn_interface) | "cudnn" (PyTorch's cuDNN SDPA) | "fa4" (flash_attn.cute) | "fa2"
 (flash_attn) | "sdpa" (PyTorch's own choice; any dtype and device) | "auto". Keys and values may be strided
@@ -12,6 +12,8 @@ import importlib.util
 import inspect
 import itertools
 import logging
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +23,20 @@ from afd_fast.reference import transformer as reference
 
 log = logging.getLogger("afd_fast")
 
-BACKENDS = ("fa3", "cudnn", "fa4", "fa2", "sdpa")
+Backend = Literal["fa3", "cudnn", "fa4", "fa2", "sdpa"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _PACKAGES = {
     "fa3": ("flash_attn_interface", "flash-attn-3: build hopper/ of github.com/Dao-AILab/flash-attention"),
     "fa4": ("flash_attn.cute", "flash-attn-4: pip install --pre flash-attn-4"),
     "fa2": ("flash_attn", "flash-attn 2: pip install flash-attn"),
     "cudnn": ("cudnn", "a CUDA build of PyTorch with cuDNN >= 9"),
 }
-_ORDER = {8: ("fa2", "sdpa"), 9: ("fa3", "cudnn", "fa4", "fa2", "sdpa"), 10: ("fa4", "cudnn", "fa2", "sdpa")}
+_ORDER: dict[int, tuple[Backend, ...]] = {
+    8: ("fa2", "sdpa"),
+    9: ("fa3", "cudnn", "fa4", "fa2", "sdpa"),
+    10: ("fa4", "cudnn", "fa2", "sdpa"),
+}
+_LSE_FLAG = {"fa2": "return_attn_probs", "fa3": "return_attn_probs", "fa4": "return_lse"}
 _CAPABILITY = {"fa3": (9,), "fa4": (9, 10, 11), "fa2": (8, 9, 10, 11, 12), "cudnn": (8, 9, 10, 11, 12)}
 
 
@@ -47,91 +55,104 @@ def _is_installed(backend: str) -> bool:
     return found is not None
 
 
-def choose_backend(requested: str, capability: int | None, half: bool, installed) -> str:
-    """The backend for a compute capability's major number (None: not CUDA); `installed(name)` -> bool.
+def choose_backend(requested: str, capability: int | None, half: bool, installed: Callable[[Backend], bool]) -> Backend:
+    """The backend for a compute capability's major number (None: not CUDA).
 
-    half: whether the tensors are float16 or bfloat16, all the flash kernels take. Raises ValueError for an
-    unknown name or tensors a named backend cannot take, ImportError naming the package that is missing.
+    requested: "auto" or a `Backend`. half: whether the tensors are float16 or bfloat16, which is all the flash kernels
+    take. Raises ValueError for an unknown name or tensors that a named backend cannot take, ImportError naming the
+    package that is missing.
     """
-    if requested != "auto" and requested not in BACKENDS:
+    named = next((name for name in BACKENDS if name == requested), None)
+    if requested != "auto" and named is None:
         raise ValueError(f"attention={requested!r} is not one of {('auto', *BACKENDS)}")
-    if requested == "sdpa":
+    if named == "sdpa":
         return "sdpa"
-    if requested != "auto":
+    if named is not None:
         if capability is None or not half:
             raise ValueError(f'attention="{requested}" needs float16 or bfloat16 CUDA tensors; use "sdpa" or "auto"')
-        if capability not in _CAPABILITY[requested]:
-            raise ValueError(f'attention="{requested}" does not run on compute capability {capability}.x')
-        if not installed(requested):
-            raise ImportError(f'attention="{requested}" needs {_PACKAGES[requested][1]}')
-        return requested
+        if capability not in _CAPABILITY[named]:
+            raise ValueError(f'attention="{named}" does not run on compute capability {capability}.x; use "auto"')
+        if not installed(named):
+            raise ImportError(f'attention="{named}" needs {_PACKAGES[named][1]}')
+        return named
     if capability is None or not half:
         return "sdpa"
-    return next(name for name in _ORDER.get(capability, ("cudnn", "sdpa")) if installed(name))
+    order: tuple[Backend, ...] = _ORDER.get(capability, ("cudnn", "sdpa"))
+    return next(name for name in order if installed(name))
 
 
-def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype, without: str = "") -> str:
-    """`choose_backend` for this machine, "auto" never `without`; resolved once per argument set and logged."""
+def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype, without: str = "") -> Backend:
+    """`choose_backend` for this machine; "auto" never chooses `without`. Resolved once per argument set and logged."""
     return _resolve(requested, device, dtype, without)
 
 
 # what torch.compiler.assume_constant_result does; calling that would import dynamo, and triton with it
-resolve_backend._dynamo_marked_constant = True
+resolve_backend.__dict__["_dynamo_marked_constant"] = True
 
 
 @functools.cache
-def _resolve(requested: str, device: torch.device, dtype: torch.dtype, without: str) -> str:
+def _resolve(requested: str, device: torch.device, dtype: torch.dtype, without: str) -> Backend:
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
-    installed = lambda name: not (requested == "auto" and name == without) and _is_installed(name)
+
+    def installed(name: Backend) -> bool:
+        return not (requested == "auto" and name == without) and _is_installed(name)
+
     chosen = choose_backend(requested, capability, dtype in (torch.float16, torch.bfloat16), installed)
     log.info("attention=%s: %s for %s on %s", requested, chosen, dtype, device)
     return chosen
 
 
-def _sdpa(q, k, v, lse):
+class _Out(NamedTuple):
+    out: Tensor
+    lse: Tensor | None  # where it was asked for
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, lse: bool) -> _Out:
+    if lse and q.device.type != "cpu":
+        return _Out(*reference.attention(q, k, v))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if not lse:
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(
-            1, 2
-        ), None
-    if q.device.type == "cpu":
-        args = (a.transpose(1, 2) for a in (q, k, v))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)
-        return out.transpose(1, 2), lse
-    return reference.attention(q, k, v)
+        return _Out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2), None)
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return _Out(out.transpose(1, 2), log_sum)
 
 
-def _cudnn(q, k, v, lse):
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, lse: bool) -> _Out:
     needs_lse = lse or (torch.is_grad_enabled() and any(a.requires_grad for a in (q, k, v)))
     args = (a.transpose(1, 2) for a in (q, k, v))
-    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(*args, None, needs_lse)[:2]
-    return out.transpose(1, 2), lse
+    out, log_sum = torch.ops.aten._scaled_dot_product_cudnn_attention(*args, None, needs_lse)[:2]
+    return _Out(out.transpose(1, 2), log_sum)
 
 
 @functools.cache
-def _flash_function(backend: str):
+def _flash_function(backend: Backend) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     return importlib.import_module(_PACKAGES[backend][0]).flash_attn_func
 
 
-def _flash(backend, q, k, v, lse):
-    # the three packages disagree, between versions too, on whether a tuple comes back and on the flag's name
-    options = (
-        {}
-        if not lse
-        else {"fa2": {"return_attn_probs": True}, "fa3": {"return_attn_probs": True}, "fa4": {"return_lse": True}}[
-            backend
-        ]
-    )
-    result = _flash_function(backend)(q, k, v, **options)
-    return (result[0], result[1]) if isinstance(result, tuple) else (result, None)
+def _flash(backend: Backend, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> _Out:
+    # the three packages, and their versions, differ in whether a tuple comes back and in the flag's name
+    result = _flash_function(backend)(q, k, v, **({_LSE_FLAG[backend]: True} if lse else {}))
+    return _Out(result[0], result[1]) if isinstance(result, tuple) else _Out(result, None)
 
 
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = ..., return_lse: Literal[False] = ...) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, backend: str = ..., return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, backend: str = ..., return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d)) v, no mask: the rollout and the training forwards need none.
+    """softmax(q k^T / sqrt(d)) v without a mask, which neither the rollout nor training needs.
 
-    q: [B, Lq, H, d]; k, v: [B, Lk, H, d], any strides with a contiguous last axis. Returns [B, Lq, H, d], with
-    return_lse also the log-sum-exp [B, H, Lq] (float32; float64 for float64), through which no gradient flows.
+    q: [B, Lq, H, d]; k, v: [B, Lk, H, d], any strides with a contiguous last axis. backend: "auto" or a `Backend`.
+    Returns [B, Lq, H, d]; with return_lse also the log-sum-exp [B, H, Lq] (float32; float64 for float64), through which
+    no gradient flows.
     """
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
@@ -149,7 +170,7 @@ def attention(
     return out, lse.squeeze(-1) if lse.ndim == 4 else lse
 
 
-def _dense(backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def _dense(backend: Backend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """[n, H, L, d] of n segments of one length through SDPA or cuDNN."""
     if backend == "cudnn":  # has no grouped queries
         k, v = (a.repeat_interleave(q.shape[1] // a.shape[1], 1) for a in (k, v))
@@ -159,7 +180,7 @@ def _dense(backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tenso
 
 
 @functools.cache
-def _flash_varlen(backend: str):
+def _flash_varlen(backend: Backend) -> tuple[Callable[..., Tensor | tuple[Tensor, ...]], bool]:
     """The package's variable-length function and whether it takes maximum lengths (early FA4 does not)."""
     function = importlib.import_module(_PACKAGES[backend][0]).flash_attn_varlen_func
     return function, "max_seqlen_q" in inspect.signature(function).parameters
@@ -168,12 +189,12 @@ def _flash_varlen(backend: str):
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v within each segment of rows packed one behind the other; no padding, no mask.
+    """softmax(q k^T / sqrt(d)) v within each segment of consecutive rows; no padding, no mask.
 
     q: [L, H, d]; k, v: [L, Hk, d], Hk divides H; lengths: the segments' host integers, their sum is L. Returns
-    [L, H, d]. Neighbouring segments of one length are one dense call of SDPA or cuDNN; the flash packages get
-    cumulative lengths. "auto" passes FA3 over for head widths that are no multiple of 64, where it was measured
-    three times slower than FA2 (verl PR #4670, H100, d = 80).
+    [L, H, d]. Neighbouring segments of equal length are one dense call of SDPA or cuDNN; the flash packages get
+    cumulative lengths. "auto" does not choose FA3 for head widths that are no multiple of 64, where it was measured
+    at a third of FA2's speed (verl PR #4670, H100, d = 80).
     """
     if q.ndim != 3 or k.shape != v.shape or q.shape[1] % k.shape[1] or sum(lengths) != len(q) or len(q) != len(k):
         raise ValueError(
@@ -186,8 +207,8 @@ def attention_varlen(
         for length, run in itertools.groupby(lengths):
             n = len(list(run))
             rows = slice(begin, begin := begin + n * length)
-            args = (a[rows].unflatten(0, (n, length)).transpose(1, 2) for a in (q, k, v))
-            parts.append(_dense(chosen, *args, causal).transpose(1, 2).flatten(0, 1))
+            queries, keys, values = (a[rows].unflatten(0, (n, length)).transpose(1, 2) for a in (q, k, v))
+            parts.append(_dense(chosen, queries, keys, values, causal).transpose(1, 2).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     function, wants_max = _flash_varlen(chosen)
     cu = _cumulative(lengths, q.device)

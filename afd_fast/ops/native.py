@@ -1,21 +1,23 @@
 """The C++ CPU library (kernels/csrc/afd_cpu.cpp), called through ctypes on data_ptr; float32 and bfloat16.
 
 setup.py builds it where CMake and a C++ compiler are found. Without it, and for other dtypes, the operators run the
-PyTorch reference; `afd_fast.ops.backends()` says which.
+PyTorch reference; `afd_fast.ops.backends()` tells which.
 """
 
 import ctypes
 import functools
-import importlib.util
 from pathlib import Path
 
+import afd_kernels
 import torch
+from afd_kernels.layout import TILE, Row, Slot, Source, Total, contiguous_rows
 from torch import Tensor
 
-from afd_fast.reference.nft import recipe_from_key
+from afd_fast.ops.inputs import Inputs
+from afd_fast.reference.recipes import recipe_from_key
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
-TILE, SLOTS, ROWS = 4096, 9, 11
+ROWS = len(Row)
 NAME = "libafd_cpu.so"
 
 
@@ -42,15 +44,19 @@ class _Call(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library beside the Triton kernels; None where it was not built."""
-    spec = importlib.util.find_spec("afd_kernels")
-    places = [] if spec is None else spec.submodule_search_locations
-    path = next((p for p in (Path(place) / NAME for place in places) if p.exists()), None)
+    """The library next to the Triton kernels; None where it was not built."""
+    path = next((p for p in (Path(place) / NAME for place in afd_kernels.__path__) if p.exists()), None)
     if path is None:
         return None
     lib = ctypes.CDLL(str(path))
     if lib.afd_abi() != ctypes.sizeof(_Call):
         raise ImportError(f"{path} was built from other sources: reinstall with `pip install -e .`")
+    return lib
+
+
+def _loaded() -> ctypes.CDLL:
+    lib = library()
+    assert lib is not None, "`serves` comes first"
     return lib
 
 
@@ -61,21 +67,12 @@ def serves(*tensors: Tensor | None) -> bool:
     return fits and given[0].numel() > 0 and library() is not None
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x, or a copy, with every sample contiguous."""
-    expected = 1
-    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:])):
-        if size != 1 and stride != expected:
-            return x.contiguous()
-        expected *= size
-    return x
-
-
 class _Filled:
     """A _Call and the tensors that its pointers need alive."""
 
-    def __init__(self):
-        self.c, self.alive = _Call(), []
+    def __init__(self) -> None:
+        self.c = _Call()
+        self.alive: list[Tensor] = []
 
     def point(self, field: str, x: Tensor | None, dtype: torch.dtype | None = None) -> None:
         if x is not None:
@@ -85,7 +82,7 @@ class _Filled:
 
     def rows(self, field: str, stem: str, x: Tensor | None, contiguous: bool = False) -> None:
         if x is not None:
-            x = x.contiguous() if contiguous else _rows(x)
+            x = x.contiguous() if contiguous else contiguous_rows(x)
             self.alive.append(x)
             setattr(self.c, field, x.data_ptr())
             setattr(self.c, stem + "_stride", x.stride(0))
@@ -93,6 +90,7 @@ class _Filled:
 
 
 def forward_noise(x0: Tensor, t: Tensor, noise: Tensor | None, seed: int | None, inner: int) -> Tensor:
+    """x_t like x0; t [B, F], element n of a sample belongs to frame (n // inner) % F."""
     out = torch.empty(x0.shape, dtype=x0.dtype)
     f = _Filled()
     f.rows("x0", "x0", x0)
@@ -100,14 +98,15 @@ def forward_noise(x0: Tensor, t: Tensor, noise: Tensor | None, seed: int | None,
     f.rows("grad", "grad", out)
     f.point("t", t, torch.float32)
     f.c.samples, f.c.count, f.c.frames, f.c.inner = x0.shape[0], x0[0].numel(), t.shape[1], inner
-    f.c.seed, f.c.source, f.c.threads = seed or 0, int(noise is None), torch.get_num_threads()
-    library().afd_forward_noise(ctypes.byref(f.c))
+    f.c.seed, f.c.source = seed or 0, Source.SEED if noise is None else Source.NOISE
+    f.c.threads = torch.get_num_threads()
+    _loaded().afd_forward_noise(ctypes.byref(f.c))
     return out
 
 
-def _fill(i, grad: Tensor | None) -> _Filled:
-    """i: afd_fast.ops.nft.Inputs."""
-    f, c, recipe = _Filled(), None, recipe_from_key(i.recipe)
+def _fill(i: Inputs, grad: Tensor | None) -> _Filled:
+    """The call of one operator; scale 1."""
+    f, recipe = _Filled(), recipe_from_key(i.recipe)
     c, packed = f.c, i.cu_seqlens is not None
     for field, stem, x in (("v", "v", i.v), ("x0", "x0", i.x0), ("y", "y", i.noise if i.x_t is None else i.x_t),
                            ("v_old", "old", i.v_old), ("v_ref", "ref", i.v_ref), ("grad", "grad", grad)):  # fmt: skip
@@ -118,9 +117,9 @@ def _fill(i, grad: Tensor | None) -> _Filled:
     for field, x in (("t", i.t), ("sigma", i.sigma), ("r", i.r), ("valid", i.sample_mask), ("chosen", i.ref_mask)):
         f.point(field, x, torch.float32)
     f.point("cu", i.cu_seqlens, torch.int64)
-    c.samples, c.count, c.frames, c.inner = i.r.shape[0], i.v[0].numel(), i.t.shape[1], i.inner
+    c.samples, c.count, c.frames = i.r.shape[0], i.v[0].numel(), i.t.shape[1]
     c.inner = c.count * i.v.shape[0] if packed else i.inner
-    c.seed, c.source = i.seed or 0, 2 if i.x_t is not None else int(i.noise is None)
+    c.seed, c.source = i.seed or 0, i.source
     c.x0_space, c.ref_x0, c.adaptive = recipe.space == "x0", recipe.ref_space == "x0", recipe.weighting == "adaptive"
     c.sample_mean, c.batch_mean = recipe.sample_reduction == "mean", recipe.batch_reduction == "mean"
     c.ref_by_r, c.empty_all, c.stats = recipe.ref_weight == "r", recipe.ref_empty == "all", i.stats
@@ -129,23 +128,23 @@ def _fill(i, grad: Tensor | None) -> _Filled:
     return f
 
 
-def nft_loss(i, grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def nft_loss(i: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, totals, rows), and the gradient for grad_output 1 into `grad`."""
     f = _fill(i, grad)
     samples = i.r.shape[0]
-    loss, totals, rows = torch.empty(()), torch.empty(3), torch.zeros(ROWS, samples)
+    loss, totals, rows = torch.empty(()), torch.empty(len(Total)), torch.zeros(ROWS, samples)
     tiles = i.v.numel() // TILE + samples if i.cu_seqlens is not None else samples * -(-i.v[0].numel() // TILE)
     for field, x in (("loss", loss), ("totals", totals), ("rows", rows)):
         f.point(field, x)
-    f.point("sums", torch.empty(SLOTS, samples, dtype=torch.float64))
-    f.point("part", torch.empty(tiles, SLOTS, dtype=torch.float64))
-    library().afd_nft_loss(ctypes.byref(f.c))
+    f.point("sums", torch.empty(len(Slot), samples, dtype=torch.float64))
+    f.point("part", torch.empty(tiles, len(Slot), dtype=torch.float64))
+    _loaded().afd_nft_loss(ctypes.byref(f.c))
     return loss, totals, rows
 
 
-def nft_gradient(grad_output: Tensor, rows: Tensor, i, grad: Tensor) -> None:
+def nft_gradient(grad_output: Tensor, rows: Tensor, i: Inputs, grad: Tensor) -> None:
     """grad_output times the gradient into `grad`."""
     f = _fill(i, grad)
     f.point("rows", rows)
     f.c.scale = float(grad_output)
-    library().afd_nft_gradient(ctypes.byref(f.c))
+    _loaded().afd_nft_gradient(ctypes.byref(f.c))

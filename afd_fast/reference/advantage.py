@@ -2,22 +2,28 @@
 DiffusionNFT `flow_grpo/stat_tracking.py` and `train_nft_sd3.py:910-929`)."""
 
 import warnings
+from collections.abc import Sequence
+from typing import Literal, get_args, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-MODES = ("continuous", "positive_only", "negative_only", "one_only", "binary")
+from afd_fast.reference.recipes import AdvClip, clip_range
+
+CreditMode = Literal["continuous", "positive_only", "negative_only", "one_only", "binary"]
+MODES: tuple[CreditMode, ...] = get_args(CreditMode)
 
 
-def reward_to_r(advantage: Tensor, *, clip: float | tuple[float, float] = 5.0, mode: str = "continuous") -> Tensor:
+def reward_to_r(advantage: Tensor, *, clip: AdvClip = 5.0, mode: CreditMode = "continuous") -> Tensor:
     """Advantages -> optimality r = clamp(f(A) / high / 2 + 1/2, 0, 1), same shape.
 
     clip: number c for (-c, c), or (low, high) with low < 0 < high. mode: what f does with A clipped to
-    (low, high): "continuous" nothing; "positive_only" / "negative_only" drop the other sign; "one_only" A > 0
-    gives 1, else 0; "binary" the sign. The last two therefore give r in {0.5, 0.6} and {0.4, 0.5, 0.6} at clip 5.
+    (low, high): "continuous" leaves it; "positive_only" and "negative_only" drop the other sign; "one_only" gives 1 for
+    A > 0, else 0; "binary" gives the sign. At clip 5, r of the last two lies in {0.5, 0.6} and {0.4, 0.5, 0.6}.
     """
-    low, high = (-clip, clip) if isinstance(clip, (int, float)) else clip
+    low, high = clip_range(clip)
     if not low < 0 < high:
         raise ValueError(f"clip must span zero, got {clip}")
     if mode not in MODES:
@@ -37,23 +43,27 @@ def reward_to_r(advantage: Tensor, *, clip: float | tuple[float, float] = 5.0, m
 class PerPromptStatTracker:
     """Advantage = (reward - mean of its prompt) / (std + 1e-4), in float64.
 
-    The mean runs over every reward of the prompt since the last `clear`; the std is the population std of
-    the rewards of this call around their global mean (global_std=True), or that of the prompt's rewards.
+    The mean runs over every reward of the prompt since the last `clear`. The std is the population std of this call's
+    rewards around their global mean (global_std=True), or that of the prompt's rewards.
     """
 
-    def __init__(self, global_std: bool = True):
+    def __init__(self, global_std: bool = True) -> None:
         self.global_std = global_std
         self.rewards: dict[str, list[np.ndarray]] = {}
         self._warned = False
 
-    def update(self, prompts: list[str], rewards) -> Tensor | np.ndarray:
-        """rewards [N] or [N, T], one row a prompt; returns the advantages as the same kind, float64.
+    @overload
+    def update(self, prompts: Sequence[str], rewards: Tensor) -> Tensor: ...
+    @overload
+    def update(self, prompts: Sequence[str], rewards: npt.ArrayLike) -> np.ndarray: ...
+    def update(self, prompts: Sequence[str], rewards: Tensor | npt.ArrayLike) -> Tensor | np.ndarray:
+        """Advantages of rewards [N] or [N, T], one row per prompt, in float64: a tensor for a tensor, else an array.
 
-        A prompt with a single reward gets advantage 0 (and one warning): it has nothing to be compared with.
+        A prompt with a single reward gets advantage 0, and the first one a warning: it cannot be compared.
         """
         values = np.asarray(rewards.detach().cpu() if isinstance(rewards, Tensor) else rewards, dtype=np.float64)
         if len(prompts) != len(values) or values.ndim not in (1, 2):
-            raise ValueError(f"{len(prompts)} prompts for rewards of shape {values.shape}: one row a prompt is needed")
+            raise ValueError(f"{len(prompts)} prompts for rewards of shape {values.shape}: expected one row per prompt")
         names = np.asarray(prompts)
         std = values.std(axis=0) + 1e-4 if len(values) else None
         advantages = np.zeros_like(values)
@@ -64,7 +74,7 @@ class PerPromptStatTracker:
             if len(seen) == 1 and not self._warned:
                 self._warned = True
                 warnings.warn(
-                    "a prompt has a single rollout: its advantage is 0; use K >= 2 rollouts a prompt", stacklevel=2
+                    "a prompt has a single rollout, so its advantage is 0; use K >= 2 rollouts per prompt", stacklevel=2
                 )
             history = np.stack(seen)
             scale = std if self.global_std else history.std(axis=0) + 1e-4
@@ -72,5 +82,5 @@ class PerPromptStatTracker:
         return torch.from_numpy(advantages).to(rewards.device) if isinstance(rewards, Tensor) else advantages
 
     def clear(self) -> None:
-        """Forget every prompt; trainers call it once an epoch."""
+        """Forget every prompt; trainers call it once per epoch."""
         self.rewards.clear()

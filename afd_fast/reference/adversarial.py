@@ -1,10 +1,11 @@
-"""Discriminator losses: prompt-paired Bradley-Terry (AFD Eq. 1), the GAN-style ablation, R1/R2; and what keeps a
-learned reward honest: its baseline, its regularisers, its health.
+"""Discriminator losses: prompt-paired Bradley-Terry (AFD Eq. 1), the GAN-style ablation, R1/R2; and the baseline, the
+regularisers and the health of a learned reward.
 
 Legend: B pairs, D logits; m = D(teacher) - D(student), the margin; r = sigmoid(-m), as in AFD Fig. 5.
 """
 
 import math
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,9 @@ def bt_loss(score_teacher: Tensor, score_student: Tensor, *, smoothing: float = 
     """-E log sigmoid(D(teacher) - D(student)) (Eq. 1); scores [B] of the same prompts, paired by index.
 
     The margin is formed in float32 (float64 for float64), so bf16 scores 1e4 apart stay finite.
-    smoothing s: the pair is taken to be the other way round with probability s; the optimum is m = log((1 - s) / s)
-    instead of infinity, so that r stays in [s, 1 - s].
+    smoothing s: the probability that a pair's label is wrong. The optimum is m = log((1 - s) / s) instead of infinity,
+    so that r stays in [s, 1 - s].
+    Plain PyTorch: every derivative, torch.func and torch.compile work.
     """
     m = _margin(score_teacher, score_student)
     loss = -F.logsigmoid(m)
@@ -46,7 +48,7 @@ def approximate_gradient_penalty(score: Tensor, score_perturbed: Tensor, sigma: 
 
 
 def centring_penalty(score_teacher: Tensor, score_student: Tensor) -> Tensor:
-    """E (D(teacher) + D(student))^2: holds the level that Bradley-Terry leaves free near 0 (Eisenstein et al.,
+    """E (D(teacher) + D(student))^2: Bradley-Terry leaves the level of D free; this holds it near 0 (Eisenstein et al.,
     arXiv 2312.09244, Eq. 2), where bf16 still resolves it."""
     return (_wide(score_teacher) + _wide(score_student)).square().mean()
 
@@ -54,12 +56,15 @@ def centring_penalty(score_teacher: Tensor, score_student: Tensor) -> Tensor:
 def teacher_baseline(score_student: Tensor, score_teacher: Tensor, prompts: list[str]) -> Tensor:
     """Rewards [B]: D(student) less the mean D of the teacher's clips of the same prompt.
 
-    The Bradley-Terry optimum is log(pi_T / pi_student) + c(y) for any c: a mean over the batch leaks c(y) into the
-    advantage, this baseline cancels it. score_student, score_teacher: [B], both of prompts [B].
+    The Bradley-Terry optimum is log(pi_T / pi_student) + c(y) for any c. A mean over the batch leaks c(y) into the
+    advantage; this baseline cancels it. score_student, score_teacher: [B], both of prompts [B].
     """
     student, teacher = _wide(score_student), _wide(score_teacher)
     if not student.shape == teacher.shape == (len(prompts),):
-        raise ValueError(f"{tuple(student.shape)} and {tuple(teacher.shape)} scores for {len(prompts)} prompts")
+        raise ValueError(
+            f"scores of shape {tuple(student.shape)} and {tuple(teacher.shape)} for {len(prompts)} prompts: expected [B] = "
+            f"({len(prompts)},) of both"
+        )
     order = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     index = torch.tensor([order[p] for p in prompts], device=teacher.device)
     total = teacher.new_zeros(len(order)).index_add(0, index, teacher)
@@ -68,14 +73,26 @@ def teacher_baseline(score_student: Tensor, score_teacher: Tensor, prompts: list
 
 
 def pair_accuracy(score_teacher: Tensor, score_student: Tensor) -> Tensor:
-    """Share of pairs with the teacher in front; ties count half, so that a constant D has 1/2."""
+    """Share of pairs whose teacher scores higher; ties count half, so that a constant D has 1/2."""
     m = _margin(score_teacher, score_student)
     return ((m > 0).float() + 0.5 * (m == 0).float()).mean()
 
 
-def pair_health(score_teacher: Tensor, score_student: Tensor) -> dict[str, Tensor]:
-    """What to watch of a batch of pairs [B], without gradient: margin and its std, loss over ln 2 (1: knows nothing),
-    accuracy, mean r and its spread (near 0: no contrast left for the student), share of |m| > 4, level of D."""
+class PairHealth(TypedDict):
+    """Scalars that describe a batch of pairs."""
+
+    margin: Tensor
+    margin_std: Tensor
+    loss_ratio: Tensor  # loss over ln 2: 1 for a D that knows nothing
+    accuracy: Tensor
+    r: Tensor
+    r_std: Tensor  # near 0: no contrast left for the student
+    saturated: Tensor  # share of |m| > 4
+    level: Tensor  # mean D(teacher)
+
+
+def pair_health(score_teacher: Tensor, score_student: Tensor) -> PairHealth:
+    """What to watch in a batch of pairs [B], without gradient."""
     m = _margin(score_teacher, score_student).detach()
     r = torch.sigmoid(-m)
     return {
@@ -90,13 +107,20 @@ def pair_health(score_teacher: Tensor, score_student: Tensor) -> dict[str, Tenso
     }
 
 
-def probe_drift(scores: Tensor, first: Tensor) -> dict[str, Tensor]:
-    """How far D has moved on a fixed probe set [B] since `first` was scored: the common shift, which no advantage
-    sees, the rest of the change (RMS), and the share of pairs of probes whose order turned round."""
-    change = _wide(scores).detach() - _wide(first).detach()
+class ProbeDrift(TypedDict):
+    """Scalars that describe how D has moved on a fixed probe set."""
+
+    shift: Tensor  # common to all probes; no advantage sees it
+    change: Tensor  # RMS of the rest
+    turned: Tensor  # share of pairs of probes whose order is reversed
+
+
+def probe_drift(scores: Tensor, first: Tensor) -> ProbeDrift:
+    """How far D has moved on a fixed probe set [B] since it gave the scores `first`."""
+    now, then = _wide(scores), _wide(first)
+    change = now.detach() - then.detach()
     i, j = torch.triu_indices(len(change), len(change), 1, device=change.device)
-    order = lambda s: (s[i] - s[j]).sign()
-    turned = order(_wide(scores)) * order(_wide(first)) < 0
+    turned = (now[i] - now[j]).sign() * (then[i] - then[j]).sign() < 0
     return {
         "shift": change.mean(),
         "change": (change - change.mean()).square().mean().sqrt(),

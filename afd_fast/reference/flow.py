@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.reference.noise import normal_noise
+from afd_fast.reference.transforms import readable, within
 
 
 def expand_t(t: Tensor | float, like: Tensor, frame_dim: int | None = None) -> Tensor:
@@ -44,13 +45,8 @@ def expand_t(t: Tensor | float, like: Tensor, frame_dim: int | None = None) -> T
 
 
 def check_t(t: Tensor) -> None:
-    """ValueError when any t lies outside [0, 1]; reads the tensor only on the CPU (no device sync, no trace)."""
-    if (
-        t.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and t.numel()
-        and not bool(((t >= 0) & (t <= 1)).all())
-    ):
+    """ValueError when any t lies outside [0, 1]; no check where values cannot be read (a GPU, a trace, vmap)."""
+    if readable(t) and not within(t, 0, 1):
         raise ValueError(f"t must lie in [0, 1] (divide network timesteps by 1000), got {t.min():g} .. {t.max():g}")
 
 
@@ -73,7 +69,10 @@ def check_noise(x0: Tensor, noise: Tensor | None, seed: int | None) -> None:
 def resolve_noise(x0: Tensor, noise: Tensor | None, seed: int | None) -> Tensor:
     """The noise tensor itself, or the counter-based one of `seed`; exactly one must be given."""
     check_noise(x0, noise, seed)
-    return normal_noise(x0.shape, seed, device=x0.device) if noise is None else noise
+    if noise is not None:
+        return noise
+    assert seed is not None  # as checked
+    return normal_noise(x0.shape, seed, device=x0.device)
 
 
 def forward_noise(

@@ -1,144 +1,61 @@
 """The NFT + prior loss (AFD Eq. 4-5; DiffusionNFT, arXiv 2509.16117) and its closed-form gradient.
 
 With v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v, errors e+- in velocity space
-(v+- - v*) or in x0 space ((x_t - sigma v+-) - x0), per-sample weights W+- = max(mean |e+-|, floor), detached
+(v+- - v*) or in x0 space ((x_t - sigma v+-) - x0), weights per sample W+- = max(mean |e+-|, floor), detached
 (or 1), a scale c and a divisor d:
 
     L = reduce_B c/d [ r mean(e+^2) / W+ + (1 - r) mean(e-^2) / W- ] + ref_coef * reduce_B rho ||v - v_ref||^2
 
 Public trainers and the paper are this with other constants (`RECIPES`). With v_old = stop-grad(v), the
-paper's reading, the *value* does not depend on r; the gradient is 2 beta (2r - 1)(v - v*) + 2 lambda r (v - v_ref).
+paper's reading, the *value* does not depend on r; the gradient is 2 beta (2r - 1)(v - v*) + 2 ref_coef r (v - v_ref).
 Legend: B samples; a sample is every axis but the first; s sums or averages it (`sample_reduction`).
 """
 
-import functools
-import json
-from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from afd_fast.reference.flow import check_t, expand_t, resolve_noise
+from afd_fast.reference.recipes import (
+    RECIPES,
+    NFTRecipe,
+    RecipeFields,
+    RecipeName,
+    as_recipe,
+    nft_recipe,
+    recipe_from_key,
+)
+from afd_fast.reference.transforms import readable, under_vmap, within
+
+__all__ = ["RECIPES", "NFTInputs", "NFTRecipe", "NFTStats", "RecipeFields", "RecipeName", "nft_grad", "nft_loss",
+           "nft_recipe", "recipe_from_key"]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class NFTRecipe:
-    """Which of the published losses. Fields are the constants of the formula in the module docstring.
+class NFTInputs(TypedDict, total=False):
+    """The optional inputs of `nft_loss`; meanings and shapes at `afd_fast.nft_loss`."""
 
-    beta: interpolation. ref_coef: weight of the prior. adv_clip: the clip of the advantages, a number or
-    (low, high); `scale="adv_clip"` multiplies the loss by its upper end. space: "v" or "x0" errors.
-    weighting: "adaptive" (W) or "none" (1). weight_floor: lower bound of W. divide_by_beta: d = beta or 1.
-    sample_reduction / batch_reduction: "mean" or "sum". ref_space: the prior's space. ref_weight: rho is
-    "r", or "uniform" (1). ref_empty: what an all-False ref_mask means: "all" samples or "zero" prior.
-    """
-
-    name: str = "afd"
-    beta: float = 0.1
-    ref_coef: float = 1e-4
-    adv_clip: float | tuple[float, float] = 5.0
-    space: str = "v"
-    weighting: str = "none"
-    weight_floor: float = 1e-5
-    divide_by_beta: bool = False
-    scale: str = "none"
-    sample_reduction: str = "sum"
-    batch_reduction: str = "sum"
-    ref_space: str = "v"
-    ref_weight: str = "r"
-    ref_empty: str = "zero"
-
-    def __post_init__(self):
-        choices = {
-            "space": ("v", "x0"), "weighting": ("adaptive", "none"), "scale": ("adv_clip", "none"),
-            "sample_reduction": ("mean", "sum"), "batch_reduction": ("mean", "sum"),
-            "ref_space": ("v", "x0"), "ref_weight": ("r", "uniform"), "ref_empty": ("all", "zero"),
-        }  # fmt: skip
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
-        if not self.beta > 0:
-            raise ValueError(f"beta must be positive, got {self.beta}: at 0 the loss has no gradient")
-        if self.ref_coef < 0 or self.weight_floor <= 0:
-            raise ValueError(f"ref_coef >= 0 and weight_floor > 0 are needed, got {self.ref_coef}, {self.weight_floor}")
-        low, high = self.clip_range
-        if not low < 0 < high:
-            raise ValueError(f"adv_clip must span zero, got {self.adv_clip}")
-        # the recipe as text, what an operator's schema can carry; made here so that a compiled graph only reads it
-        object.__setattr__(self, "key", json.dumps(asdict(self) | {"factor": self.factor}))
-
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        """(low, high) of the advantages."""
-        return (-self.adv_clip, self.adv_clip) if isinstance(self.adv_clip, (int, float)) else tuple(self.adv_clip)
-
-    @property
-    def factor(self) -> float:
-        """c / d."""
-        return (self.clip_range[1] if self.scale == "adv_clip" else 1.0) / (self.beta if self.divide_by_beta else 1.0)
-
-
-_NFT = NFTRecipe(
-    "diffusionnft", beta=1.0, space="x0", weighting="adaptive", divide_by_beta=True, scale="adv_clip",
-    sample_reduction="mean", batch_reduction="mean", ref_weight="uniform",
-)  # fmt: skip
-# Commits of the public trainers: CHANGELOG.md.
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        NFTRecipe("afd"),  # arXiv 2605.26105, Eq. 4-5 and Table 3
-        replace(
-            _NFT, name="astrolabe", beta=0.1, weighting="none", divide_by_beta=False, scale="none", ref_space="x0"
-        ),  # scripts/train_nft_wan.py:949-969
-        _NFT,  # NVlabs/DiffusionNFT scripts/train_nft_sd3.py:934-970
-        replace(_NFT, name="cosmos_rl"),  # nft_trainer.py:589-650
-        replace(_NFT, name="fastvideo", beta=0.1),  # train/methods/rl/diffusion_nft.py:720-741
-        replace(_NFT, name="verl_omni", beta=0.5),  # trainer/diffusion/diffusion_algos.py:819-846
-        replace(_NFT, name="flow_factory"),  # trainers/nft.py:409-443
-        replace(_NFT, name="edit_r1"),  # train_nft_qwen_image_edit.py:1145-1198
-        replace(_NFT, name="gardo", ref_coef=0.04, ref_empty="all"),  # train_sd3_nft_gardo.py:1012-1060
-        replace(_NFT, name="unirl"),  # algorithms/diffusionnft.py:343-379
-    )
-}
-
-
-def nft_recipe(name: str, **overrides) -> NFTRecipe:
-    """A named recipe with some fields replaced. Unknown names and fields are errors with the nearest match."""
-    if name not in RECIPES:
-        near = get_close_matches(name, RECIPES, 1)
-        raise ValueError(
-            f"unknown recipe {name!r}"
-            + (f", did you mean {near[0]!r}?" if near else "")
-            + f" Known: {', '.join(RECIPES)}"
-        )
-    if not overrides:
-        return RECIPES[name]
-    known = [f.name for f in fields(NFTRecipe) if f.name != "name"]
-    for key in overrides:
-        if key not in known:
-            near = get_close_matches(key, known, 1)
-            raise ValueError(
-                f"NFTRecipe has no field {key!r}" + (f", did you mean {near[0]!r}?" if near else f": {known}")
-            )
-    return replace(RECIPES[name], **overrides)
-
-
-@functools.lru_cache(256)
-def recipe_from_key(key: str) -> NFTRecipe:
-    """Inverse of `NFTRecipe.key`."""
-    found = json.loads(key)
-    clip = found["adv_clip"]
-    del found["factor"]
-    return NFTRecipe(**found | {"adv_clip": tuple(clip) if isinstance(clip, list) else clip})
+    noise: Tensor | None
+    seed: int | None
+    x_t: Tensor | None
+    v_old: Tensor | None
+    v_ref: Tensor | None
+    sigma: Tensor | float | None
+    sample_mask: Tensor | None
+    ref_mask: Tensor | None
+    element_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    frame_dim: int | None
+    check_nan: bool
 
 
 class NFTStats(NamedTuple):
-    """Detached numbers of one call; [B] tensors unless said otherwise."""
+    """Detached numbers of one call; tensors [B] except where a scalar is named."""
 
     policy_loss: Tensor  # scalar, without the prior
     prior_loss: Tensor  # scalar, before ref_coef
-    pos_loss: Tensor  # s(e+^2) / W+; with an element mask everything counts the kept elements only
+    pos_loss: Tensor  # s(e+^2) / W+; with an element mask, over the kept elements only
     neg_loss: Tensor  # s(e-^2) / W-
     weight_pos: Tensor  # W+
     weight_neg: Tensor  # W-
@@ -157,11 +74,11 @@ class _Prepared(NamedTuple):
     v_old: Tensor
     v_ref: Tensor | None
     target: Tensor  # v* in v space, x_t in x0 space
-    sigma: Tensor | None  # velocity -> x0 coefficient, broadcastable; None where neither loss nor prior needs it
+    sigma: Tensor  # velocity -> x0 coefficient, broadcastable; t where neither loss nor prior uses it
     r: Tensor  # [B]
     sample_weight: Tensor  # [B], the batch reduction's weights
     ref_weight: Tensor  # [B], rho times the batch reduction's weights
-    count: Tensor  # [B], elements that count, at least 1
+    elements: Tensor  # [B], elements that count, at least 1
     rows: Tensor | None  # [T] sample of each packed row; None when the first axis is the batch
 
     def spread(self, x: Tensor) -> Tensor:
@@ -174,14 +91,7 @@ class _Prepared(NamedTuple):
         return x if self.rows is None else torch.zeros_like(self.r).index_add(0, self.rows, x)
 
 
-def readable(x: Tensor) -> bool:
-    """Whether values may be looked at for an error message: on the CPU (no device sync), outside a trace."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
-
-
-def check_nft(v, x0, r, tensors: dict, masks: dict, cu_seqlens=None, check_nan=False) -> None:
-    """Every error of bad `nft_loss` input that needs no arithmetic. tensors: like v; masks: [B]; None is skipped."""
-    given = {name: x for name, x in ({"v": v, "x0": x0} | tensors).items() if x is not None}
+def _check_like_v(v: Tensor, given: dict[str, Tensor]) -> None:
     for name, x in given.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -191,41 +101,67 @@ def check_nft(v, x0, r, tensors: dict, masks: dict, cu_seqlens=None, check_nan=F
             raise ValueError(f"{name} is on {x.device}, v on {v.device}")
     if v.ndim < 1:
         raise ValueError("v must have a batch axis")
+
+
+def _check_packing(v: Tensor, cu_seqlens: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError("cu_seqlens must be an int32 or int64 tensor [B + 1]")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens must be [B + 1], got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != v.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, v on {v.device}")
+    if readable(cu_seqlens):
+        steps, rows = cu_seqlens.diff(), v.shape[0]
+        if int(cu_seqlens[0]) or int(cu_seqlens[-1]) != rows or bool((steps < 0).any()):
+            raise ValueError(f"cu_seqlens must rise from 0 to {rows} = the rows of v, got {cu_seqlens.tolist()}")
+
+
+def check_nft(v: Tensor, x0: Tensor, r: Tensor, inputs: NFTInputs) -> None:
+    """TypeError or ValueError for every bad input of `nft_loss` that is found without arithmetic."""
+    like_v = {"noise": inputs.get("noise"), "x_t": inputs.get("x_t"), "v_old": inputs.get("v_old"),
+              "v_ref": inputs.get("v_ref")}  # fmt: skip
+    given = {"v": v, "x0": x0} | {name: x for name, x in like_v.items() if x is not None}
+    _check_like_v(v, given)
     if not isinstance(r, Tensor) or not r.is_floating_point():
         raise TypeError(f"r must be a floating-point tensor [B], got {getattr(r, 'dtype', type(r).__name__)}")
-    batch = v.shape[0]
+    batch, cu_seqlens = v.shape[0], inputs.get("cu_seqlens")
     if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError("cu_seqlens must be an int32 or int64 tensor [B + 1]")
-        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
-            raise ValueError(f"cu_seqlens must be [B + 1], got {tuple(cu_seqlens.shape)}")
-        if cu_seqlens.device != v.device:
-            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, v on {v.device}")
-        if readable(cu_seqlens):
-            steps = cu_seqlens.diff()
-            if int(cu_seqlens[0]) or int(cu_seqlens[-1]) != batch or bool((steps < 0).any()):
-                raise ValueError(f"cu_seqlens must rise from 0 to {batch} = the rows of v, got {cu_seqlens.tolist()}")
+        _check_packing(v, cu_seqlens)
         batch = len(cu_seqlens) - 1
     if r.ndim != 1 or r.shape[0] != batch:
         raise ValueError(
             f"r must be [B] = ({batch},), got {tuple(r.shape)}: a [B, 1] r broadcasts to [B, B] and loses the credit"
         )
-    for name, x in ({"r": r} | masks).items():
+    for name, x in (("r", r), ("sample_mask", inputs.get("sample_mask")), ("ref_mask", inputs.get("ref_mask"))):
         if x is not None and x.shape != r.shape:
             raise ValueError(f"{name} must be [B] = ({batch},), got {tuple(x.shape)}")
         if x is not None and x.device != v.device:
             raise ValueError(f"{name} is on {x.device}, v on {v.device}")
-    if readable(r) and not bool(((r >= 0) & (r <= 1)).all()):
+    if readable(r) and not within(r, 0, 1):
         raise ValueError(f"r must lie in [0, 1] (use reward_to_r), got {r.min():g} .. {r.max():g}")
-    if check_nan:
-        for name, x in (given | {"r": r}).items():
-            bad = x.detach().reshape(x.shape[0], -1).isnan().any(1).nonzero().flatten().tolist()
-            if bad:
-                raise ValueError(f"{name} has NaN in {'rows' if cu_seqlens is not None else 'samples'} {bad}")
+    if inputs.get("check_nan"):
+        _check_nan(given | {"r": r}, "samples" if cu_seqlens is None else "rows")
 
 
-def choose_source(noise, seed: int | None, x_t, recipe: NFTRecipe) -> tuple:
-    """(noise, seed, x_t) with the one that the recipe's target is built from, the others None."""
+def _check_nan(given: dict[str, Tensor], unit: str) -> None:
+    if under_vmap():
+        raise ValueError("check_nan=True reads values, which torch.func.vmap hides: check before the vmap")
+    for name, x in given.items():
+        bad = x.detach().reshape(x.shape[0], -1).isnan().any(1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"{name} has NaN in {unit} {bad}")
+
+
+class NoisedState(NamedTuple):
+    """Where the recipe's target comes from: one of the three, the others None."""
+
+    noise: Tensor | None
+    seed: int | None
+    x_t: Tensor | None
+
+
+def choose_source(noise: Tensor | None, seed: int | None, x_t: Tensor | None, recipe: NFTRecipe) -> NoisedState:
+    """The one input that the recipe's target is built from."""
     if noise is not None and seed is not None:
         raise ValueError("give exactly one of noise= (a tensor) and seed= (an integer)")
     if noise is None and seed is None and x_t is None:
@@ -233,68 +169,80 @@ def choose_source(noise, seed: int | None, x_t, recipe: NFTRecipe) -> tuple:
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
     if x_t is not None and (recipe.space == "x0" or (noise is None and seed is None)):
-        return None, None, x_t
-    return noise, seed, None
+        return NoisedState(None, None, x_t)
+    return NoisedState(noise, seed, None)
 
 
 def check_target(t: Tensor, x_t: Tensor | None, recipe: NFTRecipe) -> None:
-    """ValueError where x_t / t is asked for at t = 0."""
+    """ValueError where the target needs x_t / t at t = 0."""
     if recipe.space == "v" and x_t is not None and readable(t) and bool((t <= 0).any()):
         raise ValueError("a velocity-space recipe cannot recover the noise from x_t at t = 0: give noise= or seed=")
 
 
-def prepare(
-    v, x0, r, t, *, noise=None, seed=None, x_t=None, v_old=None, v_ref=None, sigma=None, sample_mask=None,
-    ref_mask=None, frame_dim=None, recipe, element_mask=None, cu_seqlens=None, check_nan=False,
-) -> _Prepared:  # fmt: skip
-    """Validate the public arguments and bring them to the working dtype (float64 stays, else float32)."""
-    check_nft(
-        v, x0, r, {"noise": noise, "x_t": x_t, "v_old": v_old, "v_ref": v_ref},
-        {"sample_mask": sample_mask, "ref_mask": ref_mask}, cu_seqlens, check_nan,
-    )  # fmt: skip
-    noise, seed, x_t = choose_source(noise, seed, x_t, recipe)
-    work = torch.promote_types(v.dtype, torch.float32)
-    rows, shape = None, x0.shape
-    if cu_seqlens is not None:
-        t, sigma, rows = packed_rows(t, sigma, x0, cu_seqlens, seed, frame_dim)
-    t = expand_t(t, x0, frame_dim)
-    check_t(t)
-    t = t.to(work)
-    check_target(t, x_t, recipe)
-    if recipe.space == "x0" or recipe.ref_space == "x0":
-        sigma = t if sigma is None else expand_t(sigma, x0, frame_dim).to(work)
-    else:
-        sigma = None
-    clean = x0.to(work)
-    eps = None if x_t is not None else resolve_noise(x0, noise, seed).to(work)
+def _target(x0: Tensor, t: Tensor, source: NoisedState, recipe: NFTRecipe) -> Tensor:
+    """v* in v space, x_t in x0 space, in t's dtype."""
+    clean, x_t = x0.to(t.dtype), source.x_t
+    if x_t is not None:
+        return (x_t.to(t.dtype) - clean) / t if recipe.space == "v" else x_t.to(t.dtype)
+    eps = resolve_noise(x0, source.noise, source.seed).to(t.dtype)
     if recipe.space == "v":
-        target = eps - clean if x_t is None else (x_t.to(work) - clean) / t
-    elif x_t is not None:
-        target = x_t.to(work)
-    else:  # rounded as the network saw it
-        target = ((1 - t) * clean + t * eps).to(x0.dtype).to(work)
-    old = (v if v_old is None else v_old).detach().to(work)
-    ref = None if v_ref is None else v_ref.detach().to(work)
-    r = r.to(work)
-    wide = v.to(work)
-    count = torch.full_like(r, x0[0].numel() if len(x0) else 0)
-    if rows is not None:
-        count = cu_seqlens.diff().to(work) * count[:1]
-    if element_mask is not None:
-        keep = expand_mask(element_mask, x0)
-        wide, clean, old, target = (torch.where(keep, x, 0) for x in (wide, clean, old, target))
-        ref = None if ref is None else torch.where(keep, ref, 0)
-        count = keep.expand(shape).reshape(shape[0], -1).sum(1).to(work)
-        count = count if rows is None else torch.zeros_like(r).index_add(0, rows, count)
-    valid = torch.ones_like(r) if sample_mask is None else sample_mask.to(work)
-    chosen = valid if ref_mask is None else valid * ref_mask.to(work)
+        return eps - clean
+    return ((1 - t) * clean + t * eps).to(x0.dtype).to(t.dtype)  # rounded as the network saw it
+
+
+class _Weights(NamedTuple):
+    sample: Tensor  # [B]
+    ref: Tensor  # [B]
+
+
+def _batch_weights(r: Tensor, inputs: NFTInputs, recipe: NFTRecipe) -> _Weights:
+    """The weights of the batch reduction, and rho times them; r in the working dtype."""
+    sample_mask, ref_mask = inputs.get("sample_mask"), inputs.get("ref_mask")
+    valid = torch.ones_like(r) if sample_mask is None else sample_mask.to(r.dtype)
+    chosen = valid if ref_mask is None else valid * ref_mask.to(r.dtype)
     if recipe.ref_empty == "all":
         chosen = torch.where(chosen.sum() > 0, chosen, valid)
     mean = recipe.batch_reduction == "mean"
     rho = chosen / (chosen.sum().clamp(min=1) if mean else 1)
     weight = valid / (valid.sum().clamp(min=1) if mean else 1)
-    rho = rho * r if recipe.ref_weight == "r" else rho
-    return _Prepared(wide, clean, old, ref, target, sigma, r, weight, rho, count.clamp(min=1), rows)
+    return _Weights(weight, rho * r if recipe.ref_weight == "r" else rho)
+
+
+def prepare(v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, recipe: NFTRecipe, inputs: NFTInputs) -> _Prepared:
+    """Validate the public arguments and bring them to the working dtype (float64 stays, else float32)."""
+    check_nft(v, x0, r, inputs)
+    source = choose_source(inputs.get("noise"), inputs.get("seed"), inputs.get("x_t"), recipe)
+    work = torch.promote_types(v.dtype, torch.float32)
+    frame_dim, cu_seqlens = inputs.get("frame_dim"), inputs.get("cu_seqlens")
+    sigma = inputs.get("sigma") if "x0" in (recipe.space, recipe.ref_space) else None
+    rows = None
+    if cu_seqlens is not None:
+        check_packed(t, sigma, cu_seqlens, source.seed, frame_dim)
+        batch = torch.arange(len(cu_seqlens) - 1, device=x0.device)
+        rows = torch.repeat_interleave(batch, cu_seqlens.diff(), output_size=x0.shape[0])
+        t = t[rows] if isinstance(t, Tensor) and t.ndim else t
+        sigma = sigma[rows] if isinstance(sigma, Tensor) and sigma.ndim else sigma
+    t = expand_t(t, x0, frame_dim)
+    check_t(t)
+    t = t.to(work)
+    check_target(t, source.x_t, recipe)
+    coefficient = t if sigma is None else expand_t(sigma, x0, frame_dim).to(work)
+    target = _target(x0, t, source, recipe)
+    v_old, v_ref = inputs.get("v_old"), inputs.get("v_ref")
+    wide, clean, old = v.to(work), x0.to(work), (v if v_old is None else v_old).detach().to(work)
+    ref = None if v_ref is None else v_ref.detach().to(work)
+    r = r.to(work)
+    elements = torch.full_like(r, x0[0].numel() if len(x0) else 0)
+    if cu_seqlens is not None:
+        elements = cu_seqlens.diff().to(work) * elements[:1]
+    if (element_mask := inputs.get("element_mask")) is not None:
+        keep = expand_mask(element_mask, x0)
+        wide, clean, old, target = (torch.where(keep, x, 0) for x in (wide, clean, old, target))
+        ref = None if ref is None else torch.where(keep, ref, 0)
+        elements = keep.reshape(len(x0), -1).sum(1).to(work)
+        elements = elements if rows is None else torch.zeros_like(r).index_add(0, rows, elements)
+    weights = _batch_weights(r, inputs, recipe)
+    return _Prepared(wide, clean, old, ref, target, coefficient, r, *weights, elements.clamp(min=1), rows)
 
 
 def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
@@ -308,22 +256,18 @@ def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
     return (mask != 0).expand(like.shape)
 
 
-def packed_rows(t, sigma, x0: Tensor, cu_seqlens: Tensor, seed, frame_dim):
-    """t and sigma per row of packed samples, and the sample [T] of each row."""
+def check_packed(
+    t: Tensor | float, sigma: Tensor | float | None, cu_seqlens: Tensor, seed: int | None, frame_dim: int | None
+) -> None:
+    """ValueError for what packed samples do not take."""
     if seed is not None or frame_dim is not None:
         raise ValueError(
             "packed samples (cu_seqlens=) take noise= or x_t=, and one t per sample: no seed=, no frame_dim="
         )
     batch = len(cu_seqlens) - 1
-    rows = torch.repeat_interleave(torch.arange(batch, device=x0.device), cu_seqlens.diff(), output_size=x0.shape[0])
-    spread = []
     for name, x in (("t", t), ("sigma", sigma)):
-        if isinstance(x, Tensor) and x.ndim:
-            if x.shape != (batch,):
-                raise ValueError(f"{name} must be a number or [B] = ({batch},) with cu_seqlens=, got {tuple(x.shape)}")
-            x = x[rows]
-        spread.append(x)
-    return (*spread, rows)
+        if isinstance(x, Tensor) and x.ndim and x.shape != (batch,):
+            raise ValueError(f"{name} must be a number or [B] = ({batch},) with cu_seqlens=, got {tuple(x.shape)}")
 
 
 def _branches(p: _Prepared, recipe: NFTRecipe) -> tuple[Tensor, Tensor]:
@@ -340,23 +284,38 @@ def _weight(e: Tensor, p: _Prepared, recipe: NFTRecipe) -> Tensor:
     """W [B], detached."""
     if recipe.weighting == "none":
         return torch.ones_like(p.r)
-    return (p.sum(e.detach().abs()) / p.count).clamp(min=recipe.weight_floor)
+    return (p.sum(e.detach().abs()) / p.elements).clamp(min=recipe.weight_floor)
 
 
+@overload
+def nft_loss(
+    v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: RecipeName | NFTRecipe = ...,
+    return_stats: Literal[False] = ..., **inputs: Unpack[NFTInputs],
+) -> Tensor: ...  # fmt: skip
+@overload
+def nft_loss(
+    v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: RecipeName | NFTRecipe = ...,
+    return_stats: Literal[True], **inputs: Unpack[NFTInputs],
+) -> tuple[Tensor, NFTStats]: ...  # fmt: skip
+@overload
+def nft_loss(
+    v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: RecipeName | NFTRecipe = ...,
+    return_stats: bool, **inputs: Unpack[NFTInputs],
+) -> Tensor | tuple[Tensor, NFTStats]: ...  # fmt: skip
 def nft_loss(
     v: Tensor,
     x0: Tensor,
     r: Tensor,
     t: Tensor | float,
     *,
-    recipe: str | NFTRecipe = "afd",
+    recipe: RecipeName | NFTRecipe = "afd",
     return_stats: bool = False,
-    **inputs,
+    **inputs: Unpack[NFTInputs],
 ) -> Tensor | tuple[Tensor, NFTStats]:
-    """The loss in plain PyTorch, differentiable in v; arguments as the operator `afd_fast.nft_loss`."""
-    recipe = nft_recipe(recipe) if isinstance(recipe, str) else recipe
-    p = prepare(v, x0, r, t, recipe=recipe, **inputs)
-    size = p.count if recipe.sample_reduction == "mean" else 1
+    """The loss in plain PyTorch, differentiable in v as often as wanted; arguments as `afd_fast.nft_loss`."""
+    recipe = as_recipe(recipe)
+    p = prepare(v, x0, r, t, recipe, inputs)
+    size = p.elements if recipe.sample_reduction == "mean" else 1
     e_pos, e_neg = _branches(p, recipe)
     w_pos, w_neg = _weight(e_pos, p, recipe), _weight(e_neg, p, recipe)
     pos, neg = p.sum(e_pos.square()) / size / w_pos, p.sum(e_neg.square()) / size / w_neg
@@ -373,7 +332,7 @@ def nft_loss(
     with torch.no_grad():
         signal = (2 * p.r - 1) * (pos + neg) / 2
         stats = NFTStats(
-            policy, prior, pos, neg, w_pos, w_neg, prior_each, p.sum((p.v - p.v_old).square()) / p.count,
+            policy, prior, pos, neg, w_pos, w_neg, prior_each, p.sum((p.v - p.v_old).square()) / p.elements,
             signal.mean() if len(signal) else signal.sum(), p.sum(p.v.square()).sqrt(),
             torch.zeros_like(p.r) if p.v_ref is None else p.sum(p.v_ref.square()).sqrt(),
         )  # fmt: skip
@@ -381,12 +340,13 @@ def nft_loss(
 
 
 def nft_grad(
-    v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: str | NFTRecipe = "afd", **inputs
-) -> Tensor:
+    v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: RecipeName | NFTRecipe = "afd",
+    **inputs: Unpack[NFTInputs],
+) -> Tensor:  # fmt: skip
     """d nft_loss / d v in closed form, in the working dtype; arguments as `nft_loss`."""
-    recipe = nft_recipe(recipe) if isinstance(recipe, str) else recipe
-    p = prepare(v.detach(), x0, r, t, recipe=recipe, **inputs)
-    size = p.count if recipe.sample_reduction == "mean" else 1
+    recipe = as_recipe(recipe)
+    p = prepare(v.detach(), x0, r, t, recipe, inputs)
+    size = p.elements if recipe.sample_reduction == "mean" else 1
     scale = 2 * recipe.beta * recipe.factor / size * p.sample_weight
     e_pos, e_neg = _branches(p, recipe)
     sign = 1.0 if recipe.space == "v" else -p.sigma

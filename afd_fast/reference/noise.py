@@ -3,8 +3,10 @@
 Philox4x32-10 (Salmon et al., SC'11) with counter (tile * 1024 + q, sample, offset) and key = seed; the four
 outputs of a counter are the elements k * 1024 + q of its 4096-element tile. Normals by Box-Muller built from
 IEEE float32 +, -, * and a correctly rounded square root only, so that C++, Triton and CUDA reproduce the
-bits. torch.sqrt in float32 is not correctly rounded on every CPU, hence the detour through float64.
+bits. torch.sqrt in float32 is not rounded correctly on every CPU, hence the detour through float64.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -65,17 +67,24 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return radius * first, radius * second
 
 
-def normal_noise(shape, seed: int, *, offset: int = 0, device="cpu", dtype=torch.float32) -> Tensor:
-    """Standard normals of `shape` [B, ...]; sample b has its own counter word, so a batch can be split freely."""
+def _word(like: Tensor, value: int) -> Tensor:
+    """A counter word with the same value everywhere."""
+    return torch.full_like(like, value & MASK)
+
+
+def normal_noise(
+    shape: Sequence[int], seed: int, *, offset: int = 0, device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """Standard normals of `shape` [B, ...]. A word of the counter is the sample, so a batch can be split freely."""
     batch, count = shape[0], int(np.prod(shape[1:], dtype=np.int64))
     tiles = -(-count // (4 * QUARTER))
     out = torch.empty(batch, tiles, 4, QUARTER, dtype=dtype, device=device)
-    full = lambda like, value: torch.full_like(like, value & MASK)
     for sample in range(batch):
         for tile in range(0, tiles, 64):  # bounded memory: the integer temporaries are 8 bytes wide
             n = min(64, tiles - tile)
             c0 = torch.arange(tile * QUARTER, (tile + n) * QUARTER, dtype=torch.int64, device=device)
-            words = philox(c0, full(c0, sample), full(c0, offset), full(c0, offset >> 32), seed)
+            words = philox(c0, _word(c0, sample), _word(c0, offset), _word(c0, offset >> 32), seed)
             for k in (0, 2):
                 pair = box_muller(words[k], words[k + 1])
                 for j in (0, 1):

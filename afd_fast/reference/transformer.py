@@ -4,10 +4,11 @@ Sources: Wan2.1 `wan/modules/model.py`, Self-Forcing `wan/modules/causal_model.p
 `official_rounding=True` rounds every intermediate to the tensors' dtype, as those files do in bfloat16;
 False keeps float32 inside and rounds once at the store. In float32 and float64 the two agree to rounding.
 
-Legend: B samples, F frames, N tokens a frame, L = F N tokens, D width, H heads, d = D / H.
+Legend: B samples, F frames, N tokens per frame, L = F N tokens, D width, H heads, d = D / H.
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,24 +63,32 @@ def residual_norm(
     dtype = x.dtype
     if not official_rounding:
         x, y = _wide(x), _wide(y)
-        gate, weight, bias, scale, shift = (a if a is None else _wide(a) for a in (gate, weight, bias, scale, shift))
+        gate, weight, bias, scale, shift = (None if a is None else _wide(a) for a in (gate, weight, bias, scale, shift))
     if gate is not None:
         y = (y.unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]).flatten(1, 2)
     x = (x + y).to(dtype)
     normed = F.layer_norm(x if official_rounding else _wide(x), x.shape[-1:], weight, bias, eps)
-    if scale is not None:
+    if scale is not None and shift is not None:
         normed = modulate(normed, scale, shift)
     return x, normed.to(dtype)
 
 
+class RopeTables(NamedTuple):
+    """The rotations of L tokens."""
+
+    cos: Tensor  # [L, d / 2]
+    sin: Tensor  # [L, d / 2]
+
+
 def rope_tables(
-    head_dim: int, frames: tuple[int, int], height: int, width: int, *, dtype: torch.dtype = torch.float32, device=None
-) -> tuple[Tensor, Tensor]:
+    head_dim: int, frames: tuple[int, int], height: int, width: int, *, dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> RopeTables:  # fmt: skip
     """Cosines and sines [L, d / 2] of 3-D RoPE for frames [first, end) of height x width tokens.
 
     The d / 2 complex pairs are split in time, height, width = d/2 - 2 (d // 6), d // 6, d // 6 (for d = 128:
-    22, 21, 21), each with its own geometric frequencies (causal_model.py:27-55, 482-487). Angles in float64;
-    positions are absolute and not bounded by a table (Wan's own has 1024 entries).
+    22, 21, 21), each with separate geometric frequencies (causal_model.py:27-55, 482-487). Angles in float64;
+    positions are absolute and not bounded by a table (Wan's has 1024 entries).
     """
     third = head_dim // 6
     parts = []
@@ -99,7 +108,7 @@ def rope_tables(
         ],
         -1,
     ).flatten(0, 2)
-    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+    return RopeTables(angle.cos().to(device, dtype), angle.sin().to(device, dtype))
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -131,14 +140,14 @@ def qk_norm_rope(
 
 
 def ring_slot(frame: int, window: int | None, sink: int) -> int:
-    """Cache slot of an absolute frame: sink frames stay, the others take turns in the remaining slots."""
+    """Cache slot of an absolute frame: sink frames stay, the others rotate through the remaining slots."""
     if window is None or frame < sink:
         return frame
     return sink + (frame - sink) % (window - sink)
 
 
 def visible_frames(end: int, window: int | None = None, sink: int = 0) -> list[tuple[int, int]]:
-    """Frame ranges a block that ends before frame `end` attends to, its own included, ascending:
+    """Frame ranges that a block ending before frame `end` attends to, itself included, ascending:
     everything, or the first `sink` frames and the latest window - sink (causal_model.py:202-222, 539)."""
     if window is None or end <= window:
         return [(0, end)]
@@ -149,8 +158,8 @@ def visible_frames(end: int, window: int | None = None, sink: int = 0) -> list[t
 def split_blocks(
     frames: int, chunk: int | tuple[int, ...], independent_first_frame: bool = False
 ) -> list[tuple[int, int]]:
-    """Frame ranges of the blocks that are generated together: `chunk` frames each, the first alone when
-    `independent_first_frame`, or exactly the sizes of a tuple. Raises ValueError when they do not fill `frames`."""
+    """Frame ranges of the blocks that are generated together: `chunk` frames each (a first block of one frame with
+    `independent_first_frame`), or the sizes of a tuple. Raises ValueError when they do not fill `frames`."""
     if isinstance(chunk, int):
         first = 1 if independent_first_frame else 0
         if chunk < 1 or frames < 1 or (frames - first) % chunk:

@@ -2,13 +2,16 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.table import Table
 from safetensors import safe_open
+from torch import Tensor
 
 from afd_fast.reports.run import METHODS, SCORES, side_by_side, smooth, style, svg
 from afd_fast.training.run_folder import read_rows
@@ -26,12 +29,12 @@ def name(label: str) -> str:
     return METHODS.get(label, label)
 
 
-def table(comparison: dict) -> tuple[list[str], list[tuple[str, list[str]]]]:
+def table(comparison: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """(column titles, (row label, cells)): mean ± standard deviation over seeds; one value where there is no spread."""
     rows = comparison["rows"]
     keys = [k for k in SCORES if k in rows["base"]] + ["seconds"]
 
-    def cell(score: dict | None) -> str:
+    def cell(score: Mapping[str, Any] | None) -> str:
         if score is None:
             return ""
         digits = 0 if score["mean"] > 20 else 3
@@ -42,7 +45,7 @@ def table(comparison: dict) -> tuple[list[str], list[tuple[str, list[str]]]]:
     return titles, [(name(label), [cell(row.get(k)) for k in keys]) for label, row in rows.items()]
 
 
-def console_table(comparison: dict) -> Table:
+def console_table(comparison: Mapping[str, Any]) -> Table:
     """The table on its side: one line a score, one column a method."""
     titles, rows = table(comparison)
     seeds = comparison["seeds"]
@@ -58,7 +61,7 @@ def console_table(comparison: dict) -> Table:
     return shown
 
 
-def curves(comparison: dict, out: Path) -> str:
+def curves(comparison: Mapping[str, Any], out: Path) -> str:
     """Held-out scores over the iterations (mean, band from the lowest to the highest seed) and what to watch of the
     discriminator, as SVG."""
     rows = comparison["rows"]
@@ -93,13 +96,15 @@ def curves(comparison: dict, out: Path) -> str:
     return svg(figure)
 
 
-def write_report(out: Path) -> Path:
+def write_report(out: str | Path) -> Path:
     """comparison.html of a folder that `compare.gather` finished."""
+    out = Path(out)
     comparison = json.loads((out / "comparison.json").read_text())
-    firsts = {}  # label -> the first seed's run folder
+    firsts: dict[str, Path] = {}  # label -> the first seed's run folder
     for run in comparison["runs"]:
         firsts.setdefault(run.rpartition("-")[0], out / run)
-    panels, prompts = {}, []
+    panels: dict[str, Tensor] = {}
+    prompts: list[str] = []
     for label, folder in firsts.items():
         with safe_open(folder / "samples.safetensors", "pt") as file:
             prompts = json.loads(file.metadata()["prompts"])[:PROMPTS]

@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,6 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from jinja2 import Environment, PackageLoader, select_autoescape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
@@ -51,7 +55,7 @@ SCORES = {
 }
 
 
-def table_rows(result: dict) -> list[dict]:
+def table_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The comparison: one row a score with base, trained student, teacher, the change and whether it is for the better."""
     base, student, teacher = (result["rows"][k] for k in ("base", "student", "teacher"))
     rows = []
@@ -75,7 +79,7 @@ def table_rows(result: dict) -> list[dict]:
     return rows
 
 
-def console_table(result: dict) -> Table:
+def console_table(result: Mapping[str, Any]) -> Table:
     """`table_rows` for the terminal."""
     table = Table(title=f"held-out prompts, {result['clips_judged']} clips a row", title_justify="left")
     table.add_column("score")
@@ -88,14 +92,15 @@ def console_table(result: dict) -> Table:
     return table
 
 
-def svg(figure) -> str:
+def svg(figure: Figure) -> str:
+    """The figure as an <svg> element; closes it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
-def style(axis, title: str, xlabel: str = "iteration") -> None:
+def style(axis: Axes, title: str, xlabel: str = "iteration") -> None:
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel(xlabel, fontsize=8)
     axis.tick_params(labelsize=8)
@@ -107,7 +112,9 @@ def smooth(values: list[float], window: int = 9) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(values))]
 
 
-def curves(metrics: list[dict], evaluations: list[dict], teacher: dict, method: str) -> str:
+def curves(
+    metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]], teacher: Mapping[str, float], method: str
+) -> str:
     """Reward, margin and accuracy of D (without one, the loss) and the judge's scores over the run, as SVG."""
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.2), layout="constrained")
     steps = [m["step"] + 1 for m in metrics]
@@ -157,8 +164,9 @@ def side_by_side(panels: list[Tensor], fps: float, zoom: int = 10) -> str:
     return "data:video/mp4;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: str | Path) -> Path:
     """report.html of a finished run folder."""
+    run = Path(run)
     result = json.loads((run / "result.json").read_text())
     with safe_open(run / "samples.safetensors", "pt") as file:
         prompts = json.loads(file.metadata()["prompts"])

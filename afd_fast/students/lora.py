@@ -6,11 +6,12 @@ Legend: W [out, in] a linear's weight, A [rank, in], B [out, rank]; W' = W + sca
 
 import contextlib
 import logging
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 log = logging.getLogger("afd_fast")
 
@@ -21,7 +22,7 @@ def merge_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return (weight.to(wide) + scale * (b.to(weight.device, wide) @ a.to(weight.device, wide))).to(weight.dtype)
 
 
-def _lora_layers(model: nn.Module) -> list[nn.Module]:
+def _active_layers(model: nn.Module) -> list[Any]:
     """PEFT's LoRA layers with an active, unmerged adapter."""
     return [
         m
@@ -31,7 +32,7 @@ def _lora_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def disabled(model: nn.Module):
+def disabled(model: nn.Module) -> Iterator[None]:
     """Adapters off inside the block: the frozen initial model."""
     layers = lora_layers(model)
     if not layers:
@@ -46,22 +47,22 @@ def disabled(model: nn.Module):
 
 
 @contextlib.contextmanager
-def merged_lora(model: nn.Module):
+def merged_lora(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model's PEFT LoRA layers run as plain linears with W' (rank 256 on every linear
     costs 24 % more FLOPs and about a thousand launches a forward otherwise); after it they hold the very same W.
 
-    W is set aside, not subtracted from, so nothing is lost to rounding; sharded weights (FSDP2) are changed in place and
-    copied back. Raises NotImplementedError for adapters
-    that are not plain LoRA on a linear (DoRA, lora bias, convolutions).
+    W is copied and written back, not subtracted from, so nothing is lost to rounding. The weights change in place: CUDA
+    graphs that were recorded on them stay valid, and FSDP2 gathers from the same memory. Raises NotImplementedError for
+    adapters that are not plain LoRA on a linear (DoRA, lora bias, convolutions).
     """
-    layers = _lora_layers(model)
+    layers = _active_layers(model)
     for layer in layers:
         base = layer.base_layer
         if not isinstance(base, nn.Linear) or any(
             layer.use_dora.get(n) or getattr(layer, "lora_bias", {}).get(n) for n in layer.active_adapters
         ):
             raise NotImplementedError("only plain LoRA on nn.Linear can be merged for a rollout: set merge_lora=False")
-    kept: list[tuple[nn.Module, Tensor]] = []
+    kept: list[tuple[Any, Tensor]] = []
     try:
         with torch.no_grad():
             for layer in layers:
@@ -71,21 +72,14 @@ def merged_lora(model: nn.Module):
                     if name in layer.lora_A:
                         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
                         merged = merge_weight(merged, a, b, layer.scaling[name])
-                if isinstance(weight, DTensor):  # FSDP gathers from this very memory
-                    kept.append((layer, weight.detach().clone()))
-                    weight.copy_(merged)
-                else:
-                    kept.append((layer, weight.data))
-                    weight.data = merged
+                kept.append((layer, weight.detach().clone()))
+                weight.copy_(merged)
                 layer._disable_adapters = True  # PEFT's flag; its setter would also touch requires_grad
         yield model
     finally:
         for layer, original in kept:
-            if isinstance(original, DTensor):
-                with torch.no_grad():
-                    layer.base_layer.weight.copy_(original)
-            else:
-                layer.base_layer.weight.data = original
+            with torch.no_grad():
+                layer.base_layer.weight.copy_(original)
             layer._disable_adapters = False
 
 
@@ -138,8 +132,8 @@ def add_lora(model: nn.Module, rank: int, targets: list[str]) -> None:
             adapter.__class__ = _InputDtypeLinear
 
 
-def lora_layers(model: nn.Module) -> list[nn.Module]:
-    """PEFT's LoRA layers, in order."""
+def lora_layers(model: nn.Module) -> list[Any]:
+    """PEFT's LoRA layers, in order; their type needs PEFT, which a rollout does not import."""
     return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer") and hasattr(m, "scaling")]
 
 

@@ -1,15 +1,38 @@
-"""Black-box teachers. A teacher is a callable (prompt, seed) -> video [3, F, H, W] in [0, 1], nothing else."""
+"""Black-box teachers: prompt and seed in, a finished video out."""
 
-from typing import Protocol, runtime_checkable
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from afd_fast.teachers.dataset import TeacherVideos
+    from afd_fast.teachers.folder import FolderTeacher
+    from afd_fast.teachers.pipeline import PipelineTeacher, write_folder
+    from afd_fast.teachers.teacher import CallableTeacher, Teacher, TeacherBase, register_teacher
+
+_HOMES = {
+    "CallableTeacher": "teacher",
+    "FolderTeacher": "folder",
+    "PipelineTeacher": "pipeline",
+    "Teacher": "teacher",
+    "TeacherBase": "teacher",
+    "TeacherVideos": "dataset",
+    "register_teacher": "teacher",
+    "write_folder": "pipeline",
+}
+
+__all__ = [
+    "CallableTeacher",
+    "FolderTeacher",
+    "PipelineTeacher",
+    "Teacher",
+    "TeacherBase",
+    "TeacherVideos",
+    "register_teacher",
+    "write_folder",
+]
 
 
-@runtime_checkable
-class Teacher(Protocol):
-    """Prompt and seed in, a finished video out. `name` identifies it in caches, `fps` is the rate of its videos."""
-
-    name: str
-    fps: float
-
-    def __call__(self, prompt: str, seed: int) -> Tensor: ...
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

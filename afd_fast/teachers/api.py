@@ -1,8 +1,8 @@
-"""A teacher behind a task-style video API: create a task, poll it, download the mp4. A video is paid for once, ever.
+"""A teacher behind a task-style video API: create a task, poll it, download the mp4. A video is never paid for twice.
 
 Every (prompt, seed) has a record on disk, written before anything that costs money: new -> creating -> created ->
-done, or refused, failed, lost. Creating is not idempotent: when its answer is lost, the task is found again in the
-provider's list by a seed that no other video has; only when three looks do not find it is it created again.
+done, or refused, failed, lost. Creating is not idempotent. If the answer is lost, the task is found again in the
+provider's list by its seed, which no other video has; it is created again only after three searches without a match.
 """
 
 import asyncio
@@ -13,24 +13,40 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypedDict, cast
 
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 from torch import Tensor
 
 from afd_fast.errors import ConfigError, TeacherError, VideoError
-from afd_fast.teachers.video_api import VideoAPI, at
+from afd_fast.teachers.teacher import Request, TeacherBase, nothing
+from afd_fast.teachers.video_api import VideoAPI, at, read_description
 from afd_fast.video_io import read_video
 
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
-NOT_CREATED = {429, 503}  # statuses of a create request that surely made no task
+NOT_CREATED = {429, 503}  # statuses of a create request that certainly made no task
+
+
+class Record(TypedDict, total=False):
+    """One video on disk. usd: paid, or reserved for a task that may exist; wire_seed: the seed that was sent."""
+
+    state: str
+    usd: float
+    prompt: str
+    seed: int
+    tries: int
+    wire_seed: int
+    task: str
+    failures: int
+    reason: str
+    sha256: str
 
 
 class _Final(Exception):
-    """This video cannot be had: `state` is refused, failed or lost."""
+    """This video is not available: `state` is refused, failed or lost."""
 
     def __init__(self, state: str, reason: str):
         super().__init__(reason)
@@ -38,7 +54,7 @@ class _Final(Exception):
 
 
 class _Later(Exception):
-    """Not now: the server cannot be reached, or the task takes too long. The record stays as it is."""
+    """Not now: the server cannot be reached, or the task takes too long. The record does not change."""
 
 
 class _Empty(Exception):
@@ -53,7 +69,7 @@ class _Wait(wait_random_exponential):
     """Exponential with full jitter, and not before Retry-After (seconds)."""
 
     def __call__(self, state: RetryCallState) -> float:
-        error, seconds = state.outcome.exception(), super().__call__(state)
+        error, seconds = state.outcome and state.outcome.exception(), super().__call__(state)
         if isinstance(error, httpx.HTTPStatusError) and error.response.headers.get("retry-after", "").isdigit():
             seconds += float(error.response.headers["retry-after"])
         return seconds
@@ -71,13 +87,13 @@ def _made_no_task(error: BaseException) -> bool:
     return isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout))
 
 
-class APITeacher:
-    """Videos of `api`, brought to frames x size at fps, kept in `folder` as the provider made them.
+class APITeacher(TeacherBase):
+    """Videos of `api`, converted to frames x size at fps when read; `folder` keeps the files as the provider made them.
 
     max_usd: over all runs with this folder; reserved before a request, so a crash counts too much, never too little.
-    concurrency: tasks under way; poll: seconds between looks at a task, growing to ten times that; patience: seconds
-    for one task, after which it stays on record and the next run goes on waiting. attempts: per request. A task that the
-    provider failed (no refusal, no charge) is created once more.
+    concurrency: tasks in flight; poll: seconds between requests for a task's status, growing to ten times that;
+    patience: seconds for one task, after which it stays on record and the next run continues to wait. attempts: per
+    request. A task that the provider failed (no refusal, no charge) is created once more.
     """
 
     def __init__(
@@ -87,13 +103,16 @@ class APITeacher:
         self.api, self.folder, self.max_usd, self.prompts = api, Path(folder), max_usd, list(dict.fromkeys(prompts))
         self.name, self.fps = f"api:{api.model}", fps
         self.concurrency, self.poll, self.patience, self.attempts = concurrency, poll, patience, attempts
-        self._fit = {"frames": frames, "size": size, "fps": fps}
+        self.frames, self.size = frames, size
         self.folder.mkdir(parents=True, exist_ok=True)
         self._records, self._later = self._read(), ""
-        self._whole: set[str] = set()  # videos whose checksum was seen to be right
+        self._whole: set[str] = set()  # videos whose checksum was verified
 
-    def _read(self) -> dict[str, dict]:
-        return {p.stem: json.loads(p.read_text()) for p in self.folder.glob("*.json")}
+    def _read(self) -> dict[str, Record]:
+        return {path.stem: _record(path) for path in self.folder.glob("*.json")}
+
+    def _load(self, path: Path) -> Tensor:
+        return read_video(path, frames=self.frames, size=self.size, fps=self.fps)
 
     # -- what is on disk -------------------------------------------------------------------------------------
 
@@ -101,9 +120,9 @@ class APITeacher:
         request = json.dumps([self.api.base_url, self.api.request(prompt, seed)], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(request.encode()).hexdigest()[:32]
 
-    def _write(self, name: str, **change) -> dict:
-        """Change a record, atomically: it is whole on disk before this returns."""
-        record = {**self._records.get(name, {"state": "new", "usd": 0.0}), **change}
+    def _write(self, name: str, **change: Any) -> None:
+        """Change a record atomically: it is complete on disk before this returns."""
+        record = cast(Record, {**self._records.get(name, Record(state="new", usd=0.0)), **change})
         path, partial = self.folder / f"{name}.json", self.folder / f"{name}.{os.getpid()}.part"
         with partial.open("w") as file:
             json.dump(record, file, ensure_ascii=False, indent=1)
@@ -111,7 +130,6 @@ class APITeacher:
             os.fsync(file.fileno())
         partial.replace(path)
         self._records[name] = record
-        return record
 
     @property
     def spent(self) -> float:
@@ -126,18 +144,26 @@ class APITeacher:
             self._whole.add(name)
         return name in self._whole
 
-    def missing(self, pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
-        """The (prompt, seed) pairs that still have to be asked for or downloaded."""
+    def cost(self, requests: Sequence[Request]) -> str:
+        """Videos still to buy, their price, and what is on record."""
+        left = len(self.missing(requests))
+        return f"{left} videos to buy for {left * self.api.usd_per_video:.2f} USD; {self.summary()}"
+
+    def missing(self, pairs: Sequence[Request]) -> list[Request]:
+        """The (prompt, seed) pairs that still have to be requested or downloaded."""
         final = ("refused", "failed", "lost")
         names = [(pair, self._id(*pair)) for pair in pairs]
-        return [pair for pair, n in names if not self._has(n) and self._records.get(n, {}).get("state") not in final]
+        return [
+            pair for pair, n in names if not self._has(n) and self._records.get(n, Record()).get("state") not in final
+        ]
 
     def seeds(self, prompt: str, wanted: Iterable[int]) -> list[int]:
-        """Those of the wanted seeds whose videos are here."""
+        """Those of the wanted seeds whose videos are on disk."""
         return [seed for seed in wanted if self._has(self._id(prompt, seed))]
 
+    @property
     def problems(self) -> list[str]:
-        """Videos that cannot be had, one line each."""
+        """Videos that are not available, one line each."""
         return [f"{r['prompt']!r}: {r['state']} ({r['reason']})" for r in self._records.values() if r.get("reason")]
 
     def summary(self) -> str:
@@ -149,23 +175,23 @@ class APITeacher:
         return f"{self.folder}: {text or 'nothing'}; {self.spent:.2f} of {self.max_usd:.2f} USD"
 
     def __call__(self, prompt: str, seed: int) -> Tensor:
-        """The video [3, F, H, W] in [0, 1]; asked for when it is not there. TeacherError where it cannot be had."""
+        """The video [3, F, H, W] in [0, 1], fetched if it is not on disk. Raises TeacherError if it is not available."""
         name = self._id(prompt, seed)
         if not self._has(name):
-            self.fetch([(prompt, seed)])
+            self.fetch([Request(prompt, seed)])
         if not self._has(name):
             raise TeacherError(f"{self.name} has no video of {prompt!r}: {self._records[name].get('reason')}")
-        return read_video(self.folder / f"{name}.mp4", **self._fit)
+        return self._load(self.folder / f"{name}.mp4")
 
     # -- the network -----------------------------------------------------------------------------------------
 
-    def fetch(self, pairs: list[tuple[str, int]], done: Callable[[], None] = lambda: None) -> None:
-        """Get the videos of all (prompt, seed) pairs that are not here, `concurrency` at a time; done() after each.
+    def fetch(self, requests: Sequence[Request], done: Callable[[], None] = nothing) -> None:
+        """Get all requested videos that are not on disk, `concurrency` at a time; done() after each.
 
-        Refused, failed and lost ones are on record and do not stop the others. TeacherError for a wrong request or
-        key and for a budget that would be passed; ConfigError without a key. Both leave every record valid.
+        Refused, failed and lost videos are on record and do not stop the others. Raises TeacherError for a wrong request
+        or key and for a budget that would be exceeded, ConfigError without a key. Both leave every record valid.
         """
-        if not self.missing(pairs):
+        if not self.missing(requests):
             return
         key = self.api.key()
         with (self.folder / "lock").open("w") as lock:
@@ -173,26 +199,27 @@ class APITeacher:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise TeacherError(f"another process is fetching into {self.folder}: wait for it") from None
-            self._records = self._read()  # it may have been at work since
-            todo = self.missing(pairs)
-            for _ in range(len(pairs) - len(todo)):
+            self._records = self._read()  # another process may have changed them
+            todo = self.missing(requests)
+            for _ in range(len(requests) - len(todo)):
                 done()
             asyncio.run(self._fetch_all(todo, key, done))
-        left = self.missing(pairs)
+        left = self.missing(requests)
         if left:
             raise TeacherError(
-                f"{len(left)} of {len(pairs)} videos are not finished ({self._later}); nothing is lost: run the same command again"
+                f"{len(left)} of {len(requests)} videos are not finished ({self._later}); nothing is lost: run the same "
+                "command again"
             )
 
-    async def _fetch_all(self, pairs, key: str, done) -> None:
+    async def _fetch_all(self, pairs: Sequence[Request], key: str, done: Callable[[], None]) -> None:
         limit = asyncio.Semaphore(self.concurrency)
         headers = {"Authorization": self.api.authorization.format(key=key)}
         async with (
             httpx.AsyncClient(base_url=self.api.base_url, headers=headers, timeout=30) as api,
-            httpx.AsyncClient(timeout=60, follow_redirects=True) as plain,  # videos lie on other hosts: no key for them
+            httpx.AsyncClient(timeout=60, follow_redirects=True) as plain,  # videos are on other hosts: no key for them
         ):
 
-            async def one(prompt, seed):
+            async def one(prompt: str, seed: int) -> None:
                 async with limit:
                     await self._one(api, plain, prompt, seed)
                 done()
@@ -205,29 +232,31 @@ class APITeacher:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(self, api, plain, prompt: str, seed: int) -> None:
+    async def _one(self, api: httpx.AsyncClient, plain: httpx.AsyncClient, prompt: str, seed: int) -> None:
         name = self._id(prompt, seed)
         if name not in self._records:
             self._write(name, prompt=prompt, seed=seed, tries=0)
         if self._records[name]["state"] == "done":  # its file is gone or damaged
             self._write(name, state="created")
-        state = lambda: self._records[name]["state"]
         try:
-            while state() != "done":
-                if state() == "creating":  # its answer never came, now or in a process that died
+            while (state := self._records[name]["state"]) != "done":
+                if state == "creating":  # the answer never came, now or in a process that died
                     await self._find(api, name)
-                elif state() == "new":
+                elif state == "new":
                     await self._create(api, name, prompt)
                 else:
                     await self._wait(api, plain, name)
         except _Final as end:
-            free = end.state == "refused" and state() == "creating"  # refused before a task was made
-            self._write(name, state=end.state, reason=end.reason, **({"usd": 0.0} if free else {}))
+            record = self._records[name]
+            free = end.state == "refused" and record["state"] == "creating"  # refused before a task was made
+            self._write(name, state=end.state, reason=end.reason, usd=0.0 if free else record["usd"])
         except (_Later, _Empty, httpx.HTTPError) as error:
             self._later = str(error) or type(error).__name__
 
-    async def _json(self, client, method: str, path: str, *, creating=False, **options) -> dict:
-        """The JSON of an answer, after as many attempts as make sense."""
+    async def _json(
+        self, client: httpx.AsyncClient, method: str, path: str, *, creating: bool = False, **options: Any
+    ) -> Any:
+        """The JSON of an answer; transient errors are retried."""
         again = retry_if_exception(_made_no_task if creating else _is_transient)
         wait = _Wait(multiplier=min(0.5, self.poll), max=60)
         async for attempt in AsyncRetrying(
@@ -263,7 +292,7 @@ class APITeacher:
             + ": check the key, the model's name and the parameters"
         )
 
-    async def _create(self, api, name: str, prompt: str) -> None:
+    async def _create(self, api: httpx.AsyncClient, name: str, prompt: str) -> None:
         price = self.api.usd_per_video
         if self.spent + price > self.max_usd + 1e-9:
             raise TeacherError(
@@ -272,20 +301,20 @@ class APITeacher:
         tries = self._records[name]["tries"]
         if tries > self.attempts:
             raise _Final("failed", f"{tries} tasks came to nothing")
-        seed = int(hashlib.sha256(f"{name}/{tries}".encode()).hexdigest()[:8], 16) >> 1  # 31 bits, of this task alone
+        seed = int(hashlib.sha256(f"{name}/{tries}".encode()).hexdigest()[:8], 16) >> 1  # 31 bits, unique to this task
         self._write(name, state="creating", usd=price, wire_seed=seed, tries=tries + 1)
         try:
             body = self.api.request(prompt, seed)
             answer = await self._json(api, "POST", self.api.create_path, creating=True, json=body)
         except _Unknown:
-            return  # still "creating": look for it
-        except (TeacherError, httpx.HTTPError):  # surely no task: nothing is owed
+            return  # still "creating": search for it
+        except (TeacherError, httpx.HTTPError):  # certainly no task: nothing is owed
             self._write(name, state="new", usd=0.0, tries=tries)
             raise
         self._write(name, state="created", task=str(at(answer, self.api.id_field)))
 
-    async def _find(self, api, name: str) -> None:
-        """Look for the task of a create request without an answer: `created` with it, `new` when it is not there."""
+    async def _find(self, api: httpx.AsyncClient, name: str) -> None:
+        """Search for the task of a create request without an answer: `created` if it is found, else `new`."""
         if self.api.list_path is None:
             raise _Final("lost", "the answer to its creation was lost and this API lists no tasks: look at the bill")
         seed = self._records[name]["wire_seed"]
@@ -304,8 +333,8 @@ class APITeacher:
             await asyncio.sleep(self.poll)
         self._write(name, state="new", usd=0.0)
 
-    async def _wait(self, api, plain, name: str) -> None:
-        """Wait for the task and get its file; `new` again when the provider failed it for the first time."""
+    async def _wait(self, api: httpx.AsyncClient, plain: httpx.AsyncClient, name: str) -> None:
+        """Wait for the task and get its file; `new` again after the provider failed it for the first time."""
         record, pause, end = self._records[name], self.poll, time.monotonic() + self.patience
         while True:
             answer = await self._json(api, "GET", self.api.task_path.format(id=record["task"]))
@@ -324,8 +353,8 @@ class APITeacher:
             await asyncio.sleep(pause * random.uniform(0.8, 1.2))
             pause = min(pause * 1.5, 10 * self.poll)
 
-    async def _download(self, plain, name: str, url: str) -> None:
-        """The file, whole and readable, under its name; fetched again, never paid again, when it is not."""
+    async def _download(self, plain: httpx.AsyncClient, name: str, url: str) -> None:
+        """Store the file, complete and readable, under its name; a damaged file is downloaded again, not paid again."""
         partial, path = self.folder / f"{name}.{os.getpid()}.mp4.part", self.folder / f"{name}.mp4"
         retrying = AsyncRetrying(
             retry=retry_if_exception(lambda e: _is_transient(e) or isinstance(e, VideoError)),
@@ -340,7 +369,7 @@ class APITeacher:
                         file.write(answer.content)
                         file.flush()
                         os.fsync(file.fileno())
-                    await asyncio.to_thread(read_video, partial, **self._fit)  # decodes the frames that will be used
+                    await asyncio.to_thread(self._load, partial)  # decodes the frames that will be used
         except VideoError as error:
             partial.unlink(missing_ok=True)
             raise _Final("failed", f"its file is no usable video: {str(error).partition(': ')[2]}") from None
@@ -348,27 +377,20 @@ class APITeacher:
         self._write(name, state="done", sha256=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def from_file(path: str | Path, *, frames: int, size: tuple[int, int], fps: float) -> APITeacher:
-    """An APITeacher from a JSON file: the fields of `VideoAPI`, `max_usd`, `prompts` (a text file, one prompt a line,
-    beside it) and optionally `folder` (default: the file's name without .json). ConfigError for what is missing or odd."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path} is not a file: --teacher api:FILE takes a JSON description (docs/teachers.md)")
+def _record(path: Path) -> Record:
+    """A record on disk. Raises ConfigError for a damaged one."""
     try:
-        given = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    for name in ("base_url", "model", "usd_per_video", "max_usd", "prompts"):
-        if name not in given:
-            raise ConfigError(f"{path} lacks {name!r} (docs/teachers.md)")
-    own = {name: given.pop(name, None) for name in ("max_usd", "prompts", "folder", "concurrency", "poll", "patience")}
-    odd = given.keys() - {f.name for f in fields(VideoAPI)}
-    if odd:
-        raise ConfigError(f"{path}: unknown key {', '.join(sorted(odd))}")
-    prompts = path.parent / own.pop("prompts")
-    lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()] if prompts.is_file() else []
-    if not lines:
-        raise ConfigError(f"{prompts} holds no prompt")
-    folder = path.parent / (own.pop("folder") or path.stem)
-    rest = {k: v for k, v in own.items() if v is not None}
-    return APITeacher(VideoAPI(**given), folder, prompts=lines, frames=frames, size=size, fps=fps, **rest)
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    if not (isinstance(record, dict) and {"state", "usd", "prompt"} <= record.keys()):
+        raise ConfigError(f"{path} is not a record of a video: restore it, or move it away to buy that video again")
+    return cast(Record, record)
+
+
+def from_file(path: str | Path, *, frames: int, size: tuple[int, int], fps: float) -> APITeacher:
+    """An APITeacher from a JSON file (`Description`). Raises ConfigError for missing, unknown and damaged entries."""
+    given = read_description(Path(path))
+    return APITeacher(
+        given.api, given.folder, prompts=given.prompts, max_usd=given.max_usd, frames=frames, size=size, fps=fps, **given.pace
+    )  # fmt: skip

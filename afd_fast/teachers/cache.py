@@ -2,24 +2,26 @@
 
 import hashlib
 import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from afd_fast.errors import VideoError
-from afd_fast.teachers import Teacher
-from afd_fast.video_io import read_video, write_video
+from afd_fast.teachers.teacher import PromptSplit, Request, Teacher, nothing
+from afd_fast.video_io import VideoFormat, read_video, write_video
 
 
 class CachedTeacher:
     """Keeps a teacher's videos as lossless mp4 files named by a hash of (teacher, prompt, seed).
 
-    A file appears under its name only when it is complete; one that cannot be read is asked for again.
+    A file appears under its name only when it is complete; one that cannot be read is asked for again. fit: bring the
+    videos to this format when they are read.
     """
 
-    def __init__(self, teacher: Teacher, folder: str | Path):
-        self.teacher, self.folder = teacher, Path(folder)
-        self.name, self.fps = teacher.name, teacher.fps
+    def __init__(self, teacher: Teacher, folder: str | Path, fit: VideoFormat | None = None):
+        self.teacher, self.folder, self.fit = teacher, Path(folder), fit
+        self.name, self.fps, self.judge = teacher.name, teacher.fps, teacher.judge
         self.hits = self.misses = 0
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -32,7 +34,7 @@ class CachedTeacher:
         path = self.path(prompt, seed)
         if path.exists():
             try:
-                video = read_video(path)
+                video = self._read(path)
                 self.hits += 1
                 return video
             except VideoError:
@@ -44,4 +46,32 @@ class CachedTeacher:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        return read_video(path)  # always through the file: the first answer equals every later one
+        return self._read(path)  # always through the file: the first answer equals every later one
+
+    def _read(self, path: Path) -> Tensor:
+        if self.fit is None:
+            return read_video(path)
+        return read_video(path, frames=self.fit.frames, size=(self.fit.height, self.fit.width), fps=self.fit.fps)
+
+    def fetch(self, requests: Sequence[Request], done: Callable[[], None] = nothing) -> None:
+        """Ask for every video that is not in the folder, one by one."""
+        for prompt, seed in requests:
+            if not self.path(prompt, seed).exists():
+                self(prompt, seed)
+            done()
+
+    def split(self) -> PromptSplit:
+        return self.teacher.split()
+
+    def seeds(self, prompt: str, wanted: Iterable[int]) -> list[int]:
+        return self.teacher.seeds(prompt, wanted)
+
+    def familiar(self, prompts: Sequence[str]) -> list[str]:
+        return self.teacher.familiar(prompts)
+
+    @property
+    def problems(self) -> list[str]:
+        return self.teacher.problems
+
+    def cost(self, requests: Sequence[Request]) -> str:
+        return self.teacher.cost(requests)

@@ -1,9 +1,9 @@
 """The finished teacher videos a run works with: asked for once, split into training and held-out prompts.
 
-Legend: P prompts, M videos a prompt, F frames, H x W pixels.
+Legend: P prompts, K rollouts per prompt, M videos per prompt, F frames, H x W pixels.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,25 +11,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afd_fast.config import TrainConfig
 from afd_fast.errors import ConfigError
-from afd_fast.teachers import Teacher, api, physics
+from afd_fast.teachers import api, physics
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.folder import FolderTeacher
-from afd_fast.training.state import System
-from afd_fast.video_io import deliver, to_uint8
+from afd_fast.teachers.teacher import TEACHERS, Request, Teacher, hold_out
+from afd_fast.video_io import VideoFormat, deliver, to_uint8
 
-Track = Callable[[Iterable, str], Iterable]  # rich.progress.track-like: (iterable, description)
-REFERENCE_SEEDS, TEACHER_ROW_SEEDS = 10_000, 20_000  # apart from the training clips' 0, 1, 2 ...
+Track = Callable[[Sequence, str], Iterable]  # like rich.progress.track: (items, description) -> the items
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How an iteration's prompts are drawn: `prompts` of them, K `rollouts` each, in `shards` equal parts."""
+
+    seed: int
+    prompts: int
+    rollouts: int
+    shards: int
 
 
 @dataclass
 class Shard:
-    """A part of an iteration's batch: b rows grouped by prompt, with random numbers of its own (`index`)."""
+    """A part of an iteration's batch: b rows grouped by prompt, with its own random numbers (`index`)."""
 
     index: int
     prompts: list[str]
     teacher: Tensor  # [b, 3, F, H, W] in [0, 1]
+    picks: list[int] = field(default_factory=list)  # which of its prompt's videos each row's teacher video is
+
+    @property
+    def keys(self) -> list[Request]:
+        """What identifies each row's teacher video."""
+        return [Request(prompt, pick) for prompt, pick in zip(self.prompts, self.picks)]
 
 
 @dataclass
@@ -43,84 +57,76 @@ class TeacherVideos:
     videos: dict[str, Tensor] = field(default_factory=dict)  # prompt -> [M, 3, F, H, W] uint8, through the door
     problems: list[str] = field(default_factory=list)
 
-    @property
-    def judged(self) -> bool:
-        """Whether the physics judge can score this teacher's prompts."""
-        return isinstance(getattr(self.teacher, "teacher", self.teacher), physics.PhysicsTeacher)
-
-    @property
-    def first_held_out(self) -> list[str]:
-        """The held-out prompts of the world the base student knows, where this teacher shows it in another look: what the
-        student forgets is measured on them."""
-        if not self.judged or physics.parse(self.held_out[0]).look == "day":
-            return []
-        return [p.rpartition(", ")[0] for p in self.held_out]
-
-    def clips(self, prompts: list[str], seeds: Iterable[int]) -> Tensor:
+    def clips(self, prompts: Sequence[str], seeds: Iterable[int]) -> Tensor:
         """Videos [B, 3, F, H, W] in [0, 1] for (prompt, seed) pairs, through the same door as the student's."""
         return deliver(torch.stack([self.teacher(p, s) for p, s in zip(prompts, seeds)]), self.codec_crf)
 
-    def batch(self, config: TrainConfig, step: int, shards: Iterable[int]) -> list[Shard]:
+    def picked(self, requests: Iterable[Request]) -> Tensor:
+        """Videos [B, 3, F, H, W] in [0, 1] by prompt and number, which goes round among a prompt's M."""
+        found = [self.videos[p][i % len(self.videos[p])] for p, i in requests]
+        return torch.stack(found).float() / 255
+
+    def batch(self, plan: BatchPlan, step: int, shards: Iterable[int]) -> list[Shard]:
         """The named shards of iteration `step`: K rows for each of P prompts, a random teacher video for each row.
         A function of (seed, step)."""
-        rng = np.random.default_rng([config.seed, step])
-        count = min(config.prompts_per_step, len(self.train_prompts))
+        rng = np.random.default_rng([plan.seed, step])
+        count = min(plan.prompts, len(self.train_prompts))
         chosen = [self.train_prompts[i] for i in rng.permutation(len(self.train_prompts))[:count]]
-        prompts = [p for p in chosen for _ in range(config.rollouts_per_prompt)]
-        picks = [rng.integers(len(self.videos[p])) for p in prompts]
-        if count % config.shards:
-            raise ConfigError(f"{count} training prompts cannot be split into shards={config.shards}")
-        rows = len(prompts) // config.shards
-        parts = []
+        prompts = [p for p in chosen for _ in range(plan.rollouts)]
+        picks = [int(rng.integers(len(self.videos[p]))) for p in prompts]
+        rows, parts = len(prompts) // plan.shards, []
         for index in shards:
-            mine = range(index * rows, (index + 1) * rows)
-            videos = torch.stack([self.videos[prompts[i]][picks[i]] for i in mine]).float() / 255
-            parts.append(Shard(index, [prompts[i] for i in mine], videos))
+            mine = slice(index * rows, (index + 1) * rows)
+            pairs = [Request(*pair) for pair in zip(prompts[mine], picks[mine])]
+            parts.append(Shard(index, prompts[mine], self.picked(pairs), picks[mine]))
         return parts
 
 
-def open_teacher(
-    config: TrainConfig, system: System, cache: Path, track: Track
-) -> tuple[Teacher, list[str], list[str], list[str]]:
-    """ "physics", "physics:dusk", "folder:PATH" or "api:FILE" -> (teacher, training prompts, held-out prompts, problems)."""
-    spec = config.teacher
-    kind, _, path = spec.partition(":")
-    if kind == "physics" and path in ("", *physics.LOOKS):
-        teacher = CachedTeacher(physics.PhysicsTeacher(system.video[0]), cache)
-        return teacher, *physics.split_prompts(look=path or "day"), []
-    if kind not in ("folder", "api") or not path:
-        raise ConfigError(f'teacher must be "physics" or "folder:PATH" or "api:FILE", got {spec!r}')
-    fit = {"frames": system.video[0], "size": system.video[1:], "fps": system.fps}
-    if kind == "folder":
-        teacher = FolderTeacher(path, **fit)
-        return teacher, *hold_out(teacher.prompts), teacher.problems
-    teacher = api.from_file(path, **fit)
-    pairs = [(p, seed) for p in teacher.prompts for seed in range(config.teacher_clips)]
-    ticks = iter(track(pairs, "teacher API"))
-    teacher.fetch(pairs, lambda: next(ticks, None))
-    list(ticks)  # to the end of the bar
-    return (
-        teacher,
-        *hold_out([p for p in teacher.prompts if teacher.seeds(p, range(config.teacher_clips))]),
-        teacher.problems(),
-    )
-
-
-def hold_out(prompts: list[str]) -> tuple[list[str], list[str]]:
-    """(training, held-out) prompts: the last eighth is held out; of a single prompt, none."""
-    held = max(1, len(prompts) // 8) if len(prompts) > 1 else 0
-    train = prompts[: len(prompts) - held]
-    return train, prompts[len(train) :] or train
-
-
-def collect(config: TrainConfig, system: System, cache: Path, track: Track) -> TeacherVideos:
-    """Ask the teacher for every video of the run before training starts. ConfigError without prompts."""
-    teacher, train, held_out, problems = open_teacher(config, system, cache, track)
+def check_prompts(teacher: Teacher, plan: BatchPlan) -> None:
+    """ConfigError unless the teacher's training prompts fill every shard. Nothing is fetched."""
+    train = teacher.split().train
     if not train:
-        raise ConfigError(f"{config.teacher} has no training prompt")
-    data = TeacherVideos(teacher, train, held_out, config.codec_crf, problems=problems)
-    for prompt in track(list(dict.fromkeys(train + held_out)), "teacher videos"):
-        seeds = range(config.teacher_clips)
-        seeds = teacher.seeds(prompt, seeds) if hasattr(teacher, "seeds") else seeds
-        data.videos[prompt] = to_uint8(data.clips([prompt] * len(seeds), seeds))
+        raise ConfigError(f"{teacher.name} has no training prompt")
+    count = min(plan.prompts, len(train))
+    if count % plan.shards:
+        raise ConfigError(
+            f"{count} training prompts cannot be split into shards={plan.shards}: set shards to a divisor of {count}, or give more prompts"
+        )
+
+
+def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
+    """ "physics", "physics:dusk", "folder:PATH", "api:FILE" or a registered "KIND:..." for videos of this format. Nothing
+    is fetched or paid for. ConfigError for another spec and for a teacher without usable videos or prompts."""
+    kind, _, rest = spec.partition(":")
+    if kind in TEACHERS:
+        return TEACHERS[kind](rest, video, cache)
+    if kind == "physics" and rest in ("", *physics.LOOKS):
+        return CachedTeacher(physics.PhysicsTeacher(video.frames, look=rest or "day"), cache)
+    size = (video.height, video.width)
+    if kind == "folder" and rest:
+        return FolderTeacher(rest, frames=video.frames, size=size, fps=video.fps)
+    if kind == "api" and rest:
+        return api.from_file(rest, frames=video.frames, size=size, fps=video.fps)
+    known = "".join(f' or "{name}:..."' for name in TEACHERS)
+    raise ConfigError(f'teacher must be "physics" or "folder:PATH" or "api:FILE"{known}, got {spec!r}')
+
+
+def collect(teacher: Teacher, clips: int, codec_crf: int | None, track: Track) -> TeacherVideos:
+    """Ask for `clips` videos of every prompt before training starts. ConfigError without training prompts."""
+    train, held_out = teacher.split()
+    prompts = list(dict.fromkeys(train + held_out))
+    requests = [Request(p, seed) for p in prompts for seed in range(clips)]
+    ticks = iter(track(requests, "fetching teacher videos"))
+    teacher.fetch(requests, lambda: next(ticks, None))
+    for _ in ticks:  # to the end of the bar
+        pass
+    seeds = {p: teacher.seeds(p, range(clips)) for p in prompts}  # of an API some videos may be refused
+    train, held_out = [p for p in train if seeds[p]], [p for p in held_out if seeds[p]]
+    if not held_out:
+        train, held_out = hold_out(train)
+    if not train:
+        raise ConfigError(f"{teacher.name} has no training prompt with a video. " + "; ".join(teacher.problems))
+    data = TeacherVideos(teacher, train, held_out, codec_crf, problems=list(teacher.problems))
+    for prompt in track(list(dict.fromkeys(train + held_out)), "reading teacher videos"):
+        data.videos[prompt] = to_uint8(data.clips([prompt] * len(seeds[prompt]), seeds[prompt]))
     return data

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from afd_fast.errors import ConfigError, VideoError
+from afd_fast.teachers.teacher import TeacherBase
 from afd_fast.video_io import read_video
 
 
@@ -30,7 +31,7 @@ def read_manifest(folder: Path) -> list[tuple[str, str]]:
     return [(row["prompt"], row["video"]) for row in rows]
 
 
-class FolderTeacher:
+class FolderTeacher(TeacherBase):
     """Videos of a folder, brought to frames x size at fps. `seed` picks among a prompt's videos.
 
     Every file is read once at construction, and not kept: unreadable or too short ones are left out and listed in
@@ -40,18 +41,26 @@ class FolderTeacher:
     def __init__(self, folder: str | Path, *, frames: int, size: tuple[int, int], fps: float):
         folder = Path(folder)
         self.name, self.fps = f"folder:{folder}", fps
-        self.problems: list[str] = []
-        self._fit = {"frames": frames, "size": size, "fps": fps}
+        self._problems: list[str] = []
+        self.frames, self.size = frames, size
         self._videos: dict[str, list[Path]] = defaultdict(list)
         for prompt, file in read_manifest(folder):
             try:
-                read_video(folder / file, **self._fit)
+                self._read(folder / file)
                 self._videos[prompt].append(folder / file)
             except VideoError as error:
-                self.problems.append(str(error))
+                self._problems.append(str(error))
         self.prompts = [p for p, videos in self._videos.items() if videos]
         if not self.prompts:
-            raise ConfigError(f"{folder}: no usable video. " + "; ".join(self.problems or ["the manifest is empty"]))
+            raise ConfigError(f"{folder}: no usable video. " + "; ".join(self._problems or ["the manifest is empty"]))
+
+    def _read(self, path: Path) -> Tensor:
+        return read_video(path, frames=self.frames, size=self.size, fps=self.fps)
+
+    @property
+    def problems(self) -> list[str]:
+        """Files that were left out, and why."""
+        return self._problems
 
     def seeds(self, prompt: str, wanted: Iterable[int]) -> list[int]:
         """Those of the wanted seeds that are a usable video of their own."""
@@ -61,4 +70,4 @@ class FolderTeacher:
         videos = self._videos.get(prompt)
         if not videos:
             raise ConfigError(f"{self.name} has no video for {prompt!r}")
-        return read_video(videos[seed % len(videos)], **self._fit)
+        return self._read(videos[seed % len(videos)])

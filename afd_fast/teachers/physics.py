@@ -1,19 +1,23 @@
 """The embedded teacher: a bouncing ball in a box (pymunk rigid bodies) rendered to a small RGB clip.
 
-Only finished clips leave `PhysicsTeacher`: prompt and seed in, pixels out. `sample_clips` with other
-physics makes the wrong world the base student is pretrained on.
+`PhysicsTeacher` returns only finished clips: prompt and seed in, pixels out. `sample_clips` with other
+physics makes the wrong world that the base student is pretrained on.
 
 Units: lengths in box sides (0..1, y up), time in seconds. Legend: C channels, F frames, H x W pixels.
 """
 
 import itertools
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pymunk
 import torch
 from torch import Tensor
+
+from afd_fast.teachers.teacher import PromptSplit, TeacherBase
 
 FRAMES, SIZE, FPS = 12, 16, 10
 GRAVITY = 3.0  # box sides / s^2; the true world
@@ -32,9 +36,21 @@ GRAMMAR = re.compile(
 )
 
 
+Range = tuple[float, float]  # bounds of a uniform draw
+
+
+class State(NamedTuple):
+    """Position and velocity of the ball at the first frame."""
+
+    x: float
+    y: float
+    vx: float
+    vy: float
+
+
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt says."""
+    """The contents of a prompt."""
 
     size: str
     color: str
@@ -52,13 +68,13 @@ class Scene:
 
 
 def parse(prompt: str) -> Scene:
-    """Read a prompt. ValueError names the grammar when the prompt is outside it."""
+    """Read a prompt. Raises ValueError that shows the grammar for a prompt outside it."""
     match = GRAMMAR.fullmatch(prompt)
     if not match:
         raise ValueError(
-            f"the physics teacher cannot render {prompt!r}; it knows "
+            f"the physics teacher cannot render {prompt!r}; write it as "
             '"a {small|large} {color} ball {dropped|thrown left|thrown right|tossed up}, {low|high} bounce[, dusk]" '
-            f"with colors {', '.join(COLORS)}"
+            f"with a color of {', '.join(COLORS)}"
         )
     return Scene(*match.groups(default="day"))
 
@@ -71,32 +87,34 @@ def all_prompts() -> list[str]:
     ]
 
 
-def split_prompts(held_out: int = 16, look: str = "day") -> tuple[list[str], list[str]]:
-    """(training, held-out) prompts; the same split for every seed and look so that runs compare."""
+def split_prompts(held_out: int = 16, look: str = "day") -> PromptSplit:
+    """Training and held-out prompts; the split is the same for every seed and look, so that runs can be compared."""
     prompts = [p if look == "day" else f"{p}, {look}" for p in all_prompts()]
     order = np.random.default_rng(0).permutation(len(prompts))
-    return [prompts[i] for i in order[held_out:]], [prompts[i] for i in order[:held_out]]
+    return PromptSplit([prompts[i] for i in order[held_out:]], [prompts[i] for i in order[:held_out]])
 
 
-def initial_state(scene: Scene, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """(x, y, vx, vy) at the first frame."""
+def initial_state(scene: Scene, rng: np.random.Generator) -> State:
+    """A random state at the first frame that shows the scene's motion."""
     if scene.motion == "tossed up":
-        return (
+        return State(
             rng.uniform(0.2, 0.8),
             rng.uniform(0.2, 0.35) + scene.radius / 2,
             rng.uniform(-0.1, 0.1),
             rng.uniform(1.2, 1.7),
         )
     if scene.motion == "dropped":
-        return rng.uniform(0.2, 0.8), rng.uniform(0.72, 0.86), rng.uniform(-0.08, 0.08), rng.uniform(-0.1, 0.1)
+        return State(rng.uniform(0.2, 0.8), rng.uniform(0.72, 0.86), rng.uniform(-0.08, 0.08), rng.uniform(-0.1, 0.1))
     x, vx = rng.uniform(0.2, 0.5), rng.uniform(0.5, 0.9)
     if scene.motion == "thrown left":
         x, vx = 1 - x, -vx
-    return x, rng.uniform(0.55, 0.8), vx, rng.uniform(-0.1, 0.5)
+    return State(x, rng.uniform(0.55, 0.8), vx, rng.uniform(-0.1, 0.5))
 
 
-def simulate(radius, state, gravity, elasticity, frames=FRAMES, substeps=20) -> np.ndarray:
-    """Ball centres [F, 2] of one rigid body in a box with floor and side walls."""
+def simulate(
+    radius: float, state: State, gravity: float, elasticity: float, frames: int = FRAMES, substeps: int = 20
+) -> np.ndarray:
+    """Centres [F, 2] of a ball that starts in `state`, in a box with floor and side walls."""
     space = pymunk.Space()
     space.gravity = (0, -gravity)
     space.collision_slop = 1e-4
@@ -108,7 +126,7 @@ def simulate(radius, state, gravity, elasticity, frames=FRAMES, substeps=20) -> 
     space.add(body, ball)
     for a, b in (((-9, 0), (9, 0)), ((0, -9), (0, 9)), ((1, -9), (1, 9))):
         wall = pymunk.Segment(space.static_body, a, b, 0.0)
-        wall.elasticity, wall.friction = 1.0, 0.0  # pymunk multiplies: the pair bounces with the ball's
+        wall.elasticity, wall.friction = 1.0, 0.0  # pymunk multiplies elasticities: the ball's remains
         space.add(wall)
     centres = np.empty((frames, 2))
     for frame in range(frames):
@@ -118,8 +136,10 @@ def simulate(radius, state, gravity, elasticity, frames=FRAMES, substeps=20) -> 
     return centres
 
 
-def render(centres: np.ndarray, radius: float, color, look: str = "day", size: int = SIZE) -> np.ndarray:
-    """Antialiased disc on the look's background: centres [F, 2] -> uint8 [3, F, H, W]."""
+def render(
+    centres: np.ndarray, radius: float, color: Sequence[float], look: str = "day", size: int = SIZE
+) -> np.ndarray:
+    """An antialiased disc on the look's background: centres [F, 2] -> uint8 [3, F, H, W]. color: RGB in [0, 1]."""
     yy, xx = np.mgrid[0:size, 0:size]
     px = centres[:, 0, None, None] * size - 0.5
     py = (1 - centres[:, 1, None, None]) * size - 0.5
@@ -131,10 +151,16 @@ def render(centres: np.ndarray, radius: float, color, look: str = "day", size: i
     return (image * 255 + 0.5).astype(np.uint8)
 
 
-def sample_clips(prompts, rng: np.random.Generator, gravity=None, elasticity=None, frames=FRAMES) -> Tensor:
+def sample_clips(
+    prompts: Sequence[str],
+    rng: np.random.Generator,
+    gravity: Range | None = None,
+    elasticity: Mapping[str, Range] | None = None,
+    frames: int = FRAMES,
+) -> Tensor:
     """One clip per prompt -> uint8 [B, 3, F, H, W].
 
-    gravity: (low, high) to draw from; elasticity: the same for each bounce word. None is the true world.
+    gravity: the range to draw from; elasticity: the range for each bounce word. None is the true world.
     """
     clips = []
     for prompt in prompts:
@@ -147,16 +173,25 @@ def sample_clips(prompts, rng: np.random.Generator, gravity=None, elasticity=Non
     return torch.from_numpy(np.stack(clips))
 
 
-class PhysicsTeacher:
-    """Prompt and seed -> [3, F, H, W] float in [0, 1], nothing else. A longer clip starts as the shorter one does."""
+class PhysicsTeacher(TeacherBase):
+    """Prompt and seed -> floats [3, F, H, W] in [0, 1]. A longer clip starts with the frames of a shorter one.
+    look: of the prompts in `split`."""
 
-    fps = FPS
+    fps = float(FPS)
+    judge = "physics"
 
-    def __init__(self, frames: int = FRAMES):
-        self.frames = frames
+    def __init__(self, frames: int = FRAMES, look: str = "day"):
+        self.frames, self.look = frames, look
         # part of the cache key: change it with anything that changes a pixel
         self.name = "physics-1" if frames == FRAMES else f"physics-1-{frames}"
 
     def __call__(self, prompt: str, seed: int) -> Tensor:
-        rng = np.random.default_rng([seed, *prompt.encode()])  # one seed must not give every prompt the same start
+        rng = np.random.default_rng([seed, *prompt.encode()])  # the start must depend on the prompt as well as the seed
         return sample_clips([prompt], rng, frames=self.frames)[0].float() / 255
+
+    def split(self) -> PromptSplit:
+        return split_prompts(look=self.look)
+
+    def familiar(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts by day, which are those that the base student knows."""
+        return [] if self.look == "day" else [p.rpartition(", ")[0] for p in prompts]

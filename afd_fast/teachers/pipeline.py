@@ -5,25 +5,27 @@ Legend: F frames, H x W pixels.
 
 import csv
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
+from afd_fast.teachers.teacher import TeacherBase, nothing
 from afd_fast.video_io import write_video
 
 
-class PipelineTeacher:
+class PipelineTeacher(TeacherBase):
     """Any diffusers pipeline whose output has `.frames` (WanPipeline, HunyuanVideoPipeline, LTXPipeline ...).
 
     fps: of its videos, for the files. arguments: passed to every call (num_frames=, height=, guidance_scale= ...). The
     pipeline is used on the device it is on; one generator per video, so a seed is a video.
     """
 
-    def __init__(self, pipeline, *, fps: float, **arguments):
-        self.pipeline, self.fps, self.arguments = pipeline, fps, arguments
+    def __init__(self, pipeline: Any, *, fps: float, prompts: Sequence[str] = (), **arguments: Any):
+        self.pipeline, self.fps, self.arguments, self.prompts = pipeline, fps, arguments, list(prompts)
         self.name = f"pipeline:{pipeline.config.get('_name_or_path') or type(pipeline).__name__}"
 
     @torch.no_grad()
@@ -36,7 +38,7 @@ class PipelineTeacher:
 
 def write_folder(
     teacher: Callable[[str, int], Tensor], prompts: list[str], folder: str | Path, *, fps: float, per_prompt: int = 1,
-    crf: int = 12, done: Callable[[], None] = lambda: None,
+    crf: int = 12, done: Callable[[], None] = nothing,
 ) -> Path:  # fmt: skip
     """Ask any callable (prompt, seed) -> [3, F, H, W] in [0, 1] for seeds 0 .. per_prompt - 1 of every prompt and write
     mp4 files and manifest.csv: what `--teacher folder:PATH` takes. Files that are there are kept, so it can be stopped

@@ -1,30 +1,32 @@
-"""What differs between task-style video APIs, as data."""
+"""The differences between task-style video APIs, as data."""
 
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from afd_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class VideoAPI:
-    """How a provider spells things. The defaults are Seedance's on ModelArk (docs.byteplus.com/en/docs/ModelArk/1520757);
+    """The names and paths of a provider. The defaults are Seedance's on ModelArk (docs.byteplus.com/en/docs/ModelArk/1520757);
     fields of answers are dotted paths.
 
-    body: of the create request; "{model}", "{prompt}" and "{seed}" are replaced wherever they stand alone, `parameters`
-    are merged in. list_path: None where tasks cannot be listed; a create whose answer is lost is then given up.
-    key_env, key_file: where the key is read from, at the first request; it is kept out of records, errors and redirects.
-    usd_per_video: what a video costs, for the budget.
+    body: of the create request; strings that are "{model}", "{prompt}" or "{seed}" are replaced, `parameters` are merged
+    in. list_path: None if tasks cannot be listed; a create request whose answer is lost is then given up. key_env,
+    key_file: where the key is read from, at the first request; it never enters records, errors or redirects.
+    usd_per_video: price of a video, for the budget.
     """
 
     base_url: str
     model: str
     usd_per_video: float
-    parameters: dict = field(default_factory=lambda: {
+    parameters: dict[str, Any] = field(default_factory=lambda: {
         "resolution": "480p", "ratio": "16:9", "duration": 5, "generate_audio": False, "watermark": False
     })  # fmt: skip
-    body: dict = field(default_factory=lambda: {
+    body: dict[str, Any] = field(default_factory=lambda: {
         "model": "{model}", "content": [{"type": "text", "text": "{prompt}"}], "seed": "{seed}"
     })  # fmt: skip
     key_env: str = "ARK_API_KEY"
@@ -44,20 +46,30 @@ class VideoAPI:
     refusals: tuple[str, ...] = ("SensitiveContent", "PolicyViolation", "RiskDetection")  # parts of error codes
 
     def key(self) -> str:
-        """The API key. ConfigError that says where it was looked for."""
-        text = Path(self.key_file).read_text() if self.key_file and Path(self.key_file).exists() else ""
+        """The API key. Raises ConfigError that names the variable and the file for a missing or damaged key."""
+        text = ""
+        if self.key_file and Path(self.key_file).exists():
+            try:
+                text = Path(self.key_file).read_text()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(
+                    f"{self.key_file} cannot be read as an API key ({type(error).__name__}): it must be a text file of one line"
+                ) from None
         key = (text or os.environ.get(self.key_env, "")).strip()
         if not key:
             raise ConfigError(
                 f"no API key: set {self.key_env}" + (f" or write it to {self.key_file}" if self.key_file else "")
             )
+        if not (key.isascii() and key.isprintable()):  # an HTTP header would refuse it in an error that shows it
+            source = self.key_file if text else self.key_env
+            raise ConfigError(f"the API key in {source} is not one line of printable ASCII: store nothing but the key")
         return key
 
-    def request(self, prompt: str, seed: int) -> dict:
-        """The create request's JSON."""
+    def request(self, prompt: str, seed: int) -> dict[str, Any]:
+        """The JSON of the create request."""
         values = {"{model}": self.model, "{prompt}": prompt, "{seed}": seed}
 
-        def fill(x):
+        def fill(x: Any) -> Any:
             if isinstance(x, dict):
                 return {k: fill(v) for k, v in x.items()}
             return [fill(v) for v in x] if isinstance(x, list) else values.get(x, x) if isinstance(x, str) else x
@@ -65,8 +77,67 @@ class VideoAPI:
         return {**fill(self.body), **self.parameters}
 
 
-def at(answer, path: str):
-    """answer["a"]["b"] for "a.b"; None where it ends early."""
+def at(answer: Any, path: str) -> Any:
+    """answer["a"]["b"] for "a.b"; None if a part is missing."""
     for part in path.split("."):
         answer = answer.get(part) if isinstance(answer, dict) else None
     return answer
+
+
+@dataclass(frozen=True)
+class Description:
+    """A teacher as a JSON file describes it (docs/teachers.md).
+
+    api: from the fields of `VideoAPI`. prompts: from a text file next to it with one prompt per line. folder: by default the
+    JSON file's name without .json. pace: concurrency, poll and patience of `APITeacher`, where given.
+    """
+
+    api: VideoAPI
+    prompts: list[str]
+    folder: Path
+    max_usd: float
+    pace: dict[str, Any]
+
+
+PACE = ("concurrency", "poll", "patience")
+
+
+def read_description(path: Path) -> Description:
+    """A JSON description of a teacher. Raises ConfigError that names the file and the entry to change."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is not a file: --teacher api:FILE takes a JSON description (docs/teachers.md)")
+    try:
+        given = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path} holds a {type(given).__name__}, expected a JSON object (docs/teachers.md)")
+    for name in ("base_url", "model", "usd_per_video", "max_usd", "prompts"):
+        if name not in given:
+            raise ConfigError(f"{path} lacks {name!r} (docs/teachers.md)")
+    known = {f.name for f in fields(VideoAPI)}
+    if odd := given.keys() - known - {"max_usd", "prompts", "folder", *PACE}:
+        raise ConfigError(f"{path}: unknown key {', '.join(sorted(odd))} (docs/teachers.md)")
+    for name in ("usd_per_video", "max_usd", *PACE):
+        value = given.get(name)
+        if not (isinstance(value, (int, float)) and value >= 0) and not (value is None and name in PACE):
+            raise ConfigError(f"{path}: {name} is {value!r}, expected a number of at least 0 (docs/teachers.md)")
+    for name in ("base_url", "model", "prompts", "folder"):
+        value = given.get(name)
+        if not isinstance(value, str) and not (value is None and name == "folder"):
+            raise ConfigError(f"{path}: {name} is {value!r}, expected a string (docs/teachers.md)")
+    api = VideoAPI(**{name: value for name, value in given.items() if name in known})
+    folder = path.parent / (given.get("folder") or path.stem)
+    pace = {name: given[name] for name in PACE if given.get(name) is not None}
+    return Description(api, _lines(path.parent / given["prompts"]), folder, given["max_usd"], pace)
+
+
+def _lines(file: Path) -> list[str]:
+    """The prompts of a text file. Raises ConfigError without any."""
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not a text file in UTF-8 ({error}): save it as UTF-8") from None
+    if not lines:
+        raise ConfigError(f"{file} holds no prompt: write one prompt per line")
+    return lines

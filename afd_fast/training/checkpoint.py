@@ -69,7 +69,7 @@ def save_sharded(folder: Path, step: int, payload: dict, ranks: Ranks) -> Path:
     return path
 
 
-def _refused(path: Path, error: Exception) -> CheckpointError:
+def _refused(path: Path, error: BaseException) -> CheckpointError:
     valid = latest(path.parent)
     kept = f"{valid} is still valid" if valid else "no earlier checkpoint exists"
     return CheckpointError(f"{path} could not be written ({error}); {kept}. Free some space and continue with --resume")

@@ -12,15 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from afd_fast.config import TrainConfig, from_dict, to_dict, with_overrides
+from afd_fast.config import TrainConfig, to_dict, with_overrides, with_values
 from afd_fast.errors import ConfigError, Interrupted, TrainingError
-from afd_fast.training import runs as recipes
+from afd_fast.training import runs as named
+from afd_fast.training.methods import METHODS
+from afd_fast.training.run_folder import check_folder, write_json
 from afd_fast.training.trainer import on_stop_signal
 
 POLL = 0.5  # seconds
@@ -28,44 +31,69 @@ POLL = 0.5  # seconds
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: keys of the configuration that make it differ from the recipe."""
+    """A row of the table: the keys of the configuration by which it differs from the run."""
 
     label: str
-    keys: dict = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
+
+
+Variants = Callable[[TrainConfig], list[Variant]]
 
 
 def methods(config: TrainConfig, names: list[str]) -> list[Variant]:
-    """ "afd" and the baselines, with the settings of `recipes.baseline`. ConfigError for other names."""
-    return [Variant(name, recipes.baseline(config, name)) for name in names]
+    """ "afd" and the baselines, each with its method's defaults. ConfigError for other names."""
+    found = []
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        method = METHODS[name]
+        rate = {"update.lr": config.update.lr * method.lr_scale}
+        found.append(Variant(name, {"method": name, **method.defaults, **rate}))
+    return found
 
 
-def _scaled(key: str, *factors: float) -> Callable[[TrainConfig], list[Variant]]:
-    return lambda c: [Variant(f"{key}={v:g}", {key: v}) for v in (f * getattr(c, key) for f in factors)]
+def _scaled(key: str, *factors: float) -> Variants:
+    """Variants at multiples of the configuration's value."""
+
+    def variants(config: TrainConfig) -> list[Variant]:
+        values = [f * to_dict(config)[key] for f in factors]
+        return [Variant(f"{key}={v:g}", {key: v}) for v in values]
+
+    return variants
 
 
-def _choices(key: str, *values) -> Callable[[TrainConfig], list[Variant]]:
-    return lambda c: [Variant(f"{key}={v}", {key: v}) for v in values]
+def _choices(key: str, *values: Any) -> Variants:
+    """Variants with these values."""
+
+    def variants(config: TrainConfig) -> list[Variant]:
+        return [Variant(f"{key}={v}", {key: v}) for v in values]
+
+    return variants
 
 
 def _group_sizes(config: TrainConfig) -> list[Variant]:
+    """Rollouts per prompt at the same batch."""
     batch = config.prompts_per_step * config.rollouts_per_prompt
     return [
-        Variant(f"K={k}", {"rollouts_per_prompt": k, "prompts_per_step": batch // k}) for k in (2, 4, 8) if batch % k == 0
-    ]  # fmt: skip
+        Variant(f"K={k}", {"rollouts_per_prompt": k, "prompts_per_step": batch // k})
+        for k in (2, 4, 8)
+        if batch % k == 0
+    ]
 
 
-ABLATIONS = {
-    "disc_lr": _scaled("disc_lr", 0, 0.1, 0.5, 1, 5),  # the paper's sweep (Figure 5) in units of its best
-    "disc_loss": _choices("disc_loss", "bt", "gan"),  # Figure 6
-    "v_old": _choices("v_old", "ema", "self"),
-    "t_sampling": _choices("t_sampling", "grid", "uniform"),
-    "k": _group_sizes,  # rollouts a prompt at the same batch
-    "prior": _scaled("prior_weight", 0, 1, 10, 100),
-    "update": _choices("update", "detached", "teacher_forcing", "block_causal"),
+ABLATIONS: dict[str, Variants] = {
+    "disc_lr": _scaled("discriminator.lr", 0, 0.1, 0.5, 1, 5),  # the paper's sweep (Figure 5) in units of its best
+    "disc_loss": _choices("discriminator.loss", "bt", "gan"),  # Figure 6
+    "v_old": _choices("update.v_old", "ema", "self"),
+    "t_sampling": _choices("update.t_sampling", "grid", "uniform"),
+    "k": _group_sizes,
+    "prior": _scaled("loss.ref_coef", 0, 1, 10, 100),
+    "history": _choices("update.history", "detached", "teacher_forcing", "block_causal"),
 }
 
 
-def _text(value) -> str:
+def _text(value: Any) -> str:
+    """A value as `key=value` takes it."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -74,14 +102,11 @@ def runs(config: TrainConfig, variants: list[Variant], seeds: int, out: Path) ->
     planned = {}
     for seed in range(config.seed, config.seed + seeds):
         for v in variants:
-            folder = out / f"{v.label}-{seed}"
-            planned[folder] = replace(config, **v.keys, seed=seed, name=f"{config.name} {v.label}")
+            keys = {**v.keys, "seed": seed, "name": f"{config.name} {v.label}"}
+            planned[out / f"{v.label}-{seed}"] = with_values(config, keys)
     for folder, wanted in planned.items():
         if (folder / "config.json").exists():
-            found = to_dict(from_dict(json.loads((folder / "config.json").read_text())))
-            odd = [key for key, value in to_dict(wanted).items() if found[key] != value]
-            if odd:
-                raise ConfigError(f"{folder} is a run with another {', '.join(odd)}: choose another --out")
+            check_folder(folder, wanted, overwrite=False, resume=True)
         elif folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} exists and is not a run folder: choose another --out")
     return planned
@@ -92,12 +117,12 @@ def log_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def _start(recipe: str, folder: Path, config: TrainConfig, jobs: int) -> subprocess.Popen:
-    default = to_dict(recipes.get(recipe))
+def _start(run: str, folder: Path, config: TrainConfig, jobs: int) -> "subprocess.Popen[bytes]":
+    default = to_dict(named.get(run))
     overrides = [f"{k}={_text(v)}" for k, v in to_dict(config).items() if v != default[k]]
     resume = ["--resume"] if (folder / "config.json").exists() else []
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "afd_fast", "train", recipe, *overrides, "--out", str(folder), *resume]
+    command = [sys.executable, "-m", "afd_fast", "train", run, *overrides, "--out", str(folder), *resume]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     with log_of(folder).open("ab") as log:
         return subprocess.Popen(
@@ -105,7 +130,7 @@ def _start(recipe: str, folder: Path, config: TrainConfig, jobs: int) -> subproc
         )
 
 
-def run_all(recipe: str, planned: dict[Path, TrainConfig], *, jobs: int, console: Console) -> None:
+def run_all(run: str, planned: dict[Path, TrainConfig], *, jobs: int, console: Console) -> None:
     """Run what is not finished, `jobs` processes at a time. TrainingError with the log's last line when one fails;
     Interrupted after Ctrl-C or SIGTERM, once every child has saved itself."""
     waiting = [folder for folder in planned if not (folder / "result.json").exists()]
@@ -119,7 +144,7 @@ def run_all(recipe: str, planned: dict[Path, TrainConfig], *, jobs: int, console
             while (waiting or running) and not asked:
                 while waiting and len(running) < jobs:
                     folder = waiting.pop(0)
-                    running[folder] = _start(recipe, folder, planned[folder], jobs)
+                    running[folder] = _start(run, folder, planned[folder], jobs)
                     bars[folder] = progress.add_task(folder.name, total=planned[folder].iterations)
                 time.sleep(POLL)
                 for folder, child in list(running.items()):
@@ -142,13 +167,13 @@ def run_all(recipe: str, planned: dict[Path, TrainConfig], *, jobs: int, console
         raise Interrupted("stopped; the same command goes on from here")
 
 
-def gather(recipe: str, planned: dict[Path, TrainConfig], variants: list[Variant], out: Path) -> dict:
+def gather(run: str, planned: dict[Path, TrainConfig], variants: list[Variant], out: Path) -> dict[str, Any]:
     """comparison.json's content: for base, every variant and the teacher each score's mean, standard deviation (of a
     sample; None for one seed) and values."""
     results = {folder: json.loads((folder / "result.json").read_text()) for folder in planned}
     by_label = {v.label: [r for f, r in results.items() if f.name.rpartition("-")[0] == v.label] for v in variants}
 
-    def scores(rows: list[dict]) -> dict:
+    def scores(rows: list[dict[str, float]]) -> dict[str, Any]:
         kept = {}
         for key in rows[0]:
             values = [row[key] for row in rows if key in row]
@@ -163,7 +188,7 @@ def gather(recipe: str, planned: dict[Path, TrainConfig], variants: list[Variant
         rows[label] |= scores([{"seconds": r["seconds"]} for r in found])
     rows["teacher"] = scores([first["rows"]["teacher"]])
     comparison = {
-        "recipe": recipe,
+        "run": run,
         "rows": rows,
         "seeds": sorted({c.seed for c in planned.values()}),
         "clips_judged": first["clips_judged"],
@@ -171,21 +196,18 @@ def gather(recipe: str, planned: dict[Path, TrainConfig], variants: list[Variant
         "runs": {str(f.relative_to(out)): to_dict(c) for f, c in planned.items()},
         "environment": first["environment"],
     }
-    partial = out / "comparison.part"
-    partial.write_text(json.dumps(comparison, indent=1))
-    partial.replace(out / "comparison.json")
+    write_json(out / "comparison.json", comparison)
     return comparison
 
 
 def compare(
-    recipe: str, overrides: list[str], variants: Callable[[TrainConfig], list[Variant]], seeds: int, out: Path, *,
-    jobs: int = 1, console: Console,
-) -> dict:  # fmt: skip
+    run: str, overrides: list[str], variants: Variants, seeds: int, out: Path, *, jobs: int = 1, console: Console
+) -> dict[str, Any]:
     """Run, collect; returns comparison.json's content. Errors of `runs` before anything starts, of `run_all` during it."""
     if seeds < 1 or jobs < 1:
         raise ConfigError(f"--seeds and --jobs must be at least 1, got {seeds} and {jobs}")
-    config = with_overrides(recipes.get(recipe), overrides)
+    config = with_overrides(named.get(run), overrides)
     rows = variants(config)
     planned = runs(config, rows, seeds, out)
-    run_all(recipe, planned, jobs=jobs, console=console)
-    return gather(recipe, planned, rows, out)
+    run_all(run, planned, jobs=jobs, console=console)
+    return gather(run, planned, rows, out)

@@ -5,6 +5,7 @@ them bit for bit, with more to the rounding of a sum in another order.
 """
 
 import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from afd_fast.errors import ConfigError
+from afd_fast.students.student import StudentModule
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Ranks:
 
     @property
     def lead(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this is rank 0, which evaluates, writes files and logs."""
         return self.rank == 0
 
     def share(self, shards: int) -> range:
@@ -44,7 +46,7 @@ class Ranks:
         dist.all_gather_object(everybody, (prompts, rewards.cpu()))
         return [p for names, _ in everybody for p in names], torch.cat([r for _, r in everybody]).to(rewards.device)
 
-    def sum_gradients(self, parameters) -> None:
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up the gradients of all ranks, in place, in one message. FSDP has done it for parameters it shards."""
         gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
         if self.world == 1 or not gradients:
@@ -72,8 +74,8 @@ class Ranks:
         return self.mean({"flag": float(flag)})["flag"] > 0
 
     @contextmanager
-    def lead_first(self):
-        """The lead goes through the block alone, then the others."""
+    def lead_first(self) -> Iterator[None]:
+        """Rank 0 goes through the block alone, then the others."""
         if not self.lead:
             dist.barrier()
         yield
@@ -81,21 +83,19 @@ class Ranks:
             dist.barrier()
 
 
-def shard_parameters(model: nn.Module) -> None:
+def shard_parameters(model: StudentModule) -> None:
     """Split the parameters of a student over the ranks with FSDP2, block by block: each rank keeps its part, and gathers
     a block's weights for the block's forward and backward. Gradients add up over the ranks (`sum_gradients`' convention).
 
-    Every rank has to take part in every forward then. The blocks' `modulation` tables, which are read between blocks,
-    stay whole.
+    Every rank has to take part in every forward then.
     """
-    tables = {b.modulation for b in model.blocks if isinstance(b.modulation, nn.Parameter)}
-    entries = ("encode_text", "conditioning", "forward_teacher_forcing", "forward_block_causal")
-    for module in (*model.blocks, model):
-        fully_shard(module, ignored_params=tables)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
-        module.set_gradient_divide_factor(1.0)
-        for name in entries:
-            if hasattr(module, name):
+    plan = model.shard_plan()
+    for module in (*plan.blocks, model):
+        sharded = fully_shard(module, ignored_params=set(plan.whole))
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+        sharded.set_gradient_divide_factor(1.0)
+        for name in plan.methods:
+            if name in dir(type(module)):
                 register_fsdp_forward_method(module, name)
 
 
@@ -125,8 +125,12 @@ def _device() -> str:
 
 
 @contextmanager
-def job():
-    """This process's Ranks in the job torchrun started (NCCL with a GPU for each process, gloo without); alone otherwise."""
+def job() -> Iterator[Ranks]:
+    """This process's Ranks in the job torchrun started (NCCL with a GPU per process, gloo without); alone otherwise. A
+    process group that exists already is used and left alone."""
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+        return
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Ranks()
         return

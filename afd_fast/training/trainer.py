@@ -1,7 +1,7 @@
-"""A run: collect the teacher's videos, train, judge, checkpoint; can be interrupted and resumed without loss.
+"""A run in a folder: collect the teacher's videos, train, judge, checkpoint; can be interrupted and resumed without loss.
 
-A run folder holds config.json, environment.json, metrics.jsonl (one row an iteration), evaluations.jsonl,
-tensorboard/, checkpoints/, and at the end result.json, samples.safetensors and student.safetensors.
+A run folder holds config.json, environment.json, metrics.jsonl (one row per iteration), evaluations.jsonl,
+tensorboard/, checkpoints/, and at the end result.json, samples.safetensors and the trained student.
 """
 
 import contextlib
@@ -9,45 +9,68 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any, TypedDict
 
-import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import save_file
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from afd_fast.config import TrainConfig, to_dict
-from afd_fast.errors import Interrupted, TrainingError
-from afd_fast.judges import clips as clip_judge
-from afd_fast.judges import physics as physics_judge
-from afd_fast.students.lora import merged_lora, trainable
-from afd_fast.teachers import api
-from afd_fast.teachers.dataset import REFERENCE_SEEDS, TEACHER_ROW_SEEDS, collect
+from afd_fast.discriminators.discriminator import Discriminator, check_discriminator
+from afd_fast.errors import ConfigError, Interrupted, TrainingError
+from afd_fast.judges import Scores
+from afd_fast.students.lora import trainable
+from afd_fast.students.student import Family
+from afd_fast.students.student import family as make_family
+from afd_fast.teachers.cache import CachedTeacher
+from afd_fast.teachers.dataset import BatchPlan, TeacherVideos, check_prompts, collect, open_teacher
+from afd_fast.teachers.teacher import Request, Teacher
 from afd_fast.training import checkpoint
-from afd_fast.training.distributed import Ranks, whole
-from afd_fast.training.methods import baselines
-from afd_fast.training.methods.streaming import clip, stream_step
-from afd_fast.training.run_folder import add_video, append, environment, prepare_folder, read_rows, rewind
-from afd_fast.training.state import System, generator, new_state
-from afd_fast.training.step import sample_policy
+from afd_fast.training.distributed import Ranks, job
+from afd_fast.training.evaluate import Evaluator
+from afd_fast.training.loop import train_step
+from afd_fast.training.run import Metrics, Run
+from afd_fast.training.run_folder import (
+    add_video,
+    append,
+    check_folder,
+    environment,
+    make_folder,
+    read_rows,
+    rewind,
+    write_json,
+)
+from afd_fast.training.state import new_state
+from afd_fast.training.watch import Watch
 
-REFERENCE_CLIPS = 32  # teacher clips per held-out prompt behind the Frechet distance (physics only: they are free)
-WATCHED = 20  # iterations
-PAIR_R = (0.01, 0.65)  # the range of sigmoid(D(student) - D(teacher)) that is no reason to worry
-NORM_RATIO = (0.9, 1.1)  # and of ||v|| / ||v_ref||
-AUTO_RANGE = 10.0  # disc_lr_auto stays within this factor of disc_lr
-NOTED = ("loss", "reward", "margin", "accuracy")  # beside the progress bar
-SAMPLE_PROMPTS, SAMPLES_PER_PROMPT = 8, 2  # shown in the report
+NOTED = ("loss", "reward", "margin", "accuracy")  # shown at the progress bar
+
+
+class RunResult(TypedDict):
+    """The content of result.json: scores of the base student, the trained one and the teacher, and how they were made."""
+
+    rows: dict[str, Scores]
+    prompts: dict[str, int]
+    clips_judged: int
+    problems: list[str]
+    seconds: float
+    config: dict[str, Any]
+    environment: dict[str, Any]
 
 
 @contextlib.contextmanager
-def on_stop_signal(ask: Callable):
-    """Inside the block Ctrl-C and SIGTERM call `ask(signal, frame)` and nothing else."""
-    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+def on_stop_signal(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Inside the block Ctrl-C and SIGTERM call `ask(signal, frame)` and nothing else. Without effect outside the main
+    thread, where Python cannot handle signals."""
+    try:
+        previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        previous = {}
     try:
         yield
     finally:
@@ -56,16 +79,13 @@ def on_stop_signal(ask: Callable):
 
 
 class Trainer:
-    """One run in one folder. `run()` trains to the end; `system` holds the pretrained student it starts from.
+    """One run in one folder. `train()` trains to the end. Only rank 0 evaluates, writes files and logs."""
 
-    Of several ranks the lead alone judges, writes and speaks.
-    """
-
-    def __init__(
-        self, config: TrainConfig, system: System, out: Path, *, cache: Path, console: Console, ranks: Ranks = Ranks()
-    ):
-        self.config, self.out, self.console, self.ranks = config, out, console, ranks
+    def __init__(self, run: Run, teacher: Teacher, out: Path, console: Console):
+        self.run, self.out, self.console = run, out, console
+        config, ranks = run.config, run.ranks
         self.shards = ranks.share(config.shards)
+        self.plan = batch_plan(config)
         self.lockstep = config.fsdp and ranks.world > 1  # the student runs only when it runs on every rank
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -73,96 +93,27 @@ class Trainer:
         )  # fmt: skip
         with self.progress:
             with ranks.lead_first():  # the others then find every video in the cache
-                self.data = collect(config, system, cache, self._track)
-            self.reference = self._reference_clips() if ranks.lead else None
-            first = self.data.first_held_out if ranks.lead else []
-            self.first_reference = self._reference_of(first) if first else None
+                self.data: TeacherVideos = collect(teacher, config.teacher_clips, config.codec_crf, self._track)
+            check_prompts(teacher, self.plan)  # some may have been refused
+            self.evaluator = Evaluator(run, self.data, self._track)
         for problem in self.data.problems:
-            console.print(f"[yellow]left out:[/] {problem}")
-        self.state = new_state(config, system)
-        self._stop, self._drift_said = False, -WATCHED
+            console.print(f"[yellow]left out:[/] {escape(problem)}")
+        self.watch = Watch(run, console)
+        self._stop = False
 
-    def _track(self, items, description: str):
+    def _track(self, items: Sequence[Any], description: str) -> Iterable[Any]:
         task = self.progress.add_task(description, total=len(items), note="")
         for item in items:
             yield item
             self.progress.advance(task)
 
-    def _reference_clips(self) -> Tensor:
-        """Teacher clips [N, 3, F, H, W] of the held-out prompts that student clips are compared with."""
-        if not self.data.judged:
-            return torch.cat([self.data.videos[p] for p in self.data.held_out]).float() / 255
-        return self._reference_of(self.data.held_out)
-
-    def _reference_of(self, held_out: list[str]) -> Tensor:
-        pairs = [(p, REFERENCE_SEEDS + i) for i in range(REFERENCE_CLIPS) for p in held_out]
-        return torch.cat([self.data.clips([p], [s]) for p, s in self._track(pairs, "judge's reference videos")])
-
-    # -- judging ---------------------------------------------------------------------------------------------
-
-    def judge(self, clips: Tensor, prompts: list[str]) -> dict[str, float]:
-        """Scores from pixels alone."""
-        if self.data.judged:
-            return physics_judge.evaluate(clips.numpy(), prompts, self.reference.numpy())
-        return clip_judge.evaluate(clips.numpy(), self.reference.numpy())
-
-    def student_clips(self, per_prompt: int, held_out: list[str] | None = None) -> tuple[Tensor, list[str]]:
-        """Held-out rollouts of the averaged student, with the same noise at every call; of a stream its last clip."""
-        prompts = (held_out or self.data.held_out) * per_prompt
-        size, videos = self.config.eval_batch or len(prompts), []
-        for number, start in enumerate(range(0, len(prompts), size)):
-            rng = generator(0, 0, "evaluation", number)
-            part, length = prompts[start : start + size], self.config.stream or self.state.system.shape[1]
-            latents = sample_policy(self.state, self.config, part, rng, average=True, frames=length)
-            videos.append(clip(self.state.system, self.config, latents, length - self.state.system.shape[1]).cpu())
-        return torch.cat(videos), prompts
-
-    def evaluate(self) -> dict[str, float]:
-        """The judge's scores on held-out prompts and, for the discriminator, accuracy there and agreement with the judge."""
-        clips, prompts = self.student_clips(self.config.eval_rollouts)
-        first = self.data.first_held_out
-        first_clips, _ = self.student_clips(self.config.eval_rollouts, first) if first else (None, None)
-        if not self.ranks.lead:
-            return {}
-        self.sample = torch.cat(list(clips[: min(4, len(self.data.held_out))]), -1)  # beside each other
-        row = {"step": self.state.step, **self.judge(clips, prompts)}
-        if first:
-            again = first * self.config.eval_rollouts
-            scores = physics_judge.evaluate(first_clips.numpy(), again, self.first_reference.numpy())
-            row |= {f"first_{key}": scores[key] for key in ("residual_px", "general", "background")}
-        if self.config.method == "sft":  # has no use for a discriminator
-            return row
-        teacher = (
-            torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for i, p in enumerate(prompts)]).float()
-            / 255
-        )
-        home = next(self.state.discriminator.parameters()).device
-        with torch.no_grad():
-            scores = self.state.discriminator.score(clips.to(home), prompts).cpu()
-            of_teacher = self.state.discriminator.score(teacher.to(home), prompts).cpu()
-            row["held_out_accuracy"] = (of_teacher > scores).float().mean().item()
-        if self.data.judged and self.config.eval_rollouts > 1:
-            residual = physics_judge.physics_residual(clips.numpy(), prompts)
-            centred = [a.reshape(-1, len(self.data.held_out)) for a in (scores.numpy(), -residual)]
-            centred = [(a - a.mean(0)).ravel() for a in centred]
-            row["reward_physics_correlation"] = float(np.corrcoef(*centred)[0, 1])
-        return row
-
     # -- the loop --------------------------------------------------------------------------------------------
 
-    def run(self, *, resume: bool = False, on_step: Callable[[dict], None] | None = None) -> dict:
-        """Train to the end and return result.json's content ({} on ranks that do not lead). Interrupted after a
-        saved stop."""
-        config, state, lead = self.config, self.state, self.ranks.lead
-        elapsed = 0.0
-        folder = self.out / "checkpoints"
-        if resume and (path := checkpoint.latest(folder)):
-            sharded = path.suffix == ".dcp"
-            blank = lambda keys: {"state": state.blank(keys), "elapsed": 0.0}
-            saved = checkpoint.load_sharded(path, blank, self.ranks) if sharded else checkpoint.load(path)
-            state.load_state_dict(saved["state"])
-            elapsed = saved["elapsed"]
-            self.console.print(f"resuming after iteration {state.step} ({path})")
+    def train(self, *, resume: bool = False, on_step: Callable[[Metrics], None] | None = None) -> RunResult | None:
+        """Train to the end and return result.json's content (None on ranks other than 0). Interrupted after a saved
+        stop."""
+        elapsed = self._resume() if resume else 0.0
+        state, lead = self.run.state, self.run.ranks.lead
         if lead:
             rewind(self.out / "metrics.jsonl", state.step)
             rewind(self.out / "evaluations.jsonl", state.step + bool(state.step))
@@ -170,195 +121,210 @@ class Trainer:
         started = time.perf_counter() - elapsed
         try:
             with on_stop_signal(self._ask_to_stop), self.progress:
-                task = self.progress.add_task(config.name, total=config.iterations, completed=state.step, note="")
-                if state.step == 0:
-                    self._record_evaluation(writer)
-                iterate = stream_step if config.stream else baselines.STEPS[config.method]
-                while state.step < config.iterations:
-                    batch = self.data.batch(config, state.step, self.shards)
-                    metrics = iterate(state, config, batch, self.ranks)
-                    self._check(metrics)
-                    stop, last = self.ranks.any(self._stop), state.step == config.iterations
-                    self._watch(metrics)
-                    if lead:
-                        row = {"step": state.step - 1, "elapsed": time.perf_counter() - started, **metrics}
-                        append(self.out / "metrics.jsonl", row)
-                        for key, value in metrics.items():
-                            writer.add_scalar(key if "/" in key else f"train/{key}", value, state.step)
-                        note = " ".join(f"{k} {metrics[k]:.2f}" for k in NOTED if k in metrics)
-                        self.progress.update(task, completed=state.step, note=note)
-                        if on_step:
-                            on_step(row)
-                    if state.step % config.eval_every == 0 or last:
-                        self._record_evaluation(writer)
-                    if state.step % config.checkpoint_every == 0 or last or stop:
-                        payload = {"state": state.state_dict(), "elapsed": time.perf_counter() - started}
-                        if config.fsdp:
-                            checkpoint.save_sharded(folder, state.step, payload, self.ranks)
-                        elif lead:
-                            checkpoint.save(folder, state.step, payload)
-                    if stop and not last:
-                        raise Interrupted(f"stopped after iteration {state.step}; continue with --resume")
+                self._iterate(writer, started, on_step)
                 return self._finish(time.perf_counter() - started)
         finally:
             if writer:
                 writer.close()
 
-    def _watch(self, metrics: dict) -> None:
-        """Say it when the student leaves the frozen one, and when the discriminator gives no signal (Figure 5 of the
-        paper), with the remedy; with disc_lr_auto, apply it: the discriminator's learning rate twice or half what it was."""
-        ratio = metrics.get("velocity_norm_ratio", 1.0)
-        if not NORM_RATIO[0] <= ratio <= NORM_RATIO[1] and self.state.step >= self._drift_said + WATCHED:
-            self._drift_said = self.state.step
-            self.console.print(
-                f"[yellow]iteration {self.state.step}:[/] the student's velocities are {ratio:.2f} times as long as the "
-                "frozen student's: it drifts (blur, collapse); raise prior_weight or lower student_lr"
-            )
-        if "pair_r" not in metrics:
-            return
-        seen = self.state.pair_r = [*self.state.pair_r, metrics["pair_r"]][-WATCHED:]
-        r = sum(seen) / len(seen)
-        if len(seen) < WATCHED or PAIR_R[0] <= r <= PAIR_R[1]:
-            return
-        stale = r > PAIR_R[1]
-        what = (
-            "stale: raise disc_lr or disc_steps" if stale else "overpowering: lower disc_lr, raise r1 or instance_noise"
-        )
-        if self.config.disc_lr_auto:
-            (group,) = self.state.disc_optimizer.param_groups
-            low, high = self.config.disc_lr / AUTO_RANGE, self.config.disc_lr * AUTO_RANGE
-            group["lr"] = min(max(group["lr"] * (2 if stale else 0.5), low), high)
-            what = f"{what.partition(':')[0]}: disc_lr is now {group['lr']:.3g}"
-        self.console.print(
-            f"[yellow]iteration {self.state.step}:[/] sigmoid(D(student) - D(teacher)) has been {r:.3f} over {WATCHED} "
-            f"iterations; the discriminator is {what}"
-        )
-        self.state.pair_r = []
+    def _iterate(self, writer: SummaryWriter | None, started: float, on_step: Callable[[Metrics], None] | None) -> None:
+        config, state = self.run.config, self.run.state
+        task = self.progress.add_task(escape(config.name), total=config.iterations, completed=state.step, note="")
+        if state.step == 0:
+            self._record_evaluation(writer)
+        while state.step < config.iterations:
+            metrics = train_step(self.run, self.data.batch(self.plan, state.step, self.shards))
+            self._check(metrics)
+            stop, last = self.run.ranks.any(self._stop), state.step == config.iterations
+            self.watch(metrics)
+            if writer is not None:
+                row = {"step": state.step - 1, "elapsed": time.perf_counter() - started, **metrics}
+                append(self.out / "metrics.jsonl", row)
+                for key, value in metrics.items():
+                    writer.add_scalar(key if "/" in key else f"train/{key}", value, state.step)
+                note = " ".join(f"{k} {metrics[k]:.2f}" for k in NOTED if k in metrics)
+                self.progress.update(task, completed=state.step, note=note)
+                if on_step:
+                    on_step(row)
+            if state.step % config.evaluation.every == 0 or last:
+                self._record_evaluation(writer)
+            if state.step % config.checkpoint_every == 0 or last or stop:
+                self._save(time.perf_counter() - started)
+            if stop and not last:
+                raise Interrupted(f"stopped after iteration {state.step}; continue with --resume")
 
-    def _ask_to_stop(self, *_):
+    def _resume(self) -> float:
+        """Load the newest checkpoint, if there is one; returns the seconds that the run has taken."""
+        state, path = self.run.state, checkpoint.latest(self.out / "checkpoints")
+        if path is None:
+            return 0.0
+
+        def blank(keys: set[str]) -> dict[str, Any]:
+            return {"state": state.blank(keys), "elapsed": 0.0}
+
+        sharded = path.suffix == ".dcp"
+        saved = checkpoint.load_sharded(path, blank, self.run.ranks) if sharded else checkpoint.load(path)
+        state.load_state_dict(saved["state"])
+        self.console.print(f"resuming after iteration {state.step} ({escape(str(path))})")
+        return saved["elapsed"]
+
+    def _save(self, elapsed: float) -> None:
+        state, folder = self.run.state, self.out / "checkpoints"
+        payload = {"state": state.state_dict(), "elapsed": elapsed}
+        if self.run.config.fsdp:
+            checkpoint.save_sharded(folder, state.step, payload, self.run.ranks)
+        elif self.run.ranks.lead:
+            checkpoint.save(folder, state.step, payload)
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
         self.console.print("stopping after this iteration ...")
 
-    def _check(self, metrics: dict) -> None:
-        bad = [k for k, v in metrics.items() if not math.isfinite(v)]
+    def _check(self, metrics: Metrics) -> None:
+        bad = [k for k, v in metrics.items() if not math.isfinite(v) and not k.startswith("health/")]
         if bad:
             raise TrainingError(
-                f"iteration {self.state.step}: {', '.join(bad)} not finite; stopped before a checkpoint could be overwritten"
+                f"iteration {self.run.state.step}: {', '.join(bad)} not finite; stopped before a checkpoint could be overwritten"
             )
 
     def _record_evaluation(self, writer: SummaryWriter | None) -> None:
-        row = self.evaluate() if self.ranks.lead or self.lockstep else {}
-        if not self.ranks.lead:
+        row = self.evaluator.evaluate() if self.run.ranks.lead or self.lockstep else {}
+        if writer is None:
             return
         append(self.out / "evaluations.jsonl", row)
+        step = int(row["step"])
         for key, value in row.items():
             if key != "step" and math.isfinite(value):
-                writer.add_scalar(f"held_out/{key}", value, row["step"])
-        add_video(writer, "held_out/sample", self.sample, self.state.system.fps, row["step"])
-        keys = ("residual_px", "frechet", "general") if self.data.judged else ("dynamic", "frechet")
-        shown = ", ".join(f"{k} {row[k]:.3f}" for k in keys)
+                writer.add_scalar(f"held_out/{key}", value, step)
+        if self.evaluator.sample is not None:
+            add_video(writer, "held_out/sample", self.evaluator.sample, self.run.family.video.fps, step)
+        shown = ", ".join(f"{k} {row[k]:.3f}" for k in self.evaluator.judge.headline)
         if "held_out_accuracy" in row:
             shown += f", held-out accuracy {row['held_out_accuracy']:.2f}"
-        self.console.print(f"iteration {row['step']:4d}: {shown}")
+        self.console.print(f"iteration {step:4d}: {shown}")
 
-    def _finish(self, seconds: float) -> dict:
+    def _finish(self, seconds: float) -> RunResult | None:
         """Judge the final student and the teacher, keep samples, weights and the result."""
-        weights, adapters = self._weights() if self.ranks.lead or self.lockstep else ({}, {})
-        self._save_samples()
-        if not self.ranks.lead:
-            return {}
+        ranks, config = self.run.ranks, self.run.config
+        weights = self.evaluator.weights() if ranks.lead or self.lockstep else None
+        self.evaluator.save_samples(self.out / "samples.safetensors")
+        if not ranks.lead or weights is None:
+            return None
         evaluations = read_rows(self.out / "evaluations.jsonl")
-        held, count = self.data.held_out, self.config.eval_rollouts
-        seeds = [TEACHER_ROW_SEEDS + i // len(held) for i in range(len(held) * count)]
-        teacher = self.data.clips(held * count, seeds) if self.data.judged else self.reference
-        teacher_row = self.judge(teacher, held * count if self.data.judged else [])
-        result = {
-            "rows": {"base": evaluations[0], "student": evaluations[-1], "teacher": teacher_row},
-            "prompts": {"train": len(self.data.train_prompts), "held_out": len(held)},
-            "clips_judged": len(held) * count,
-            "problems": self.data.problems,
-            "seconds": seconds,
-            "config": to_dict(self.config),
-            "environment": environment(),
-        }
-        self.state.system.save(weights, adapters, to_dict(self.config), self.out)
-        partial = self.out / "result.part"
-        partial.write_text(json.dumps(result, indent=1))
-        partial.replace(self.out / "result.json")
+        held = len(self.data.held_out)
+        rows = {"base": evaluations[0], "student": evaluations[-1], "teacher": self.evaluator.teacher_row()}
+        result = RunResult(
+            rows=rows,
+            prompts={"train": len(self.data.train_prompts), "held_out": held},
+            clips_judged=held * config.evaluation.rollouts,
+            problems=self.data.problems,
+            seconds=seconds,
+            config=to_dict(config),
+            environment=environment(),
+        )
+        self.run.family.save(weights, to_dict(config), self.out)
+        write_json(self.out / "result.json", result)
         return result
 
-    def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The averaged student's own weights with adapters merged, and the adapters."""
-        with self.state.ema.applied(self.state.student), merged_lora(self.state.student):
-            state = {n: whole(p).clone() for n, p in self.state.student.state_dict().items()}
-        return (
-            {n.replace(".base_layer", ""): p for n, p in state.items() if ".lora_" not in n},
-            {n: p for n, p in state.items() if ".lora_" in n},
-        )
 
-    def _save_samples(self) -> None:
-        """Clips of the first held-out prompts: base student, the trained one from the same noise, and the teacher."""
-        count = SAMPLES_PER_PROMPT
-        shown = self.data.held_out[:SAMPLE_PROMPTS]
-        pick = lambda clips: clips.view(count, len(self.data.held_out), *clips.shape[1:])[:, : len(shown)]
-        student = pick(self.student_clips(count)[0])
-        trained, reference = self.state.ema.shadow, self.state.reference
-        if reference is not None:
-            self.state.ema.shadow = dict(reference.named_parameters())
-        else:
-            self.state.ema.shadow = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in trained.items()}
-        base = pick(self.student_clips(count)[0])
-        self.state.ema.shadow = trained
-        if not self.ranks.lead:
-            return
-        teacher = torch.stack(
-            [torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for p in shown]) for i in range(count)]
-        )
-        to8 = lambda x: (x * 255).round().to(torch.uint8).contiguous()
-        clips = {"base": to8(base), "student": to8(student), "teacher": teacher.contiguous()}
-        save_file(clips, self.out / "samples.safetensors", {"prompts": json.dumps(shown)})
+def batch_plan(config: TrainConfig) -> BatchPlan:
+    """How the configuration draws an iteration's prompts."""
+    return BatchPlan(config.seed, config.prompts_per_step, config.rollouts_per_prompt, config.shards)
 
 
-def facts(config: TrainConfig, system: System) -> dict[str, str]:
-    """What a run would be, without running it: sizes of the networks and of their trained part, and the teacher's cost."""
-    state, count = new_state(config, system), lambda parameters: sum(p.numel() for p in parameters)
-    millions = lambda module: (
-        f"{count(module.parameters()) / 1e6:.2f} M, {count(trainable(module).values()) / 1e6:.2f} M of them trained"
-    )
-    b = config.prompts_per_step * config.rollouts_per_prompt
-    said = {
-        "student parameters": millions(state.student),
-        "discriminator parameters": millions(state.discriminator),
-        "videos an iteration": f"{b} of {system.video[0]} frames, {system.video[1]}x{system.video[2]} pixels, {system.fps} fps",
-        "optimiser and average": f"{16 * count(trainable(state.student).values()) / 2**30:.2f} GiB",
-    }
-    if config.teacher.startswith("api:"):
-        teacher = api.from_file(config.teacher[4:], frames=system.video[0], size=system.video[1:], fps=system.fps)
-        left = teacher.missing([(p, seed) for p in teacher.prompts for seed in range(config.teacher_clips)])
-        said["teacher"] = (
-            f"{len(left)} videos to buy for {len(left) * teacher.api.usd_per_video:.2f} USD; {teacher.summary()}"
-        )
-    return said
-
-
-def start(
+def new_run(
     config: TrainConfig,
-    system: System,
-    out: Path,
-    *,
-    overwrite=False,
-    resume=False,
-    console: Console | None = None,
-    cache: Path | None = None,
+    family: Family | None = None,
+    discriminator: Discriminator | None = None,
     ranks: Ranks = Ranks(),
-) -> dict:
-    """Prepare the folder, train, return the result ({} on ranks that do not lead). A finished run is returned as it is."""
-    ranks.share(config.shards)  # a wrong number of processes is said before a folder is touched
-    with ranks.lead_first():
-        if ranks.lead:
-            prepare_folder(out, config, overwrite=overwrite, resume=resume)
-        if resume and (out / "result.json").exists():
-            return json.loads((out / "result.json").read_text()) if ranks.lead else {}
-    cache = cache or out.parent / "teacher-cache"
-    trainer = Trainer(config, system, out, cache=cache, console=console or Console(quiet=not ranks.lead), ranks=ranks)
-    return trainer.run(resume=resume)
+) -> Run:
+    """The networks and optimisers of a run. family: in place of the one that config.student names. ConfigError for what
+    does not fit together."""
+    if family is None:
+        family = make_family(config.student, chunk=config.rollout.chunk, seed=config.seed)
+    elif any((config.student.base, config.student.frames, config.student.height, config.student.width)):
+        raise ConfigError(
+            "student.base, frames, height and width have no meaning with a family of your own: leave them out"
+        )
+    if family.chunk != config.rollout.chunk:
+        raise ConfigError(f"rollout.chunk={config.rollout.chunk}, but the family's chunk is {family.chunk}")
+    if discriminator is not None:
+        check_discriminator(discriminator)
+    return Run(config, new_state(config, family, discriminator), ranks)
+
+
+def teacher_of(run: Run, teacher: Teacher | None, cache: Path) -> Teacher:
+    """The teacher of a run, checked against it: its prompts fill the shards, and the student's text encoder takes them.
+    Nothing is fetched or paid for. teacher: in place of the one that the configuration names."""
+    if teacher is None:
+        found = open_teacher(run.config.teacher, run.family.video, cache)
+    else:
+        found = CachedTeacher(teacher, cache, fit=run.family.video)
+    check_prompts(found, batch_plan(run.config))
+    train, held_out = found.split()
+    for prompt in dict.fromkeys([*train, *held_out]):
+        try:
+            run.family.text([prompt])
+        except ValueError as error:
+            raise ConfigError(f"the student's text encoder refuses the prompt {prompt[:80]!r}: {error}") from error
+    return found
+
+
+def train(
+    config: TrainConfig,
+    family: Family | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    *,
+    overwrite: bool = False,
+    teacher: Teacher | None = None,
+    discriminator: Discriminator | None = None,
+    console: Console | None = None,
+) -> RunResult | None:
+    """Train one run in the folder `out` (default runs/NAME) and return its result; None on ranks other than 0.
+
+    Args:
+        family: the student with its VAE and text encoder; None: the one `config.student` names.
+        resume: continue the run in the folder; a finished one is returned as it is.
+        overwrite: replace a finished or stopped run's folder.
+        teacher, discriminator: in place of the ones that the configuration names.
+        console: where progress goes; None: the terminal.
+
+    Everything is checked before the folder is made and before the teacher is asked for a video. Under torchrun every
+    process calls it. Raises ConfigError for what the user has to change, TeacherError, TrainingError and CheckpointError
+    where a run stops, Interrupted after Ctrl-C or SIGTERM, once the run has saved itself.
+    """
+    folder = Path(out) if out is not None else Path("runs") / config.name
+    with job() as ranks:
+        ranks.share(config.shards)
+        check_folder(folder, config, overwrite=overwrite, resume=resume)
+        if resume and (folder / "result.json").exists():
+            return json.loads((folder / "result.json").read_text()) if ranks.lead else None
+        console = console if console is not None and ranks.lead else Console(quiet=not ranks.lead)
+        run = new_run(config, family, discriminator, ranks)
+        found = teacher_of(run, teacher, folder.parent / "teacher-cache")
+        with ranks.lead_first():
+            if ranks.lead and not resume:
+                make_folder(folder, config)
+        return Trainer(run, found, folder, console).train(resume=resume)
+
+
+def facts(run: Run, teacher: Teacher) -> dict[str, str]:
+    """What a run would be, without running it: sizes of the networks and of their trained part, and the teacher's cost."""
+    config, family = run.config, run.family
+
+    def millions(module: torch.nn.Module) -> str:
+        whole, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (module.parameters(), trainable(module).values()))
+        return f"{whole:.2f} M, {trained:.2f} M of them trained"
+
+    video, trained = family.video, sum(p.numel() for p in trainable(family.student).values())
+    count = config.prompts_per_step * config.rollouts_per_prompt
+    found = {
+        "student parameters": millions(family.student),
+        "discriminator parameters": millions(run.discriminator),
+        "videos per iteration": f"{count} of {video.frames} frames, {video.height}x{video.width} pixels, {video.fps} fps",
+        "optimiser and average": f"{16 * trained / 2**30:.2f} GiB",
+    }
+    prompts = dict.fromkeys([p for part in teacher.split() for p in part])
+    cost = teacher.cost([Request(p, seed) for p in prompts for seed in range(config.teacher_clips)])
+    return found | ({"teacher": cost} if cost else {})

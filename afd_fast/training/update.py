@@ -1,204 +1,248 @@
-"""The student's velocity for training, and its gradient, chunk by chunk: the KV-detached update.
+"""The two optimiser steps of an iteration: the discriminator on pairs, the student on the NFT + prior loss.
 
-A no-grad pass at t = 0 writes each clean chunk's keys and values to a cache; the noised chunk before it runs with
-gradient over that detached history. That is exactly the sampling function, with dense attention only, and of length
-nothing but the cache grows (with window and sink, not even that). Per-chunk t [B, F] is a noise level per frame.
-
-`student_velocity` keeps every chunk's graph, `nft_backward` one chunk's at a time. For comparison, `UPDATES` also holds
-the full gradient (teacher forcing) and Astrolabe's function of the noised history (block-causal).
-
-Legend: B samples, C channels, F latent frames, H x W latent pixels, S clips of F / S frames with a reward of their own.
+Gradients add up over a rank's shards and over the ranks.
+Legend: b rows of a shard, C channels, F frames, H x W pixels or latent pixels, S clips of a rollout.
 """
 
-from collections.abc import Iterator
-from dataclasses import fields, replace
-from itertools import pairwise
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afd_fast import ops
-from afd_fast.reference.nft import NFTRecipe
+from afd_fast.discriminators.discriminator import Clips
+from afd_fast.errors import TrainingError
+from afd_fast.reference.adversarial import pair_health
+from afd_fast.reference.nft import NFTRecipe, nft_recipe
+from afd_fast.rollout import step_table
+from afd_fast.students.lora import disabled, merged_lora, trainable
+from afd_fast.students.student import Context, StudentModule
+from afd_fast.training.distributed import local, total_norm
+from afd_fast.training.rollouts import Rollouts
+from afd_fast.training.run import Metrics, Run
+from afd_fast.training.velocity import LossInputs, UpdateStats, clip_loss, nft_backward, velocity
+
+DISC_GRAD_NORM = 5.0
+REGRESSION = nft_recipe("afd", beta=1.0, ref_coef=0.0, sample_reduction="mean", batch_reduction="mean")
+LOGGED = ("margin", "accuracy", "r")  # of `pair_health`, which are logged under other names
 
 
-def chunk_velocities(
-    model,
-    x_t: Tensor,
-    t: Tensor,
-    text,
-    clean: Tensor,
-    chunk: int,
-    *,
-    active: range | None = None,
-    beside=(),
-    **cache_options,
-) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
-    """(frames, v_theta of these frames, velocities beside it) for every chunk, in order.
+class Pair(NamedTuple):
+    """Both sides of a shard's pairs, [b] each."""
 
-    Call backward before taking the next chunk, and no graph outlives its chunk. x_t, clean: [B, C, F, H, W]; t: [B, F]
-    in [0, 1]. active: the frames to yield; earlier ones only fill the cache, later ones are not touched. beside:
-    (context manager function, text) pairs, each another student's no-grad velocity over *this* history. cache_options:
-    window=, sink= of `model.new_cache`. ValueError where the chunks do not fill the frames.
-    """
-    batch, _, frames, height, width = x_t.shape
-    active = active or range(frames)
-    if frames % chunk or active.start % chunk or active.stop % chunk or active.stop > frames:
-        raise ValueError(f"{frames} frames, active {active.start}..{active.stop}, are not whole chunks of {chunk}")
-    cache = model.new_cache(batch, frames, height, width, **cache_options)
-    for start in range(0, active.stop, chunk):
-        part = slice(start, start + chunk)
-        run = lambda words, part=part, start=start: model(
-            x_t[:, :, part], t[:, part] * 1000, words, cache=cache, start_frame=start
+    teacher: Clips
+    student: Clips
+
+
+View = Callable[[Pair, torch.Generator], Pair]  # what a method does to a pair before the discriminator sees it
+
+
+def mean_of(rows: Sequence[Metrics]) -> Metrics:
+    """Metrics of several shards, key by key."""
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
+def clip_gradients(named: Mapping[str, nn.Parameter], max_norm: float, step: int) -> float:
+    """Scale the gradients down to `max_norm` together; returns the norm before. TrainingError that names the tensor
+    when one is not finite, before an optimiser could spread it."""
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    norm = total_norm(list(gradients.values()))
+    if not norm.isfinite():
+        bad = next((name for name, g in gradients.items() if not local(g).isfinite().all()), "all together")
+        raise TrainingError(
+            f"iteration {step}: the gradient of {bad} is not finite. Stopped before a weight was changed; the last "
+            "checkpoint is valid. A lower update.lr (discriminator.lr, if it is the discriminator's) often helps"
         )
-        if start in active:
-            others = []
-            with torch.no_grad():
-                for context, words in beside:
-                    with context():
-                        others.append(run(words))
-            yield part, run(text), others
-        if part.stop < active.stop:
-            with torch.no_grad():
-                model(clean[:, :, part], torch.zeros_like(t[:, part]), text, cache=cache, start_frame=start)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for g in gradients.values():
+        local(g).mul_(scale.to(g.device))
+    return norm.item()
 
 
-def student_velocity(model, x_t: Tensor, t: Tensor, text, clean: Tensor, chunk: int, **options) -> Tensor:
-    """v_theta(x_t, t | own clean history) [B, C, F, H, W] (active frames only), with the graphs of all chunks.
-    Arguments as of `chunk_velocities`."""
-    return torch.cat([v for _, v, _ in chunk_velocities(model, x_t, t, text, clean, chunk, **options)], 2)
+# -- the discriminator -----------------------------------------------------------------------------------------
 
 
-UPDATES = {  # v_theta [B, C, F, H, W] of (model, x_t, t, text, clean, chunk)
-    "detached": student_velocity,
-    "teacher_forcing": lambda model, x_t, t, text, clean, chunk, **window: model.forward_teacher_forcing(
-        x_t, t * 1000, text, clean, chunk, **window
-    ),
-    "block_causal": lambda model, x_t, t, text, clean, chunk, **window: model.forward_block_causal(
-        x_t, t * 1000, text, chunk, **window
-    ),
-}
+def update_discriminator(run: Run, rollouts: Sequence[Rollouts], view: View | None = None) -> Metrics:
+    """`discriminator.steps` updates on the teacher's and the student's clips, paired by prompt (Eq. 1). Metrics of the
+    last one, before its optimiser step."""
+    noises = [run.generator("discriminator", x.index) for x in rollouts]
+    metrics: Metrics = {}
+    for _ in range(run.config.discriminator.steps):
+        run.state.disc_optimizer.zero_grad()
+        rows = []
+        for x, rng in zip(rollouts, noises):
+            assert x.videos is not None
+            pair = Pair(x.teacher, x.videos)
+            rows.append(
+                discriminator_backward(run, view(pair, rng) if view else pair, x.clip_prompts, rng, len(rollouts))
+            )
+        parameters = {f"discriminator.{name}": p for name, p in trainable(run.discriminator).items()}
+        run.ranks.sum_gradients(parameters.values())
+        clip_gradients(parameters, DISC_GRAD_NORM, run.state.step)
+        run.state.disc_optimizer.step()
+        metrics = mean_of(rows)
+    return metrics
 
 
-def add(*rows: dict) -> dict:
-    """The sum of equal dictionaries, key by key."""
-    return {key: sum(row[key] for row in rows) for key in rows[0]}
+def discriminator_backward(run: Run, pair: Pair, prompts: list[str], rng: torch.Generator, shards: int) -> Metrics:
+    """Add a shard's share of the discriminator's gradient; its loss and the health of its scores."""
+    found = run.discriminator.paired_loss(*pair, prompts, run.config.discriminator.objective, rng=rng)
+    (found.loss / (shards * run.ranks.world)).backward()
+    margin = (found.teacher - found.student).detach()
+    health = cast(dict[str, Tensor], pair_health(found.teacher, found.student))
+    return {
+        "disc_loss": found.loss.item(),
+        "margin": margin.mean().item(),
+        "accuracy": (margin > 0).float().mean().item(),
+        "pair_r": torch.sigmoid(-margin).mean().item(),
+        **{f"health/{name}": value.item() for name, value in health.items() if name not in LOGGED},
+    }
 
 
-def clip_loss(
-    v: Tensor, x0: Tensor, r: Tensor, t: Tensor, recipe: NFTRecipe, *, first: int = 0, length: int, **tensors
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`nft_loss` of frames [first, first + f) with one reward a clip, and what adds up over parts to `UpdateStats`. r:
-    [B, S] for clips of `length` frames; a clip is a sample of the loss, so a clip's reward reaches its own frames alone.
-    Other tensors [B, C, f, H, W], t [B, f]."""
-    last = first + v.shape[2]
-    cut = sorted({first, last, *(k for k in range(length, last, length) if k > first)})
-    losses, rows = [], []
-    for a, b in pairwise(cut):
-        part = slice(a - first, b - first)
-        own = {name: x if x is None else x[:, :, part] for name, x in tensors.items()}
-        loss, stats = ops.nft_loss(
-            v[:, :, part], x0[:, :, part], r[:, a // length], t[:, part], frame_dim=2, recipe=recipe,
-            return_stats=True, **own,
-        )  # fmt: skip
-        share = (b - a) / length if recipe.sample_reduction == "mean" else 1.0
-        weight = share / r.shape[1] if recipe.batch_reduction == "mean" else share
-        losses.append(loss * weight)
-        rows.append({
-            "policy_loss": stats.policy_loss * weight, "prior_loss": stats.prior_loss * weight,
-            "signal": stats.signal * share / r.shape[1],
-            "v_square": stats.v_norm.square(), "v_ref_square": stats.v_ref_norm.square(),
-        })  # fmt: skip
-    return sum(losses), add(*rows)
+# -- the student -----------------------------------------------------------------------------------------------
 
 
-class UpdateStats(NamedTuple):
-    """Detached scalars of one update; sums and means as in the loss."""
+class Noised(NamedTuple):
+    """Rollouts at random noise levels (Eq. 3): t [b, F], noise and x_t [b, C, F, H, W]."""
 
-    policy_loss: Tensor  # without the prior
-    prior_loss: Tensor  # before its weight
-    signal: Tensor  # `NFTStats.signal`: moves where the loss value is flat in r
-    velocity_norm_ratio: Tensor  # mean of ||v|| / ||v_ref|| over the samples; inf without v_ref
+    t: Tensor
+    noise: Tensor
+    x_t: Tensor
+
+
+def noised(run: Run, x0: Tensor, rng: torch.Generator) -> Noised:
+    """Latents x0 [b, C, F, H, W] noised; every chunk has its own noise level."""
+    chunk, wide = run.family.chunk, torch.promote_types(x0.dtype, torch.float32)
+    shape = (len(x0), x0.shape[2] // chunk)
+    if run.config.update.t_sampling == "grid":
+        steps = step_table(run.sampler.steps, run.sampler.shift)
+        grid = torch.tensor([step.sigma for step in steps], dtype=wide)
+        t = grid[torch.randint(len(grid), shape, generator=rng)]
+    else:
+        t = torch.rand(shape, generator=rng, dtype=wide) * 0.96 + 0.04
+    t = t.repeat_interleave(chunk, 1).to(x0.device)
+    noise = torch.randn(x0.shape, generator=rng, dtype=wide).to(x0)
+    return Noised(t, noise, ops.forward_noise(x0, t, noise=noise, frame_dim=2))
+
+
+def policy_recipe(run: Run) -> NFTRecipe:
+    """The loss of this iteration: with update.ref_every = n the prior is there every n-th time, n-fold."""
+    loss, every = run.config.loss, run.config.update.ref_every
+    if every == 1:
+        return loss
+    return replace(loss, ref_coef=loss.ref_coef * every if run.state.step % every == 0 else 0.0)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the student learns on: latents x0 [b, C, F, H, W] of prompts [b] with optimality r [b, S].
+
+    index: of the shard, for its random numbers. active: the frames that are trained, of a longer stream.
+    """
+
+    x0: Tensor
+    r: Tensor
+    prompts: list[str]
+    index: int
+    active: range | None = None
 
     @classmethod
-    def of(cls, sums: dict[str, Tensor]) -> "UpdateStats":
-        """From the sum of `clip_loss`'s dictionaries over all parts."""
-        ratio = (sums["v_square"] / sums["v_ref_square"]).sqrt().mean()
-        return cls(sums["policy_loss"], sums["prior_loss"], sums["signal"], ratio)
+    def of(cls, rollouts: Rollouts) -> "Targets":
+        assert rollouts.r is not None
+        return cls(rollouts.latents, rollouts.r, rollouts.prompts, rollouts.index, rollouts.active)
 
 
-def nft_backward(
-    model, x_t: Tensor, t: Tensor, text, x0: Tensor, chunk: int, *, r: Tensor, noise: Tensor, recipe: NFTRecipe,
-    v_ref: Tensor | None = None, v_old: Tensor | None = None, reference=None, scale: float = 1.0,
-    active: range | None = None, **options,
-) -> tuple[Tensor, UpdateStats]:  # fmt: skip
-    """Add d(scale * NFT + prior loss) / d(parameters) to `.grad` with one chunk's activations alive at a time; returns
-    the loss and its stats. Equal to `(scale * ops.nft_loss(student_velocity(...), ...)).backward()` but for rounding.
-
-    r: [B], or [B, S] for one reward a clip (F divides into S clips of whole chunks). x_t, x0, noise, v_ref, v_old:
-    [B, C, F, H, W]; t: [B, F] in [0, 1]. v_ref is exact with a history of the reference's own; reference, a (context
-    manager function, text) pair, instead takes it over the policy's history, in passing: half its cost, approximate.
-    With adaptive weights (their sums need the whole clip) the velocities are first computed without a graph, one more
-    forward; without them a chunk's gradient is known when the chunk is.
-    ValueError for clips that are not whole chunks, and for adaptive weights with a clip only partly active.
-    """
-    frames = x0.shape[2]
-    active = active or range(frames)
-    r = r[:, None] if r.ndim == 1 else r
-    length = frames // r.shape[1]
-    if frames % r.shape[1] or length % chunk:
-        raise ValueError(f"{r.shape[1]} rewards for {frames} frames in chunks of {chunk}: a clip must be whole chunks")
-    adaptive = recipe.weighting != "none"
-    if adaptive and (active.start % length or active.stop % length):
-        raise ValueError(f"adaptive weights need whole clips of {length} frames, active {active.start}..{active.stop}")
-    beside = [reference] if reference else []
-    velocities = lambda words, **more: chunk_velocities(
-        model, x_t, t, words, x0, chunk, active=active, **more, **options
-    )
-    cut = lambda x, part: None if x is None else x[:, :, part]
-
-    def loss_of(v: Tensor, part: slice, others: list[Tensor]) -> tuple[Tensor, dict]:
-        return clip_loss(
-            v, x0[:, :, part], r, t[:, part], recipe, first=part.start, length=length, noise=noise[:, :, part],
-            v_old=cut(v_old, part), v_ref=others[0] if others else cut(v_ref, part),
-        )  # fmt: skip
-
-    words, leaves = _cut_graph(text)
-    if adaptive:
-        with torch.no_grad():
-            parts = list(velocities(text, beside=beside))
-        v = torch.cat([v for _, v, _ in parts], 2).requires_grad_()
-        loss, sums = loss_of(
-            v, slice(active.start, active.stop), [torch.cat([o[0] for _, _, o in parts], 2)] if beside else []
-        )
-        (gradient,) = torch.autograd.grad(loss * scale, v)
-        for (_, v, _), own in zip(velocities(words), gradient.split(chunk, 2)):
-            v.backward(own)
-    else:
-        loss, rows = torch.zeros((), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device), []
-        for part, v, others in velocities(words, beside=beside):
-            of_chunk, row = loss_of(v, part, others)
-            (of_chunk * scale).backward()
-            loss += of_chunk.detach()
-            rows.append(row)
-        sums = add(*rows)
-    reached = [(source, leaf.grad) for source, leaf in leaves if leaf.grad is not None]
-    if reached:
-        torch.autograd.backward(*zip(*reached))
-    return loss.detach(), UpdateStats.of(sums)
+def update_student(run: Run, targets: Sequence[Targets], recipe: NFTRecipe | None = None) -> Metrics:
+    """One optimiser and EMA step on the NFT + prior loss, or another recipe of it."""
+    recipe = recipe or policy_recipe(run)
+    scale = 1.0 if recipe.batch_reduction == "sum" else 1.0 / (len(targets) * run.ranks.world)
+    run.state.optimizer.zero_grad()
+    rows = [student_backward(run, x, recipe, run.generator("update", x.index), scale) for x in targets]
+    with run.phase("optimiser"):
+        grad_norm = optimise(run)
+    return mean_of(rows) | {"grad_norm": grad_norm}
 
 
-def _cut_graph(text) -> tuple[object, list[tuple[Tensor, Tensor]]]:
-    """A prompt's encoding with leaves in place of its tensors, and (tensor, leaf) pairs: every chunk's backward ends at
-    the leaves, and the text's own graph is gone through once."""
-    leaves = []
+def student_backward(
+    run: Run, targets: Targets, recipe: NFTRecipe, rng: torch.Generator, scale: float = 1.0
+) -> Metrics:
+    """Add scale * the gradient of the loss (Eq. 3-5) on a shard, `update.batch` rows at a time; its stats."""
+    t, noise, x_t = noised(run, targets.x0, rng)
+    inputs = LossInputs(targets.x0, x_t, noise, t, targets.r, recipe)
+    count = len(targets.x0)
+    size, parts = run.config.update.batch or count, []
+    for start in range(0, count, size):
+        part = inputs.rows(slice(start, start + size))
+        of_rows = len(part.x0) / count
+        share = of_rows if recipe.batch_reduction == "mean" else 1.0
+        context = run.family.text(targets.prompts[start : start + size])
+        with run.phase("reference"):
+            part = with_references(run, part, context, targets.active)
+        with run.phase("backward"):
+            stats = backward(run, part, context, targets.active, scale * share)
+        row = {
+            "loss": stats.loss * share,
+            "policy_loss": stats.policy_loss * share,
+            "signal": stats.signal * of_rows,
+        }
+        if part.v_ref is not None:
+            row["prior_loss"] = stats.prior_loss * share
+            row["velocity_norm_ratio"] = stats.velocity_norm_ratio * of_rows
+        parts.append(row)
+    return {key: sum((row[key] for row in parts[1:]), start=parts[0][key]).item() for key in parts[0]}
 
-    def cut(x):
-        if isinstance(x, (list, tuple)):
-            return type(x)(cut(y) for y in x)
-        if not isinstance(x, Tensor) or not x.requires_grad:
-            return x
-        leaves.append((x, x.detach().requires_grad_()))
-        return leaves[-1][1]
 
-    return replace(text, **{f.name: cut(getattr(text, f.name)) for f in fields(text)}), leaves
+def backward(run: Run, inputs: LossInputs, context: Context, active: range | None, scale: float) -> UpdateStats:
+    """One backward pass, chunk by chunk with update.chunked or a stream, else through all chunks at once."""
+    student, chunking = run.family.student, run.chunking(active)
+    if run.config.update.chunked or active is not None:
+        return nft_backward(student, student.encode_text(context), inputs, chunking, scale)
+    text = student.encode_text(context)
+    v = velocity(student, inputs.x_t, inputs.t, text, inputs.x0, chunking, run.config.update.history)
+    loss, sums = clip_loss(v, inputs)
+    (loss * scale).backward()
+    return UpdateStats.of(loss, sums)
+
+
+def with_references(run: Run, inputs: LossInputs, context: Context, active: range | None) -> LossInputs:
+    """The inputs with v_ref of the frozen initial student where the prior has weight, and v_old of the lagged policy
+    with update.v_old=ema; zeros in frames of a stream that are not active."""
+    state, student = run.state, run.family.student
+    v_ref = v_old = None
+
+    def compute(model: StudentModule) -> Tensor:
+        text = model.encode_text(context)
+        return velocity(model, inputs.x_t, inputs.t, text, inputs.x0, run.chunking(active), run.config.update.history)
+
+    with torch.no_grad():
+        if inputs.recipe.ref_coef:
+            with disabled(student) if state.reference is None else contextlib.nullcontext():
+                v_ref = compute(state.reference or student)
+        if run.config.update.v_old == "ema":
+            with state.ema.applied(student), merged_lora(student):
+                v_old = compute(student)
+    return replace(inputs, v_ref=v_ref, v_old=v_old)
+
+
+def optimise(run: Run) -> float:
+    """The student's optimiser and EMA step on what all ranks have in `.grad`; returns the gradient's norm."""
+    state, parameters = run.state, trainable(run.family.student)
+    run.ranks.sum_gradients(parameters.values())
+    grad_norm = clip_gradients(parameters, run.config.update.grad_norm, state.step)
+    state.optimizer.step()
+    state.ema.update(run.family.student)
+    return grad_norm
+
+
+def regress(run: Run, targets: Sequence[Targets]) -> Metrics:
+    """One step on mean |v_theta - (eps - x0)|^2, clean history from x0 too: the NFT loss with r = 1 and beta = 1."""
+    metrics = update_student(run, targets, REGRESSION)
+    return {key: metrics[key] for key in ("loss", "grad_norm")}
+
+
+def ones(x: Tensor) -> Tensor:
+    """r [b, 1] of latents that are all optimal."""
+    return torch.ones(len(x), 1, device=x.device)

@@ -1,10 +1,40 @@
 """The end of nft.py's sums: tiles -> samples -> loss, statistics and the gradient's coefficients, in float64.
 
-Two launches of a few programs, in a fixed order; slots and rows as in nft.py.
+Two launches of a few programs, in a fixed order; slots and rows as in layout.py.
 """
 
 import triton
 import triton.language as tl
+
+from afd_kernels.layout import Row, Slot, Total
+
+# A kernel reads globals only as constexpr. S_: a slot of the sums, BIT_: its bit in SUMS, R_: a row, T_: a total.
+S_SIZE = tl.constexpr(Slot.SIZE.value)
+S_SIZE_GAP = tl.constexpr(Slot.SIZE_GAP.value)
+S_POS = tl.constexpr(Slot.POS.value)
+S_NEG = tl.constexpr(Slot.NEG.value)
+S_PRIOR = tl.constexpr(Slot.PRIOR.value)
+S_KEPT = tl.constexpr(Slot.KEPT.value)
+S_DRIFT = tl.constexpr(Slot.DRIFT.value)
+S_V = tl.constexpr(Slot.V.value)
+S_REF = tl.constexpr(Slot.REF.value)
+BIT_POS = tl.constexpr(Slot.POS.bit)
+BIT_PRIOR = tl.constexpr(Slot.PRIOR.bit)
+BIT_KEPT = tl.constexpr(Slot.KEPT.bit)
+R_POS_LOSS = tl.constexpr(Row.POS_LOSS.value)
+R_NEG_LOSS = tl.constexpr(Row.NEG_LOSS.value)
+R_WEIGHT_POS = tl.constexpr(Row.WEIGHT_POS.value)
+R_WEIGHT_NEG = tl.constexpr(Row.WEIGHT_NEG.value)
+R_PRIOR = tl.constexpr(Row.PRIOR.value)
+R_OLD_DEVIATION = tl.constexpr(Row.OLD_DEVIATION.value)
+R_V_NORM = tl.constexpr(Row.V_NORM.value)
+R_V_REF_NORM = tl.constexpr(Row.V_REF_NORM.value)
+R_DIFFERENCE = tl.constexpr(Row.DIFFERENCE.value)
+R_SUM = tl.constexpr(Row.SUM.value)
+R_REFERENCE = tl.constexpr(Row.REFERENCE.value)
+T_POLICY = tl.constexpr(Total.POLICY.value)
+T_PRIOR = tl.constexpr(Total.PRIOR.value)
+T_SIGNAL = tl.constexpr(Total.SIGNAL.value)
 
 
 @triton.jit
@@ -36,7 +66,12 @@ def reduce_kernel(
 
 @triton.jit
 def _row(rows_ptr, samples, k: tl.constexpr, o, m, x):
-    tl.store(rows_ptr + k * samples + o, x.to(tl.float32), mask=m)
+    tl.store(rows_ptr + samples * k + o, x.to(tl.float32), mask=m)
+
+
+@triton.jit
+def _sum(sums_ptr, samples, k: tl.constexpr, o, m):
+    return tl.load(sums_ptr + samples * k + o, mask=m, other=0.0)
 
 
 @triton.jit
@@ -47,7 +82,7 @@ def finish_kernel(
     HAS_VALID: tl.constexpr, HAS_CHOSEN: tl.constexpr, HAS_MASK: tl.constexpr, SUMS: tl.constexpr,
     STATS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The per-sample sums -> loss, totals and rows, in float64. SUMS: the slots that are known so far."""
+    """The sums per sample -> loss, totals and rows, in float64. SUMS: bit mask of the slots that are known so far."""
     o = tl.arange(0, BLOCK)
     m = o < samples
     r = tl.load(r_ptr + o, mask=m, other=0.5).to(tl.float64)
@@ -72,8 +107,8 @@ def finish_kernel(
         kept = ((tl.load(cu_ptr + o + 1, mask=m, other=0).to(tl.int64) - start) * count).to(tl.float64)
     if HAS_MASK:
         kept = tl.zeros((BLOCK,), tl.float64)
-        if (SUMS >> 5) & 1:
-            kept = tl.load(sums_ptr + 5 * samples + o, mask=m, other=0.0)
+        if BIT_KEPT & SUMS:
+            kept = _sum(sums_ptr, samples, S_KEPT, o, m)
     kept = tl.maximum(kept, 1.0)
     size = kept * 0.0 + 1.0
     if SAMPLE_MEAN:
@@ -82,49 +117,49 @@ def finish_kernel(
     w_neg = w_pos
     gap = kept * 0.0  # W+ - W-
     if ADAPTIVE:
-        raw = tl.load(sums_ptr + o, mask=m, other=0.0) / kept
+        raw = _sum(sums_ptr, samples, S_SIZE, o, m) / kept
         w_pos = tl.maximum(raw, floor)
         w_neg = w_pos
         if HAS_OLD:
-            other = raw - tl.load(sums_ptr + samples + o, mask=m, other=0.0) / kept
+            other = raw - _sum(sums_ptr, samples, S_SIZE_GAP, o, m) / kept
             w_neg = tl.maximum(other, floor)
             gap = w_pos - w_neg
     k = 2.0 * beta * factor / size * weight
     pair = w_pos * w_neg
-    _row(rows_ptr, samples, 8, o, m, k * ((2.0 * r - 1.0) * (w_pos + w_neg) - gap) / (2.0 * pair))
-    _row(rows_ptr, samples, 9, o, m, k * ((w_pos + w_neg) - (2.0 * r - 1.0) * gap) / (2.0 * pair))
-    _row(rows_ptr, samples, 10, o, m, 2.0 * ref_coef / size * rho)
-    if (SUMS >> 2) & 1:
-        pos = tl.load(sums_ptr + 2 * samples + o, mask=m, other=0.0) / size / w_pos
+    _row(rows_ptr, samples, R_DIFFERENCE, o, m, k * ((2.0 * r - 1.0) * (w_pos + w_neg) - gap) / (2.0 * pair))
+    _row(rows_ptr, samples, R_SUM, o, m, k * ((w_pos + w_neg) - (2.0 * r - 1.0) * gap) / (2.0 * pair))
+    _row(rows_ptr, samples, R_REFERENCE, o, m, 2.0 * ref_coef / size * rho)
+    if BIT_POS & SUMS:
+        pos = _sum(sums_ptr, samples, S_POS, o, m) / size / w_pos
         neg = pos
         if HAS_OLD:
-            neg = tl.load(sums_ptr + 3 * samples + o, mask=m, other=0.0) / size / w_neg
+            neg = _sum(sums_ptr, samples, S_NEG, o, m) / size / w_neg
         prior = kept * 0.0
         if HAS_REF:
-            if (SUMS >> 4) & 1:
-                prior = tl.load(sums_ptr + 4 * samples + o, mask=m, other=0.0) / size
+            if BIT_PRIOR & SUMS:
+                prior = _sum(sums_ptr, samples, S_PRIOR, o, m) / size
         zero = kept * 0.0
         policy = tl.sum(tl.where(m, weight * factor * (r * pos + (1.0 - r) * neg), 0.0))
         total = tl.sum(tl.where(m, rho * prior, 0.0))
         tl.store(loss_ptr, (policy + ref_coef * total).to(tl.float32))
-        tl.store(totals_ptr, policy.to(tl.float32))
-        tl.store(totals_ptr + 1, total.to(tl.float32))
+        tl.store(totals_ptr + T_POLICY, policy.to(tl.float32))
+        tl.store(totals_ptr + T_PRIOR, total.to(tl.float32))
         signal = tl.sum(tl.where(m, (2.0 * r - 1.0) * (pos + neg) / 2.0, 0.0)) / samples
-        tl.store(totals_ptr + 2, signal.to(tl.float32))
-        _row(rows_ptr, samples, 0, o, m, pos)
-        _row(rows_ptr, samples, 1, o, m, neg)
-        _row(rows_ptr, samples, 2, o, m, w_pos)
-        _row(rows_ptr, samples, 3, o, m, w_neg)
-        _row(rows_ptr, samples, 4, o, m, prior)
+        tl.store(totals_ptr + T_SIGNAL, signal.to(tl.float32))
+        _row(rows_ptr, samples, R_POS_LOSS, o, m, pos)
+        _row(rows_ptr, samples, R_NEG_LOSS, o, m, neg)
+        _row(rows_ptr, samples, R_WEIGHT_POS, o, m, w_pos)
+        _row(rows_ptr, samples, R_WEIGHT_NEG, o, m, w_neg)
+        _row(rows_ptr, samples, R_PRIOR, o, m, prior)
         deviation = zero
         norm = zero
         ref_norm = zero
         if STATS:
-            norm = tl.sqrt(tl.load(sums_ptr + 7 * samples + o, mask=m, other=0.0))
+            norm = tl.sqrt(_sum(sums_ptr, samples, S_V, o, m))
             if HAS_OLD:
-                deviation = tl.load(sums_ptr + 6 * samples + o, mask=m, other=0.0) / kept
+                deviation = _sum(sums_ptr, samples, S_DRIFT, o, m) / kept
             if HAS_REF:
-                ref_norm = tl.sqrt(tl.load(sums_ptr + 8 * samples + o, mask=m, other=0.0))
-        _row(rows_ptr, samples, 5, o, m, deviation)
-        _row(rows_ptr, samples, 6, o, m, norm)
-        _row(rows_ptr, samples, 7, o, m, ref_norm)
+                ref_norm = tl.sqrt(_sum(sums_ptr, samples, S_REF, o, m))
+        _row(rows_ptr, samples, R_OLD_DEVIATION, o, m, deviation)
+        _row(rows_ptr, samples, R_V_NORM, o, m, norm)
+        _row(rows_ptr, samples, R_V_REF_NORM, o, m, ref_norm)

@@ -4,12 +4,10 @@ Per element, with s = 1 (velocity space) or -sigma (x0 space) and w = x0 - eps o
     a = s v_old + w,  d = s beta (v - v_old),  e+- = a +- d
     dL/dv = s [(c+ - c-) a + (c+ + c-) d] + c_ref m (v - v_ref),  m = 1 or sigma^2
 so nothing cancels at zero advantage. Sums are tree sums of a 4096-element tile in float32, then of a sample's tiles
-in float64, in a fixed order. kernels/csrc/afd_core.h is the same arithmetic in C++.
-
-Slots of the sums: 0 |e+|, 1 |e+| - |e-|, 2 e+^2, 3 e-^2, 4 m (v - v_ref)^2, 5 kept elements, 6 (v - v_old)^2, 7 v^2,
-8 v_ref^2. Rows of the result: afd_fast.ops.nft.ROWS.
+in float64, in a fixed order. kernels/csrc/afd_core.h is the same arithmetic in C++; layout.py names slots and rows.
 """
 
+import functools
 import json
 
 import torch
@@ -17,11 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afd_kernels._finish import finish_kernel, reduce_kernel
-from afd_kernels._launch import TILE, WARPS, check_size, on, rows
+from afd_kernels._finish import R_DIFFERENCE, R_REFERENCE, R_SUM, finish_kernel, reduce_kernel
+from afd_kernels._launch import WARPS, check_size, on, rows
+from afd_kernels.layout import TILE, Row, Slot, Source, Total
 from afd_kernels.noise import level, normal4
 
-SLOTS, ROWS = 9, 11
+SLOTS = tl.constexpr(len(Slot))
+SEED = tl.constexpr(Source.SEED.value)
+X_T = tl.constexpr(Source.X_T.value)
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def _part(
     HAS_REF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SIGMA: tl.constexpr, PER_FRAME: tl.constexpr,
     GRAD: tl.constexpr,
 ):  # fmt: skip
-    """A quarter of a tile -> the nine slots, elementwise. SOURCE: 0 noise, 1 seed, 2 x_t."""
+    """A quarter of a tile -> the summands of every slot, in the order of `Slot`. SOURCE: a `Source`."""
     m = n < left
     t = level(t_ptr, start, inner, frames, n, m, PER_FRAME)
     sigma = t
@@ -58,7 +59,7 @@ def _part(
     v = tl.load(v_ptr + n, mask=m, other=0.0).to(tl.float32)
     x0 = tl.load(x0_ptr + n, mask=m, other=0.0).to(tl.float32)
     y = e
-    if SOURCE != 1:
+    if SOURCE != SEED:
         y = tl.load(y_ptr + n, mask=m, other=0.0).to(tl.float32)
     old = v
     if HAS_OLD:
@@ -67,22 +68,22 @@ def _part(
     if HAS_REF:
         ref = tl.load(ref_ptr + n, mask=m, other=0.0).to(tl.float32)
     keep = m
-    if HAS_MASK:  # what does not count is zero everywhere: it adds nothing and its gradient is zero
+    if HAS_MASK:  # an element outside is zero everywhere: it adds nothing, and its gradient is zero
         keep = tl.load(mask_ptr + n, mask=m, other=0) != 0
         v = tl.where(keep, v, 0.0)
         old = tl.where(keep, old, 0.0)
         ref = tl.where(keep, ref, 0.0)
     if X0:
-        if SOURCE != 2:  # rounded as the network saw it
+        if SOURCE != X_T:  # rounded as the network saw it
             y = ((1.0 - t) * x0 + t * y).to(x0_ptr.dtype.element_ty).to(tl.float32)
         w = y - x0
         s = -sigma
     else:
         w = x0 - y
-        if SOURCE == 2:
+        if SOURCE == X_T:
             w = w / t
         s = 1.0
-    if SOURCE == 1 or HAS_MASK:
+    if SOURCE == SEED or HAS_MASK:
         w = tl.where(keep, w, 0.0)
     gap_scale = 1.0
     if REF_X0:
@@ -144,9 +145,9 @@ def sweep_kernel(
         left = left * (scale != 1.0).to(tl.int64)
     cd, cs, cr = 0.0, 0.0, 0.0
     if GRAD:
-        cd = tl.load(rows_ptr + 8 * samples + sample) * scale
-        cs = tl.load(rows_ptr + 9 * samples + sample) * scale
-        cr = tl.load(rows_ptr + 10 * samples + sample) * scale
+        cd = tl.load(rows_ptr + samples * R_DIFFERENCE + sample) * scale
+        cs = tl.load(rows_ptr + samples * R_SUM + sample) * scale
+        cr = tl.load(rows_ptr + samples * R_REFERENCE + sample) * scale
     period = inner * frames
     start = 0
     if PER_FRAME:
@@ -162,7 +163,7 @@ def sweep_kernel(
     sigma = sigma_ptr + sample * frames
     q = tl.arange(0, 1024)
     e0, e1, e2, e3 = 0.0, 0.0, 0.0, 0.0
-    if SOURCE == 1:
+    if SOURCE == SEED:
         e0, e1, e2, e3 = normal4(seed, tile, sample, q)
     a = _part(v, x0, y, old, ref, mask, grad, t, sigma, e0, q, left, start, inner, frames, beta, cd, cs, cr,
               X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD)  # fmt: skip
@@ -173,9 +174,14 @@ def sweep_kernel(
     a = _plus(a, _part(v, x0, y, old, ref, mask, grad, t, sigma, e3, q + 3072, left, start, inner, frames, beta, cd, cs, cr,
                        X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, HAS_SIGMA, PER_FRAME, GRAD))  # fmt: skip
     programs = tl.num_programs(0).to(tl.int64)
-    for k in tl.static_range(9):
+    for k in tl.static_range(SLOTS):
         if (SUMS >> k) & 1:
             tl.store(part_ptr + k * programs + pid, tl.sum(a[k]))
+
+
+def _bits(wanted: dict[Slot, bool]) -> int:
+    """The wanted slots as a bit mask."""
+    return sum(slot.bit for slot, want in wanted.items() if want)
 
 
 class _Call:
@@ -210,19 +216,21 @@ class _Call:
         self.old, self.ref = v_old is not None, v_ref is not None
         self.flags = dict(
             X0=c["space"] == "x0", REF_X0=c["ref_space"] == "x0",
-            SOURCE=1 if noise is None and x_t is None else (0 if x_t is None else 2), HAS_OLD=self.old,
-            HAS_REF=self.ref, HAS_MASK=byte_mask is not None, HAS_SIGMA=sigma is not None,
+            SOURCE=(Source.X_T if x_t is not None else Source.SEED if noise is None else Source.NOISE).value,
+            HAS_OLD=self.old, HAS_REF=self.ref, HAS_MASK=byte_mask is not None, HAS_SIGMA=sigma is not None,
             PER_FRAME=t.shape[1] > 1,
         )  # fmt: skip
         self.place = dict(PACKED=self.packed, CU_BLOCK=triton.next_power_of_2(self.samples) if self.packed else 1)
-        policy = 1 << 2 | self.adaptive << 0 | self.old << 3 | (self.adaptive and self.old) << 1
-        self.policy = policy | self.flags["HAS_MASK"] << 5
-        self.prior = self.ref << 4
-        self.extra = (self.old << 6 | 1 << 7 | self.ref << 8) if stats else 0
+        self.policy = _bits({
+            Slot.SIZE: self.adaptive, Slot.SIZE_GAP: self.adaptive and self.old, Slot.POS: True, Slot.NEG: self.old,
+            Slot.KEPT: byte_mask is not None,
+        })  # fmt: skip
+        self.prior = _bits({Slot.PRIOR: self.ref})
+        self.extra = _bits({Slot.DRIFT: self.old, Slot.V: True, Slot.REF: self.ref}) if stats else 0
         self.stats = stats
-        empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=v.device)
-        self.part, self.sums = empty(SLOTS, self.programs), empty(SLOTS, self.samples, dtype=torch.float64)
-        self.loss, self.totals, self.rows = empty(), empty(3), empty(ROWS, self.samples)
+        new = functools.partial(torch.empty, dtype=torch.float32, device=v.device)
+        self.part, self.sums = new(len(Slot), self.programs), new(len(Slot), self.samples, dtype=torch.float64)
+        self.loss, self.totals, self.rows = new(()), new(len(Total)), new(len(Row), self.samples)
 
     def sweep(self, sums: int, grad: Tensor | None = None, go: Tensor | None = None, guard: bool = False,
               has_ref: bool = True) -> None:  # fmt: skip
@@ -240,7 +248,7 @@ class _Call:
     def finish(self, new: int, known: int) -> None:
         """Reduce the slots `new`; coefficients, and the loss where the sums `known` are there."""
         if new:
-            reduce_kernel[(self.samples, SLOTS)](
+            reduce_kernel[(self.samples, len(Slot))](
                 self.part, self.sums, self.cu, self.count, self.programs, self.samples, self.tiles, SUMS=new,
                 num_warps=WARPS, **self.place,
             )  # fmt: skip
@@ -277,7 +285,7 @@ def nft_loss_with_grad(*args):
     with on(call.v):
         if first:
             call.sweep(first, has_ref=False)
-            call.finish(first, first & ~(1 << 2))
+            call.finish(first, first & ~Slot.POS.bit)
         else:
             call.finish(0, 0)
         call.sweep(second, grad)

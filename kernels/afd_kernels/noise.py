@@ -1,7 +1,7 @@
 """Counter-based normal noise and x_t = (1 - t) x0 + t eps.
 
 Philox4x32-10, counter (tile * 1024 + q, sample, 0, 0), key = seed; output k of a counter is element k * 1024 + q of
-its 4096-element tile ("split": neighbouring threads own neighbouring elements of each quarter). Box-Muller uses IEEE
+its 4096-element tile (neighbouring threads hold neighbouring elements of each quarter). Box-Muller uses IEEE
 float32 + - * and a correctly rounded square root only, and the kernels are compiled without FMA contraction, so the
 bits equal those of the PyTorch and C++ versions. tl.randn would cost a stack frame and twice the instructions.
 """
@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afd_kernels._launch import TILE, WARPS, check_size, on, rows
+from afd_kernels._launch import WARPS, check_size, on, rows
+from afd_kernels.layout import TILE
 
 
 @triton.jit

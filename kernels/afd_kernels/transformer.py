@@ -4,14 +4,14 @@ One program handles one token's row; every tensor is read and written once. Arit
 float64 tensors). OFFICIAL rounds each intermediate to the tensors' dtype, as the official bfloat16 code does.
 A row of modulation (scale, shift, gate [B|1, F|1, D]) is found through strides that are 0 for size 1.
 
-Legend: B samples, L tokens a sample, N tokens a frame, D width, d head width; i_ index, o_ offset, m_ mask.
+Legend: B samples, L tokens per sample, N tokens per frame, D width, d head width; i_ index, o_ offset, m_ mask.
 """
-
-import contextlib
 
 import torch
 import triton
 import triton.language as tl
+
+from afd_kernels._launch import on
 
 
 @triton.jit
@@ -139,28 +139,21 @@ def _settings(x: torch.Tensor, official: bool) -> dict:
     return {"OFFICIAL": official, "WIDE": wide, "BLOCK": max(block, 2), "num_warps": 4 if block <= 2048 else 8}
 
 
-def _device(x: torch.Tensor):
-    """Triton launches on the current device; make it x's when it is another."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _modulation(x: torch.Tensor, row: torch.Tensor | None):
-    """(tensor, batch stride, frame stride, tokens a frame) of [B|1, F|1, D]."""
+    """(tensor, batch stride, frame stride, tokens per frame) of [B|1, F|1, D]."""
     if row is None:
         return x, 0, 0, 1
-    row = _rows(row)
+    row = _last_contiguous(row)
     return row, row.stride(0) * (row.shape[0] > 1), row.stride(1) * (row.shape[1] > 1), x.shape[1] // row.shape[1]
 
 
 def _launch_norm(x, y, gate, weight, bias, scale, shift, eps, official):
-    x, batch, length, width = _rows(x), *x.shape
-    y_ = x if y is None else _rows(y)
+    x, batch, length, width = _last_contiguous(x), *x.shape
+    y_ = x if y is None else _last_contiguous(y)
     x_out = None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -169,8 +162,10 @@ def _launch_norm(x, y, gate, weight, bias, scale, shift, eps, official):
     scale_, scale_b, scale_f, scale_n = _modulation(x, scale)
     shift_, shift_b, shift_f, shift_n = _modulation(x, shift)
     if scale_n != shift_n:
-        raise ValueError(f"scale {tuple(scale.shape)} and shift {tuple(shift.shape)} must have as many frames")
-    with _device(x):
+        raise ValueError(
+            f"scale {tuple(scale.shape)} and shift {tuple(shift.shape)} must have the same number of frames"
+        )
+    with on(x):
         residual_norm_kernel[(batch * length,)](
             x, y_, gate_, x if weight is None else weight, x if bias is None else bias, scale_, shift_,
             out if x_out is None else x_out, out, length, width, x.stride(0), x.stride(1), y_.stride(0), y_.stride(1),
@@ -192,11 +187,11 @@ def residual_norm(x, y, gate, weight, bias, scale, shift, eps, official):
 
 def rms_norm(x, weight, eps, official):
     """Launcher of the operator of this name; any leading axes."""
-    flat = _rows(x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1]))
+    flat = _last_contiguous(x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1]))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         batch, length, width = flat.shape
-        with _device(x):
+        with on(x):
             rms_norm_kernel[(batch * length,)](
                 flat, weight, out, length, width, flat.stride(0), flat.stride(1), eps, **_settings(x, official)
             )
@@ -206,14 +201,14 @@ def rms_norm(x, weight, eps, official):
 def _launch_rope(q, k, v, weight_q, weight_k, cos, sin, k_out, v_out, tokens, start_frame, window, sink, eps, official):
     batch, length, width = q.shape
     half = cos.shape[1]
-    q, k, cos, sin = _rows(q), _rows(k), cos.contiguous(), sin.contiguous()
-    roles, v = (2, k) if v is None else (3, _rows(v))
+    q, k, cos, sin = _last_contiguous(q), _last_contiguous(k), cos.contiguous(), sin.contiguous()
+    roles, v = (2, k) if v is None else (3, _last_contiguous(v))
     q_out = torch.empty((batch, length, width // (2 * half), 2 * half), dtype=q.dtype, device=q.device)
     for cache in (k_out, v_out):
         if cache.stride(-1) != 1 or cache.stride(-2) != 2 * half:
             raise ValueError(f"the cache's last two axes must be contiguous, got strides {cache.stride()}")
     if q_out.numel():
-        with _device(q):
+        with on(q):
             qk_norm_rope_kernel[(batch * length, roles)](
                 q, k, v, weight_q, weight_k, cos, sin, q_out, k_out, v_out, length, width,
                 q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),

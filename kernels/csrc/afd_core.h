@@ -10,8 +10,13 @@
 #define AFD_HD static inline __attribute__((always_inline))
 #endif
 
-enum { AFD_QUARTER = 1024, AFD_TILE = 4096, AFD_SLOTS = 9, AFD_ROWS = 11 };
-enum { AFD_NOISE = 0, AFD_SEED = 1, AFD_XT = 2 };   // where the noised state comes from
+enum { AFD_QUARTER = 1024, AFD_TILE = 4096 };
+// The names and numbers of kernels/afd_kernels/layout.py: slots of the sums, rows of the result, totals, sources.
+enum AfdSlot { S_SIZE, S_SIZE_GAP, S_POS, S_NEG, S_PRIOR, S_KEPT, S_DRIFT, S_V, S_REF, AFD_SLOTS };
+enum AfdRow { R_POS_LOSS, R_NEG_LOSS, R_WEIGHT_POS, R_WEIGHT_NEG, R_PRIOR, R_OLD_DEVIATION, R_V_NORM, R_V_REF_NORM,
+              R_DIFFERENCE, R_SUM, R_REFERENCE, AFD_ROWS };
+enum AfdTotal { T_POLICY, T_PRIOR, T_SIGNAL };
+enum AfdSource { AFD_NOISE, AFD_SEED, AFD_XT };
 enum { AFD_F32 = 0, AFD_BF16 = 1 };
 
 // One call; plain C so that ctypes can fill it. Strides count elements between samples; null means absent.
@@ -103,8 +108,8 @@ struct AfdConstants { float s, step, gap, difference, total, reference; };
 AFD_HD AfdConstants afd_constants(const AfdCall& c, int64_t sample, float sigma) {
   const float* row = c.rows + sample;
   float s = c.x0_space ? -sigma : 1.0f, gap = c.ref_x0 ? sigma : 1.0f;
-  return {s, s * c.beta, gap, s * row[8 * c.samples] * c.scale, s * row[9 * c.samples] * c.scale,
-          gap * row[10 * c.samples] * c.scale};
+  return {s, s * c.beta, gap, s * row[R_DIFFERENCE * c.samples] * c.scale, s * row[R_SUM * c.samples] * c.scale,
+          gap * row[R_REFERENCE * c.samples] * c.scale};
 }
 
 // w = x0 - eps or x_t - x0. a = s v_old + w, d = s beta (v - v_old), e+- = a +- d; old is v where there is no v_old.
@@ -141,31 +146,33 @@ AFD_HD AfdTerms afd_sample(const AfdCall& c, const AfdBatch& batch, int64_t b, c
   int64_t B = c.samples;
   double r = c.r[b], m = c.valid ? c.valid[b] : 1.0, weight = m * batch.per_sample;
   double rho = (batch.all || !c.chosen ? m : m * c.chosen[b]) * batch.per_chosen * (c.ref_by_r ? r : 1.0);
-  double kept = c.mask ? sums[5 * stride] : (double)(c.cu ? (c.cu[b + 1] - c.cu[b]) * c.count : c.count);
+  double kept = c.mask ? sums[S_KEPT * stride] : (double)(c.cu ? (c.cu[b + 1] - c.cu[b]) * c.count : c.count);
   if (kept < 1) kept = 1;
   double size = c.sample_mean ? kept : 1, w_pos = 1, w_neg = 1;
   if (c.adaptive) {
-    double raw = sums[0] / kept, other = raw - sums[stride] / kept;
+    double raw = sums[S_SIZE] / kept, other = raw - sums[S_SIZE_GAP * stride] / kept;
     w_pos = raw > c.floor ? raw : c.floor;
     w_neg = other > c.floor ? other : c.floor;
     if (raw != raw) w_pos = w_neg = raw;  // NaN is passed on
   }
   double k = 2 * (double)c.beta * c.factor / size * weight / (2 * w_pos * w_neg), gap = w_pos - w_neg;
-  c.rows[8 * B + b] = (float)(k * ((2 * r - 1) * (w_pos + w_neg) - gap));
-  c.rows[9 * B + b] = (float)(k * ((w_pos + w_neg) - (2 * r - 1) * gap));
-  c.rows[10 * B + b] = (float)(2 * c.ref_coef / size * rho);
+  c.rows[R_DIFFERENCE * B + b] = (float)(k * ((2 * r - 1) * (w_pos + w_neg) - gap));
+  c.rows[R_SUM * B + b] = (float)(k * ((w_pos + w_neg) - (2 * r - 1) * gap));
+  c.rows[R_REFERENCE * B + b] = (float)(2 * c.ref_coef / size * rho);
   if (!has_sums) return {0, 0, 0};
-  double pos = sums[2 * stride] / size / w_pos, neg = sums[3 * stride] / size / w_neg, q = sums[4 * stride] / size;
-  double row[8] = {pos, neg, w_pos, w_neg, q, sums[6 * stride] / kept, afd_sqrt64(sums[7 * stride]), afd_sqrt64(sums[8 * stride])};
-  for (int i = 0; i < 8; i++) c.rows[i * B + b] = (float)row[i];
+  double pos = sums[S_POS * stride] / size / w_pos, neg = sums[S_NEG * stride] / size / w_neg;
+  double q = sums[S_PRIOR * stride] / size;
+  double row[R_DIFFERENCE] = {pos, neg, w_pos, w_neg, q, sums[S_DRIFT * stride] / kept, afd_sqrt64(sums[S_V * stride]),
+                              afd_sqrt64(sums[S_REF * stride])};  // the statistics, in the order of AfdRow
+  for (int i = 0; i < R_DIFFERENCE; i++) c.rows[i * B + b] = (float)row[i];
   return {weight * c.factor * (r * pos + (1 - r) * neg), rho * q, (2 * r - 1) * (pos + neg) / 2};
 }
 
 AFD_HD void afd_total(const AfdCall& c, AfdTerms sum) {
   *c.loss = (float)(sum.policy + c.ref_coef * sum.prior);
-  c.totals[0] = (float)sum.policy;
-  c.totals[1] = (float)sum.prior;
-  c.totals[2] = (float)(c.samples ? sum.signal / c.samples : 0);
+  c.totals[T_POLICY] = (float)sum.policy;
+  c.totals[T_PRIOR] = (float)sum.prior;
+  c.totals[T_SIGNAL] = (float)(c.samples ? sum.signal / c.samples : 0);
 }
 
 AFD_HD void afd_finish(const AfdCall& c, bool has_sums) {

@@ -142,19 +142,19 @@ INLINE void step(const AfdCall& c, Run& u, int64_t i) {
     G.x[half] = x.grad;
     if (SUMS) {
       F pos = OLD ? x.a + x.d : x.a;
-      u.acc[2] += pos * pos;
-      u.acc[4] += x.gap * x.gap;
+      u.acc[S_POS] += pos * pos;
+      u.acc[S_PRIOR] += x.gap * x.gap;
       F neg = OLD ? x.a - x.d : x.a;
-      if (OLD) u.acc[3] += neg * neg;
+      if (OLD) u.acc[S_NEG] += neg * neg;
       if (c.adaptive) {
-        u.acc[0] += magnitude(pos);
-        if (OLD) u.acc[1] += magnitude(pos) - magnitude(neg);
+        u.acc[S_SIZE] += magnitude(pos);
+        if (OLD) u.acc[S_SIZE_GAP] += magnitude(pos) - magnitude(neg);
       }
       if (TYPE == ANY) {
-        u.acc[5] += ones;
-        u.acc[6] += (v - old) * (v - old);
-        u.acc[7] += v * v;
-        u.acc[8] += u.ref ? ref * ref : F{};
+        u.acc[S_KEPT] += ones;
+        u.acc[S_DRIFT] += (v - old) * (v - old);
+        u.acc[S_V] += v * v;
+        u.acc[S_REF] += u.ref ? ref * ref : F{};
       }
     }
   }
@@ -187,7 +187,7 @@ INLINE void run(const AfdCall& given, const Run& start, double* part) {
   }
   if (!SUMS) return;
   for (int k = 0; k < AFD_SLOTS; k++) for (int j = 0; j < W; j++) part[k] += u.acc[k][j];
-  if (!OLD) part[3] = part[2];
+  if (!OLD) part[S_NEG] = part[S_POS];
 }
 
 typedef void Runner(const AfdCall&, const Run&, double*);

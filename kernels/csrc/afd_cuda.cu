@@ -10,7 +10,7 @@
 #include "afd_core.h"
 
 namespace cg = cooperative_groups;
-enum { CLUSTER = 8, THREADS = 512, VECTOR = 8, SUMMED = 5 };
+enum { CLUSTER = 8, THREADS = 512, VECTOR = 8, SUMMED = S_PRIOR + 1, COEFFICIENTS = AFD_ROWS - R_DIFFERENCE };
 
 __device__ __forceinline__ void load(const float* p, float* f) {
   float4 a = *(const float4*)p, b = *((const float4*)p + 1);
@@ -72,11 +72,12 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) one_l
     for (int j = 0; j < VECTOR; j++) {
       AfdElement<float> x = e.at(j, k);
       float pos = x.a + x.d, neg = x.a - x.d, size = fabsf(pos);
-      acc[0] += size; acc[1] += size - fabsf(neg); acc[2] += pos * pos; acc[3] += neg * neg; acc[4] += x.gap * x.gap;
+      acc[S_SIZE] += size; acc[S_SIZE_GAP] += size - fabsf(neg);
+      acc[S_POS] += pos * pos; acc[S_NEG] += neg * neg; acc[S_PRIOR] += x.gap * x.gap;
     }
   }
   __shared__ double warps[SUMMED][THREADS / 32], mine[SUMMED];
-  __shared__ float coefficients[3];
+  __shared__ float coefficients[COEFFICIENTS];
 #pragma unroll
   for (int s = 0; s < SUMMED; s++) {
     double x = acc[s];
@@ -98,10 +99,10 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) one_l
   }
   __threadfence();
   cluster.sync();  // rows are written; nobody leaves while its shared memory is read
-  if (threadIdx.x < 3) coefficients[threadIdx.x] = ((volatile float*)c.rows)[(8 + threadIdx.x) * c.samples + b];
+  if (threadIdx.x < COEFFICIENTS) coefficients[threadIdx.x] = ((volatile float*)c.rows)[(R_DIFFERENCE + threadIdx.x) * c.samples + b];
   __syncthreads();
-  k.difference = k.s * coefficients[0] * c.scale; k.total = k.s * coefficients[1] * c.scale;
-  k.reference = k.gap * coefficients[2] * c.scale;
+  k.difference = k.s * coefficients[0] * c.scale; k.total = k.s * coefficients[R_SUM - R_DIFFERENCE] * c.scale;
+  k.reference = k.gap * coefficients[R_REFERENCE - R_DIFFERENCE] * c.scale;
   for (int64_t i = first; i < c.count; i += step) {
     Eight<S, OLD, REF> e(c, b, i, t);
     float g[VECTOR];

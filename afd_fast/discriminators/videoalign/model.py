@@ -12,7 +12,8 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from afd_fast.discriminators.discriminator import Features, Objective, PairedDiscriminator, check_counts, check_finite
+from afd_fast.discriminators.discriminator import Clips, Discriminator, Features, check_counts, check_finite
 from afd_fast.discriminators.videoalign.inputs import MERGE, PromptTokens, patch_positions, to_patches
 from afd_fast.ops.attention import attention_varlen
 from afd_fast.students.lora import disabled
@@ -33,10 +34,20 @@ LORA_TARGETS = r".*layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj
 NAMES = ("VQ", "MQ", "TA")
 
 
-def _segment_attention(module, query, key, value, attention_mask, *, segments, backend, **_) -> tuple[Tensor, None]:
+def _segment_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    segments: Any,
+    backend: Any,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """transformers' attention interface, [1, H, L, d] in and [1, L, H, d] out, through this library's backends."""
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attention_varlen(*rows, segments, causal=module.is_causal, backend=backend)[None], None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attention_varlen(q, k, v, segments, causal=module.is_causal, backend=backend)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _segment_attention)
@@ -61,7 +72,6 @@ class RewardOptions:
 
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     clip_fps: float = 16.0
-    objective: Objective = field(default_factory=Objective)
     freeze_vision: bool = True
     checkpointing: bool = True
     attention: str = "auto"
@@ -77,7 +87,7 @@ def qwen2_vl_2b(vocab_size: int = 151660) -> Qwen2VLConfig:
     return Qwen2VLConfig(text_config=text, vision_config={"hidden_size": 1536})
 
 
-class VideoReward(PairedDiscriminator):
+class VideoReward(Discriminator):
     """D(video, prompt) and VideoAlign's VQ, MQ, TA. `load_video_reward` makes one from a checkpoint.
 
     config: of the backbone; tokenizer: a transformers tokenizer with the reward tokens; template: the text around the
@@ -86,13 +96,13 @@ class VideoReward(PairedDiscriminator):
     """
 
     def __init__(
-        self, config: Qwen2VLConfig, tokenizer, template: str, settings: RewardSettings = RewardSettings(),
+        self, config: Qwen2VLConfig, tokenizer: Any, template: str, settings: RewardSettings = RewardSettings(),
         options: RewardOptions = RewardOptions(), dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         super().__init__()
         if settings.output_dim not in (1, 3):
             raise ValueError(f"output_dim must be 1 or 3, got {settings.output_dim}")
-        self.settings, self.options, self.objective = settings, options, options.objective
+        self.settings, self.options = settings, options
         self.prompts = PromptTokens(tokenizer, template)
         self.backbone = Qwen2VLModel._from_config(copy.deepcopy(config), attn_implementation="sdpa")
         for module in (self.backbone, self.backbone.visual, self.backbone.language_model):
@@ -100,7 +110,9 @@ class VideoReward(PairedDiscriminator):
             module.config._attn_implementation_internal = ATTENTION
         for parameter in self.backbone.parameters():  # not .to(dtype), which would round the rotary frequencies too
             parameter.data = parameter.data.to(dtype)
-        self.rm_head = nn.Linear(config.text_config.hidden_size, settings.output_dim, bias=False, dtype=torch.float32)
+        text: Any = config.text_config
+        self.rm_head = nn.Linear(text.hidden_size, settings.output_dim, bias=False, dtype=torch.float32)
+        self.first_head: Tensor
         self.register_buffer("first_head", self.rm_head.weight.detach().clone(), persistent=False)
         self.lora: tuple[int, float] | None = None  # rank, alpha
         self.backbone.requires_grad_(False)
@@ -114,13 +126,24 @@ class VideoReward(PairedDiscriminator):
 
     @property
     def freeze_vision(self) -> bool:
+        """Whether the vision tower is left as it is."""
         return self.options.freeze_vision
+
+    @property
+    def keeps_features(self) -> bool:  # type: ignore[override]  # decided per model here
+        return self.options.freeze_vision
+
+    @torch.no_grad()
+    def reference_scores(self, videos: Clips, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """VideoAlign's own VQ, MQ, TA and Overall [B]: `rewards` of the model before training."""
+        with self.frozen():
+            return self.rewards(videos, prompts)
 
     def add_lora(self, rank: int, alpha: float) -> None:
         """Adapters on every linear layer of the language model, zero at first, float32; once per model."""
         if self.lora:
             raise ValueError(f"the model has adapters of rank {self.lora[0]} already")
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS)
+        config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=LORA_TARGETS)
         inject_adapter_in_model(config, self.backbone.language_model)
         self.lora = rank, alpha
         for name, parameter in self.backbone.language_model.named_parameters():
@@ -140,7 +163,7 @@ class VideoReward(PairedDiscriminator):
             finally:
                 self.rm_head.weight.data = trained
 
-    def encode(self, videos) -> Features:
+    def encode(self, videos: Clips | Sequence[Tensor]) -> Features:
         """Videos -> the vision tower's merged features, one packed call for all of them.
 
         videos: [B, 3, F, H, W] in [0, 1], or a list of [3, F, H, W] of any sizes; `Features` come back as they are.
@@ -183,13 +206,13 @@ class VideoReward(PairedDiscriminator):
             raise RuntimeError(f"the vision tower gave {len(merged)} features for {sum(lengths)} video tokens")
         return Features(merged.split(lengths))
 
-    def _autocast(self):
+    def _autocast(self) -> torch.autocast:
         """The trunk's dtype, also inside somebody else's autocast; float32 adapters compute in it."""
         weight = self.backbone.visual.patch_embed.proj.weight
         half = weight.dtype != torch.float32
         return torch.autocast(weight.device.type, dtype=weight.dtype if half else None, enabled=half)
 
-    def reward_states(self, videos, prompts: Sequence[str]) -> Tensor:
+    def reward_states(self, videos: Clips | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         """The reward tokens' last hidden states [B, 3, D], in the order VQ, MQ, TA."""
         check_counts(prompts, videos=videos)
         return self.states_of(self.encode(videos), [self.prompts.suffix(p) for p in prompts], self.prompts.prefix)
@@ -203,7 +226,9 @@ class VideoReward(PairedDiscriminator):
         lm = self.backbone.language_model
         device = lm.embed_tokens.weight.device
         table = {ids: lm.embed_tokens(torch.tensor(ids, device=device)) for ids in {prefix, *suffixes}}
-        parts, lengths, rows = [], [], []
+        parts: list[Tensor] = []
+        lengths: list[int] = []
+        rows: list[list[int]] = []
         for clip, ids in zip(features.clips, suffixes):
             begin = sum(lengths) + len(prefix) + len(clip)
             rows.append([begin + ids.index(i) for i in self.prompts.reward_ids])
@@ -224,14 +249,16 @@ class VideoReward(PairedDiscriminator):
             out = F.linear(states.float(), self.rm_head.weight.float())  # [B, 3, output_dim]
         return out[..., 0] if self.settings.output_dim == 1 else out.diagonal(dim1=1, dim2=2)
 
-    def score(self, videos, prompts: Sequence[str]) -> Tensor:
+    def score(self, videos: Clips | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         """D [B] in float32. videos: as `encode`, or Features. Raises ValueError for different counts, special tokens
         in a prompt, or as `encode`; FloatingPointError naming the samples whose score is not finite."""
         logits = self.logits(self.reward_states(videos, prompts))
         return check_finite((logits * logits.new_tensor(self.options.weights)).sum(1), prompts)
 
     @torch.no_grad()
-    def rewards(self, videos, prompts: Sequence[str], *, normalise: bool = True) -> dict[str, Tensor]:
+    def rewards(
+        self, videos: Clips | Sequence[Tensor], prompts: Sequence[str], *, normalise: bool = True
+    ) -> dict[str, Tensor]:
         """VideoAlign's scores: {"VQ", "MQ", "TA", "Overall": their sum}, [B] each; normalised by its constants."""
         logits = self.logits(self.reward_states(videos, prompts))
         if normalise:

@@ -9,12 +9,16 @@ Latents are pixels in [-1, 1]: the toy's "VAE" is `encode_video` / `decode_video
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afd_fast.students.student import ShardPlan, StudentModule
 from afd_fast.students.toy.text import PromptEmbedding
 
 
@@ -63,6 +67,14 @@ class ToyText:
     values: list[Tensor]
 
 
+class KeysValues(NamedTuple):
+    """What a block attends to besides the prompt: [B, heads, tokens, D / heads] each, and a mask [N, L + tokens]."""
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+
+
 class ToyCache:
     """Keys and values of the clean chunks so far; `length` counts tokens, host integer."""
 
@@ -70,18 +82,19 @@ class ToyCache:
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
 
-    def write(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, k: Tensor, v: Tensor, start: int) -> "KeysValues":
         """Put this chunk's keys and values at token `start`; return the history with them appended.
 
         The history is detached, the returned tail keeps its graph: the KV-detached update needs just that.
         """
-        if start and (self.keys[layer] is None or self.keys[layer].shape[2] < start):
-            raise ValueError(f"the cache holds no history up to token {start}: run the earlier chunks first")
         if start:
-            k = torch.cat([self.keys[layer][:, :, :start], k], 2)
-            v = torch.cat([self.values[layer][:, :, :start], v], 2)
+            past_k, past_v = self.keys[layer], self.values[layer]
+            if past_k is None or past_v is None or past_k.shape[2] < start:
+                raise ValueError(f"the cache holds no history up to token {start}: run the earlier chunks first")
+            k = torch.cat([past_k[:, :, :start], k], 2)
+            v = torch.cat([past_v[:, :, :start], v], 2)
         self.keys[layer], self.values[layer] = k.detach(), v.detach()
-        return k, v
+        return KeysValues(k, v)
 
 
 class Block(nn.Module):
@@ -106,8 +119,10 @@ class Block(nn.Module):
         """The prompt's keys and values [B, heads, L, D / heads]."""
         return self.split(self.text_kv(tokens), 2)
 
-    def forward(self, x: Tensor, cond: Tensor, text_k: Tensor, text_v: Tensor, attend) -> Tensor:
-        """attend(k, v) -> (keys, values, mask) puts this call's own keys behind the history."""
+    def forward(
+        self, x: Tensor, cond: Tensor, text_k: Tensor, text_v: Tensor, attend: Callable[[Tensor, Tensor], KeysValues]
+    ) -> Tensor:
+        """attend: puts this call's keys and values behind the history."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, -1)
         q, k, v = self.split(self.qkv(self.norm1(x) * (1 + scale1) + shift1), 3)
         k, v, mask = attend(k, v)
@@ -117,7 +132,7 @@ class Block(nn.Module):
         return x + gate2 * self.down(F.gelu(self.up(self.norm2(x) * (1 + scale2) + shift2)))
 
 
-class ToyStudent(nn.Module):
+class ToyStudent(StudentModule):
     """See the module docstring. `forward` is called chunk by chunk, as CausalWan's."""
 
     def __init__(self, config: ToyConfig = ToyConfig()):
@@ -134,18 +149,27 @@ class ToyStudent(nn.Module):
         self.norm = nn.LayerNorm(c.dim, elementwise_affine=False)
         self.head_modulation = _zero(nn.Linear(c.dim, 2 * c.dim))
         self.head = _mlp(c.dim, c.hidden, tubelet)
-        _zero(self.head[2])
-        nn.init.constant_(self.head[2].bias, -0.88)  # the background of the physics world
+        last = self.head[2]
+        assert isinstance(last, nn.Linear)
+        nn.init.constant_(_zero(last).bias, -0.88)  # the background of the physics world
 
     def encode_text(self, ids: Tensor) -> ToyText:
         """Word ids [B, L] of `tokenize` -> what every later call needs of the prompt."""
         tokens, pooled = self.text(ids)
-        pairs = [block.encode_text(tokens) for block in self.blocks]
+        pairs = [block.encode_text(tokens) for block in self.blocks if isinstance(block, Block)]
         return ToyText(pooled, [k for k, _ in pairs], [v for _, v in pairs])
 
-    def new_cache(self, batch: int, frames: int, height: int, width: int) -> ToyCache:
-        """An empty cache; sizes are checked against the configuration."""
+    def shard_plan(self) -> ShardPlan:
+        """Block by block."""
+        return ShardPlan(list(self.blocks), (), ("encode_text", "forward_teacher_forcing", "forward_block_causal"))
+
+    def new_cache(
+        self, batch: int, frames: int, height: int, width: int, window: int | None = None, sink: int = 0
+    ) -> ToyCache:
+        """An empty cache; sizes are checked against the configuration. ValueError for a window, which it cannot have."""
         c = self.config
+        if window is not None:
+            raise ValueError("this student's cache has no window")
         if (frames, height, width) != (c.frames, c.height, c.width):
             raise ValueError(
                 f"this student makes {c.frames} frames of {c.height}x{c.width}, not {(frames, height, width)}"
@@ -189,16 +213,24 @@ class ToyStudent(nn.Module):
         cond = self.condition(t[:, :1], text)  # [B, 1, D]
         h = self.embed(self.patchify(x)) + self.position[index]
         for layer, block in enumerate(self.blocks):
-            attend = lambda k, v, layer=layer: (*cache.write(layer, k, v, start), None)
+            attend = partial(cache.write, layer, start=start)
             h = block(h, cond, text.keys[layer], text.values[layer], attend)
         return self.velocity(x, t, self.unpatchify(self.predict(h, cond)))
 
     def forward_teacher_forcing(
-        self, x: Tensor, t: Tensor, text: ToyText, clean: Tensor, chunk: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: ToyText,
+        clean: Tensor,
+        chunk: int | None = None,
+        *,
+        window: int | None = None,
+        sink: int = 0,
     ) -> Tensor:
         """All chunks at once: [clean || noisy] under the teacher-forcing mask, the full-gradient twin of
         the cached forward. x, clean: [B, 3, F, H, W]; t: [B, F] in 0..1000. Returns the velocity of x."""
-        self._check_chunk(chunk)
+        self._check_options(chunk, window)
         history = (self.chunks - 1) * self.tokens  # nobody attends to the last clean chunk
         position = self.position.flatten(0, 1)
         h_clean = self.embed(self.patchify(clean))[:, :history] + position[:history]
@@ -208,23 +240,27 @@ class ToyStudent(nn.Module):
         cond = cond.repeat_interleave(self.tokens, 1)
         mask = self._teacher_forcing_mask(text.keys[0].shape[2]).to(x.device)
         for layer, block in enumerate(self.blocks):
-            h = block(h, cond, text.keys[layer], text.values[layer], lambda k, v: (k, v, mask))
+            h = block(h, cond, text.keys[layer], text.values[layer], partial(KeysValues, mask=mask))
         return self.velocity(x, t, self.unpatchify(self.predict(h[:, history:], cond[:, history:])))
 
-    def forward_block_causal(self, x: Tensor, t: Tensor, text: ToyText, chunk: int | None = None) -> Tensor:
+    def forward_block_causal(
+        self, x: Tensor, t: Tensor, text: ToyText, chunk: int | None = None, *, window: int | None = None, sink: int = 0
+    ) -> Tensor:
         """All chunks at once, each given itself and the *noised* chunks before it: not the sampling function, but what
         Astrolabe trains. x: [B, 3, F, H, W]; t: [B, F] in 0..1000. Returns the velocity of x."""
-        self._check_chunk(chunk)
+        self._check_options(chunk, window)
         h = self.embed(self.patchify(x)) + self.position.flatten(0, 1)
         cond = self.condition(t[:, :: self.config.chunk], text).repeat_interleave(self.tokens, 1)
         index = torch.arange(self.chunks, device=x.device).repeat_interleave(self.tokens)
         seen = torch.ones(len(index), text.keys[0].shape[2], dtype=torch.bool, device=x.device)
         mask = torch.cat([seen, index[:, None] >= index], 1)
         for layer, block in enumerate(self.blocks):
-            h = block(h, cond, text.keys[layer], text.values[layer], lambda k, v: (k, v, mask))
+            h = block(h, cond, text.keys[layer], text.values[layer], partial(KeysValues, mask=mask))
         return self.velocity(x, t, self.unpatchify(self.predict(h, cond)))
 
-    def _check_chunk(self, chunk: int | None) -> None:
+    def _check_options(self, chunk: int | None, window: int | None) -> None:
+        if window is not None:
+            raise ValueError("this student's history has no window")
         if chunk not in (None, self.config.chunk):
             raise ValueError(f"ToyStudent's chunk is {self.config.chunk}, not {chunk}")
 

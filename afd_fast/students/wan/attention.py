@@ -1,19 +1,30 @@
 """Who attends to whom, as dense attention over ranges of frames: one object per forward, called in every layer.
 
-A pattern takes the raw projections q, k, v [B, L, D] of one layer and returns [B, L, H, d]. Masks are never
-built: block-causal and teacher-forcing attention are loops over blocks with exactly the keys each may see.
+A pattern takes the raw projections q, k, v [B, L, D] of one layer and returns [B, L, H, d]. No mask is built:
+block-causal and teacher-forcing attention are loops over blocks, each with exactly the keys it may see.
 
 Legend: B samples, L tokens, D width, H heads, d = D / H; blocks are frame ranges [(start, end), ...].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from afd_fast.ops import transformer as ops
 from afd_fast.reference.transformer import visible_frames
-from afd_fast.students.wan.cache import KVCache
+from afd_fast.students.wan.cache import KVCache, Range
+from afd_fast.students.wan.layers import Attention
+
+
+class Heads(NamedTuple):
+    """Queries and keys after RMSNorm and RoPE, and values: [B, L, H, d] each."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
@@ -21,55 +32,61 @@ def _cat(parts: list[Tensor]) -> Tensor:
 
 
 class _Roped:
-    """RMSNorm, RoPE and the split in heads, common to all."""
+    """RMSNorm, RoPE and the split into heads, common to all patterns. cos, sin: [L, d / 2]."""
 
     def __init__(self, cos: Tensor, sin: Tensor):
         self.cos, self.sin = cos, sin
 
-    def rope(self, attn, q, k, v):
+    def rope(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Heads:
         q, k = ops.qk_norm_rope(q, k, attn.norm_q.weight, attn.norm_k.weight, self.cos, self.sin, **attn.rounding)
-        return q, k, v.unflatten(-1, (attn.heads, -1))
+        return Heads(q, k, v.unflatten(-1, (attn.heads, -1)))
 
 
 class Bidirectional(_Roped):
-    """Everything sees everything."""
+    """Every frame attends to every frame."""
 
-    def __call__(self, layer, attn, q, k, v):
+    def __call__(self, layer: int, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attn.attend(*self.rope(attn, q, k, v))
 
 
 class BlockCausal(_Roped):
-    """A block sees itself and the blocks before it (within the window, behind the sink)."""
+    """A block attends to itself and to the blocks before it: to all, or to the sink and the latest frames of the window.
 
-    def __init__(self, cos, sin, blocks, tokens: int, window: int | None, sink: int):
+    tokens: per frame. Raises ValueError for a sink that fills the window and a block that exceeds it.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor, blocks: Sequence[Range], tokens: int, window: int | None, sink: int):
         super().__init__(cos, sin)
         self.blocks, self.tokens, self.window, self.sink = blocks, tokens, window, sink
         if sink and (window is None or sink >= window):
-            raise ValueError(f"sink={sink} needs a window larger than it, got window={window}")
+            raise ValueError(f"got sink={sink} with window={window}; the window must be larger than the sink")
         if window is not None and max(b - a for a, b in blocks) > window - sink:
             raise ValueError(
-                f"a block of {max(b - a for a, b in blocks)} frames does not fit window {window}, sink {sink}"
+                f"a block of {max(b - a for a, b in blocks)} frames does not fit window {window}, sink {sink}: make the "
+                "block smaller or the window larger"
             )
 
-    def frames(self, x: Tensor, ranges) -> list[Tensor]:
-        return [x[:, a * self.tokens : b * self.tokens] for a, b in ranges]
+    def joined(self, x: Tensor, ranges: Sequence[Range]) -> Tensor:
+        """The tokens [B, n, H, d] of these ranges of frames: a view of a single range."""
+        return _cat([x[:, a * self.tokens : b * self.tokens] for a, b in ranges])
 
-    def causal(self, attn, q, k, v, blocks) -> list[Tensor]:
+    def causal(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Range]) -> list[Tensor]:
+        """The attended values of each block."""
         outs = []
         for a, b in blocks:
             seen = visible_frames(b, self.window, self.sink)
-            outs.append(attn.attend(*self.frames(q, [(a, b)]), _cat(self.frames(k, seen)), _cat(self.frames(v, seen))))
+            outs.append(attn.attend(self.joined(q, [(a, b)]), self.joined(k, seen), self.joined(v, seen)))
         return outs
 
-    def __call__(self, layer, attn, q, k, v):
+    def __call__(self, layer: int, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _cat(self.causal(attn, *self.rope(attn, q, k, v), self.blocks))
 
 
 class TeacherForcing(BlockCausal):
-    """[clean || noisy]: clean blocks as above; a noisy block sees the clean blocks before it and itself.
-    The clean half stops before the last block."""
+    """[clean || noisy]: clean blocks as in `BlockCausal`; a noisy block attends to the clean blocks before it and to
+    itself. The clean half ends before the last block."""
 
-    def __call__(self, layer, attn, q, k, v):
+    def __call__(self, layer: int, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self.rope(attn, q, k, v)
         history = self.blocks[-1][0]
         split = history * self.tokens
@@ -78,7 +95,7 @@ class TeacherForcing(BlockCausal):
             past = [(i, min(j, a)) for i, j in visible_frames(b, self.window, self.sink) if i < a]
             own = [(history + a, history + b)]
             seen = past + own
-            outs.append(attn.attend(*self.frames(q, own), _cat(self.frames(k, seen)), _cat(self.frames(v, seen))))
+            outs.append(attn.attend(self.joined(q, own), self.joined(k, seen), self.joined(v, seen)))
         return _cat(outs)
 
 
@@ -86,28 +103,28 @@ class TeacherForcing(BlockCausal):
 class _Step:
     start: int  # absolute frames [start, end) of the block
     end: int
-    history: list[tuple[int, int]]  # slot ranges of the earlier frames it attends to
-    slots: int  # leading slots it attends to after its own were written
+    history: list[Range]  # slot ranges of the earlier frames it attends to
+    slots: int  # leading slots it attends to after its frames were written
 
 
 class Cached(_Roped):
     """Blocks in order over a KV cache: write the block's keys and values, attend to the cache in place.
 
-    Under autograd the block's own keys are joined to a copy of the (detached) history instead, so that later
-    writes to the buffer cannot touch what the backward pass needs.
+    With autograd the block's keys and values are concatenated to a copy of the (detached) history instead, so that later
+    writes to the buffer do not change what the backward pass needs. Raises ValueError as `KVCache.history`.
     """
 
-    def __init__(self, cos, sin, cache: KVCache, blocks, write: bool):
+    def __init__(self, cos: Tensor, sin: Tensor, cache: KVCache, blocks: Sequence[Range], write: bool):
         super().__init__(cos, sin)
         self.cache, self.write, self.first = cache, write, blocks[0][0]
         if not write and len(blocks) > 1:
-            raise ValueError("write=False takes a single block")
-        self.steps = []
-        for start, end in blocks:  # each sees what the earlier ones will have written
+            raise ValueError(f"got {len(blocks)} blocks with write=False; pass a single block, or write=True")
+        self.steps: list[_Step] = []
+        for start, end in blocks:  # each block attends to what the earlier ones will have written
             history = cache.history(start, end)
             self.steps.append(_Step(start, end, history, cache.mark(start, end) if write else 0))
 
-    def __call__(self, layer, attn, q, k, v):
+    def __call__(self, layer: int, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs, tokens = [], self.cache.tokens
         for step in self.steps:
             rows = slice((step.start - self.first) * tokens, (step.end - self.first) * tokens)
@@ -117,7 +134,9 @@ class Cached(_Roped):
             outs.append(self._block(layer, attn, step, *args))
         return _cat(outs)
 
-    def _block(self, layer, attn, step: _Step, q, k, v, cos, sin):
+    def _block(
+        self, layer: int, attn: Attention, step: _Step, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
         cache, weights = self.cache, (attn.norm_q.weight, attn.norm_k.weight)
         graph = torch.is_grad_enabled() and any(a.requires_grad for a in (q, k, v))
         if self.write and not graph:
@@ -131,7 +150,7 @@ class Cached(_Roped):
         q, k = ops.qk_norm_rope(q, k, *weights, cos, sin, **attn.rounding)
         v = v.unflatten(-1, (attn.heads, -1))
         past = cache.read(layer, step.history)
-        keys, values = _cat([p[0] for p in past] + [k]), _cat([p[1] for p in past] + [v])
+        keys, values = _cat([p.k for p in past] + [k]), _cat([p.v for p in past] + [v])
         if self.write:
             cache.write(layer, step.start, k, v)
         return attn.attend(q, keys, values)

@@ -1,16 +1,27 @@
-"""Keys and values of the frames so far: allocated once, host-integer positions, a ring that moves no data.
+"""Keys and values of the earlier frames: allocated once, positions kept on the host, a ring that moves no data.
 
-Keys are stored after RoPE with absolute positions and softmax does not care about order, so a frame may lie in
-any slot: with a window the newest frame overwrites the oldest in place, where the official code shifts the
-whole buffer (Self-Forcing causal_model.py:206-222). No device is ever asked where the cache stands.
+Keys are stored after RoPE with absolute positions and attention does not depend on the order of keys, so a frame may be
+in any slot. With a window the newest frame overwrites the oldest in place, where the official code shifts the whole
+buffer (Self-Forcing causal_model.py:206-222). The cache's position is never read from a device.
 
-Legend: B samples, H heads, d head width, N tokens a frame, S slots of one frame each.
+Legend: B samples, H heads, d head width, N tokens per frame, S slots of one frame each.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from afd_fast.reference.transformer import ring_slot, visible_frames
+
+Range = tuple[int, int]  # [start, end) of frames or slots
+
+
+class KeysValues(NamedTuple):
+    """Keys and values [B, L, H, d] of L tokens in one layer."""
+
+    k: Tensor
+    v: Tensor
 
 
 class _Storage:
@@ -21,11 +32,11 @@ class _Storage:
 
 
 class KVCache:
-    """One self-attention cache of a student. Made by `CausalWan.new_cache`.
+    """The self-attention cache of a student. Made by `CausalWan.new_cache`.
 
-    frames: latent frames a rollout will hold; window: None, or how many frames a block attends to, the first
-    `sink` among them never overwritten (rollouts are then of any length). height, width: tokens, not latents.
-    Raises ValueError for a sink that fills the window.
+    frames: number of latent frames in a rollout; window: None, or the number of frames a block attends to, of which the
+    first `sink` are never overwritten (the rollout may then have any length). height, width: in tokens, not latents.
+    Raises ValueError for sizes below 1 and for a sink that fills the window.
     """
 
     def __init__(
@@ -41,14 +52,14 @@ class KVCache:
         window: int | None = None,
         sink: int = 0,
         dtype: torch.dtype = torch.bfloat16,
-        device=None,
+        device: torch.device | str | None = None,
     ):
         if min(batch, frames, height, width) < 1:
             raise ValueError(
-                f"cache sizes must be positive, got batch {batch}, frames {frames}, {height}x{width} tokens"
+                f"got batch {batch}, frames {frames}, {height}x{width} tokens; all sizes of a cache must be positive"
             )
         if sink < 0 or (sink and window is None) or (window is not None and sink >= window):
-            raise ValueError(f"sink={sink} needs a window larger than it, got window={window}")
+            raise ValueError(f"got sink={sink} with window={window}; the window must be larger than the sink")
         self.batch, self.height, self.width, self.tokens = batch, height, width, height * width
         self.window, self.sink, self.frames = window, sink, frames
         self.slots = frames if window is None else min(frames, window)
@@ -68,7 +79,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers in use, those shared with a fork included."""
+        """Bytes of the buffers in use, including those shared with a fork."""
         return sum(s.k.nbytes + s.v.nbytes for s in self._layers)
 
     @property
@@ -81,31 +92,32 @@ class KVCache:
 
     @property
     def is_shared(self) -> bool:
-        """Whether a write would have to copy first, because of a fork."""
+        """Whether a write has to copy first, because a fork shares the buffers."""
         return any(s.owners > 1 for s in self._layers) or max(self._repeats) > 1
 
     def reset(self) -> None:
-        """Forget every frame; the buffers stay."""
+        """Forget every frame; the buffers stay allocated."""
         self.slot_frames = [None] * self.slots
 
     def _slot(self, frame: int) -> int:
         return ring_slot(frame, self.window, self.sink)
 
-    def history(self, start: int, end: int) -> list[tuple[int, int]]:
+    def history(self, start: int, end: int) -> list[Range]:
         """Slot ranges of the frames before `start` that a block [start, end) attends to.
 
-        Raises ValueError when the block does not fit the cache or a frame it needs is not there.
+        Raises ValueError if the block does not fit the cache or the cache lacks a frame that the block needs.
         """
         if start < 0 or end <= start:
-            raise ValueError(f"start_frame must be >= 0 and the chunk non-empty, got frames {start}..{end}")
+            raise ValueError(f"got frames {start}..{end}; start_frame must be >= 0 and the chunk must not be empty")
         room = self.slots if self.window is None else self.window - self.sink
         if self.window is not None and end > self.window and end - start > room:
             raise ValueError(
-                f"a chunk of {end - start} frames does not fit a window of {self.window} with sink {self.sink}"
+                f"a chunk of {end - start} frames does not fit a window of {self.window} with sink {self.sink}: make the "
+                "chunk smaller or the window larger"
             )
         if end > self.slots and (self.window is None or self.slots < self.window):
             raise ValueError(f"frames {start}..{end} do not fit a cache of {self.slots} frames: make a larger one")
-        runs: list[tuple[int, int]] = []
+        runs: list[Range] = []
         for a, b in visible_frames(end, self.window, self.sink):
             for frame in range(a, min(b, start)):
                 slot = self._slot(frame)
@@ -118,36 +130,36 @@ class KVCache:
         return runs
 
     def mark(self, start: int, end: int) -> int:
-        """Declare frames [start, end) written and return the number of leading slots a block ending at `end`
-        attends to: what is visible always lies in slots 0..that. Later frames belong to a history that no longer
-        is, and are forgotten."""
+        """Declare frames [start, end) written and return how many leading slots a block that ends at `end` attends to:
+        the visible frames always fill exactly these slots. Frames from `end` on belong to a discarded history and are
+        forgotten."""
         self.slot_frames = [f if f is not None and f < end else None for f in self.slot_frames]
         for frame in range(start, end):
             self.slot_frames[self._slot(frame)] = frame
         return min(end, self.slots)
 
-    def writable(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The layer's k, v [B, S * N, H, d] to write into; copied first while another cache shares them."""
+    def writable(self, layer: int) -> KeysValues:
+        """The layer's buffers [B, S * N, H, d] to write into; copied first if another cache shares them."""
         storage, repeat = self._layers[layer], self._repeats[layer]
         if storage.owners > 1 or repeat > 1:
             copies = [a.repeat_interleave(repeat, 0) if repeat > 1 else a.clone() for a in (storage.k, storage.v)]
             storage.owners -= 1
             self._layers[layer], self._repeats[layer] = _Storage(*copies), 1
-        return self._layers[layer].k, self._layers[layer].v
+        return KeysValues(self._layers[layer].k, self._layers[layer].v)
 
-    def read(self, layer: int, runs: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-        """(k, v) views [B, n * N, H, d] of slot ranges, detached; forked rows are expanded, not copied."""
+    def read(self, layer: int, runs: list[Range]) -> list[KeysValues]:
+        """Views [B, n * N, H, d] of slot ranges, detached. Rows that a fork shares are repeated: as a view if one sample is
+        stored, else as a copy."""
         storage, repeat = self._layers[layer], self._repeats[layer]
-        pairs = []
-        for a, b in runs:
-            pair = (storage.k[:, a * self.tokens : b * self.tokens], storage.v[:, a * self.tokens : b * self.tokens])
-            if repeat > 1:
-                pair = tuple(x[:, None].expand(-1, repeat, *x.shape[1:]).flatten(0, 1) for x in pair)
-            pairs.append(pair)
-        return pairs
+
+        def rows(buffer: Tensor, a: int, b: int) -> Tensor:
+            x = buffer[:, a * self.tokens : b * self.tokens]
+            return x[:, None].expand(-1, repeat, *x.shape[1:]).flatten(0, 1) if repeat > 1 else x
+
+        return [KeysValues(rows(storage.k, a, b), rows(storage.v, a, b)) for a, b in runs]
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
-        """Put k, v [B, F * N, H, d] of the frames from `start` on into their slots (detached)."""
+        """Copy k, v [B, F * N, H, d] of the frames from `start` on into their slots (detached)."""
         targets = self.writable(layer)
         with torch.no_grad():
             for target, source in zip(targets, (k, v)):
@@ -155,17 +167,17 @@ class KVCache:
                     slot = self._slot(start + index)
                     target[:, slot * self.tokens : (slot + 1) * self.tokens] = frame
 
-    def ordered(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Copies of the layer's k, v in ascending frame order, only of frames that are there (for tests, export)."""
+    def ordered(self, layer: int) -> KeysValues:
+        """Copies of the layer's keys and values of all frames it holds, in ascending order (for tests, export)."""
         order = sorted((f, s) for s, f in enumerate(self.slot_frames) if f is not None)
         pairs = self.read(layer, [(s, s + 1) for _, s in order])
-        return torch.cat([k for k, _ in pairs], 1), torch.cat([v for _, v in pairs], 1)
+        return KeysValues(torch.cat([pair.k for pair in pairs], 1), torch.cat([pair.v for pair in pairs], 1))
 
     def fork(self, k: int) -> "KVCache":
-        """A cache for k rollouts of each sample (batch B * k, sample-major) that shares this one's buffers until
-        either side writes; a layer is copied when it is first written. Both stay usable."""
+        """A cache for k rollouts of each sample (batch B * k, sample-major) that shares this cache's buffers until
+        either side writes; a layer is copied on its first write. Both stay usable."""
         if k < 1:
-            raise ValueError(f"fork needs k >= 1, got {k}")
+            raise ValueError(f"fork got k={k}; each sample needs k >= 1 rollouts")
         other = object.__new__(KVCache)
         other.__dict__.update(self.__dict__)
         other.batch, other.slot_frames = self.batch * k, list(self.slot_frames)

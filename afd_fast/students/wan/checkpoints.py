@@ -2,25 +2,29 @@
 
 `load_student` reads a `.pt`, `.safetensors`, folder or Hugging Face repository, renames keys to the original Wan
 layout and loads strictly: a missing, unexpected or misshapen tensor is an error that names it. Pickles are read
-with weights_only=True, so one that carries code is refused.
+with weights_only=True, which refuses those that carry code.
 """
 
+import contextlib
 import json
 import logging
-import pickle
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from afd_fast.errors import ConfigError
+from afd_fast.students.files import MissingFileError, local_copy, read_json, read_tensors
 from afd_fast.students.lora import merge_lora_state
 from afd_fast.students.wan.model import CausalWan, CausalWanConfig
 
 log = logging.getLogger("afd_fast")
 
-# wrappers that put their name into keys: FSDP, activation checkpointing, torch.compile, DDP
+# wrappers that add their name to keys: FSDP, activation checkpointing, torch.compile, DDP
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 _ROOTS = ("base_model.model.", "generator.", "model.diffusion_model.", "model.", "net.")
 _SHARED = ("generator_ema", "generator", "ema", "state_dict", "model")
@@ -48,13 +52,39 @@ _DIFFUSERS_BLOCK = (
 )  # fmt: skip
 
 
-def _rename(key: str, table, block_table) -> str:
+Names = Sequence[tuple[str, str]]  # (from, to)
+
+
+class Checkpoint(NamedTuple):
+    """Contents of a checkpoint file or folder, and its config.json if it has one."""
+
+    contents: Any
+    config: dict[str, Any] | None
+
+
+class Adapter(NamedTuple):
+    """A LoRA state dict and the scale of its product B A."""
+
+    state: dict[str, Tensor]
+    scale: float
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """ValueErrors inside the block become ConfigErrors that begin with the path."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _rename(key: str, table: Names, block_table: Names) -> str:
     match = re.match(r"(blocks\.\d+\.)(.*)", key)
     prefix, rest = match.groups() if match else ("", key)
     for source, target in block_table if match else table:
         if rest == source or rest.startswith(source + "."):
             return prefix + target + rest[len(source) :]
-    raise ValueError(f"no counterpart for the tensor {key!r}")
+    raise ConfigError(f"no counterpart for the tensor {key!r}; expected the tensors of a text-to-video Wan transformer")
 
 
 def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -64,55 +94,41 @@ def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `to_diffusers`. Raises ValueError for tensors T2V Wan does not have (image conditioning)."""
-    inverse = [tuple((b, a) for a, b in table) for table in (_DIFFUSERS, _DIFFUSERS_BLOCK)]
+    inverse = [[(b, a) for a, b in table] for table in (_DIFFUSERS, _DIFFUSERS_BLOCK)]
     return {_rename(k, *inverse): v for k, v in state.items()}
 
 
 def clean_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any public layout of keys -> the original Wan layout. Raises ValueError when two keys become one."""
+    """Any public layout of keys -> the original Wan layout. Raises ValueError if two keys become one."""
     stripped: dict[str, Tensor] = {}
     for key, value in state.items():
-        name, before = key, None
+        name, before = key, ""
         while name != before:
             before, name = name, _WRAPPERS.sub("", name)
             for root in _ROOTS:
                 name = name.removeprefix(root)
         if name in stripped:
-            raise ValueError(f"the checkpoint holds {name} twice, once as {key}")
+            raise ConfigError(f"the checkpoint holds {name} twice, once as {key}: remove one of them")
         stripped[name] = value
     return from_diffusers(stripped) if any(k.startswith("condition_embedder.") for k in stripped) else stripped
 
 
-def _read(path: Path) -> dict:
-    """A checkpoint file's contents, on the CPU."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the old, not zipped format has no mmap
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
-            f"{path} is not a plain file of tensors: refused, since loading it could run code ({reason})"
-        ) from None
-
-
-def _select(contents: dict, weights: str, path: Path) -> dict[str, Tensor]:
-    """The state dict asked for among those of a training checkpoint."""
+def _select(contents: dict[str, Any], weights: str, path: Path) -> dict[str, Tensor]:
+    """The requested state dict among those of a training checkpoint."""
     groups = [k for k, v in contents.items() if isinstance(v, dict) and v]
+    chosen: str | None
     if weights != "auto":
         if weights not in groups:
-            raise ValueError(f"{path} has no {weights!r}; it holds {groups or 'a bare state dict'}")
+            raise ConfigError(f"{path} has no {weights!r}; it holds {groups or 'a bare state dict'}")
         chosen = weights
     else:
         chosen = next((name for name in _SHARED if name in groups), None)
     if chosen is None:
         if groups or not contents or not all(isinstance(v, Tensor) for v in contents.values()):
-            raise ValueError(f"{path} holds no student: its entries are {sorted(map(str, contents))[:8]}")
+            raise ConfigError(
+                f"{path} holds no student: its entries are {sorted(map(str, contents))[:8]}, expected tensors or one of "
+                f"{_SHARED}; name the entry with weights="
+            )
         return contents
     if len(groups) > 1:
         log.info("%s: taking %r of %s", path, chosen, groups)
@@ -120,37 +136,50 @@ def _select(contents: dict, weights: str, path: Path) -> dict[str, Tensor]:
     return _select(inner, "auto", path) if not all(isinstance(v, Tensor) for v in inner.values()) else inner
 
 
-def _read_folder(folder: Path) -> tuple[dict, dict | None]:
-    """(contents, config.json) of a diffusers or original Wan folder, or of one with a single checkpoint."""
+def _read_folder(folder: Path) -> Checkpoint:
+    """A diffusers or original Wan folder, or one with a single checkpoint file."""
     if (folder / "transformer" / "config.json").exists():
         folder = folder / "transformer"
     config = folder / "config.json"
-    settings = json.loads(config.read_text()) if config.exists() else None
+    settings = read_json(config) if config.exists() else None
     shards = sorted(p for p in folder.glob("*.safetensors") if "adapter" not in p.name)
     if shards:
-        contents: dict = {}
+        contents: dict[str, Tensor] = {}
         for shard in shards:
-            part = _read(shard)
+            part = read_tensors(shard)
             if twice := set(part) & set(contents):
-                raise ValueError(f"{folder}: several files hold {sorted(twice)[0]}; give the one to load")
+                raise ConfigError(f"{folder}: several files hold {sorted(twice)[0]}; give the one to load")
             contents.update(part)
-        return contents, settings
+        return Checkpoint(contents, settings)
     files = sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")])
     if len(files) != 1:
-        raise ValueError(f"{folder} holds {len(files)} checkpoints and no safetensors; give the file to load")
-    return _read(files[0]), settings
+        raise ConfigError(f"{folder} holds {len(files)} checkpoints and no safetensors; give the file to load")
+    return Checkpoint(read_tensors(files[0]), settings)
 
 
-def _config_from_json(settings: dict) -> CausalWanConfig:
+def _config_from_json(settings: dict[str, Any]) -> CausalWanConfig:
     """From a diffusers (num_attention_heads ...) or an original Wan (dim, num_heads ...) config.json."""
+    try:
+        return _config(settings)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"config.json does not describe a Wan transformer ({error!r}): restore it, or pass config=CausalWanConfig(...)"
+        ) from None
+
+
+def _config(settings: dict[str, Any]) -> CausalWanConfig:
     if "num_attention_heads" in settings:
         heads = settings["num_attention_heads"]
         names = {"in_channels": "in_dim", "out_channels": "out_dim", "ffn_dim": "ffn_dim", "num_layers": "num_layers",
                  "text_dim": "text_dim", "freq_dim": "freq_dim", "eps": "eps", "text_len": "text_len"}  # fmt: skip
         if settings.get("image_dim") or settings.get("added_kv_proj_dim"):
-            raise ValueError("this is an image-to-video Wan (image_dim is set); CausalWan has no image branch")
+            raise ConfigError(
+                "this is an image-to-video Wan (image_dim is set); CausalWan has no image branch: load a text-to-video Wan"
+            )
         if tuple(settings.get("patch_size", (1, 2, 2))) != (1, 2, 2):
-            raise ValueError(f"patch_size must be (1, 2, 2), got {settings['patch_size']}")
+            raise ConfigError(
+                f"patch_size is {settings['patch_size']}, CausalWan has (1, 2, 2): load a Wan 2.1 checkpoint"
+            )
         sizes = {ours: settings[theirs] for theirs, ours in names.items() if theirs in settings}
         return CausalWanConfig(dim=heads * settings["attention_head_dim"], num_heads=heads, **sizes)
     known = {f.name for f in fields(CausalWanConfig)}
@@ -158,9 +187,9 @@ def _config_from_json(settings: dict) -> CausalWanConfig:
 
 
 def infer_config(state: dict[str, Tensor]) -> CausalWanConfig:
-    """Sizes from the tensors' shapes; head width 128 and text_len 512, which every public Wan has.
+    """Sizes from the tensors' shapes, with the head width of 128 and text_len of 512 of every public Wan.
 
-    Raises ValueError when the width is not a multiple of 128: the number of heads is then not in the weights.
+    Raises ValueError if the width is not a multiple of 128: the weights do not tell the number of heads.
     """
     try:
         dim, in_dim = state["patch_embedding.weight"].shape[:2]
@@ -172,24 +201,12 @@ def infer_config(state: dict[str, Tensor]) -> CausalWanConfig:
             "out_dim": state["head.head.weight"].shape[0] // 4,
         }
     except (KeyError, ValueError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"these are not a Wan transformer's weights: no {error}; first keys {sorted(state)[:4]}"
         ) from None
     if dim % 128:
-        raise ValueError(f"the weights have width {dim}, not a multiple of 128: pass config=CausalWanConfig(...)")
+        raise ConfigError(f"the weights have width {dim}, not a multiple of 128: pass config=CausalWanConfig(...)")
     return CausalWanConfig(dim=dim, num_heads=dim // 128, num_layers=layers, in_dim=in_dim, **sizes)
-
-
-def _local(source: str | Path) -> Path:
-    path = Path(source)
-    if path.exists():
-        return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.json", "*.safetensors", "transformer/*"]
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    raise FileNotFoundError(f"{source} is neither a file, a folder nor an owner/name repository")
 
 
 def load_student(
@@ -201,7 +218,7 @@ def load_student(
     lora_scale: float = 1.0,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    **options,
+    **options: Any,
 ) -> CausalWan:
     """A CausalWan with a public checkpoint's weights.
 
@@ -212,51 +229,69 @@ def load_student(
         config: sizes; by default from config.json or the tensors' shapes.
         weights: which entry of a training checkpoint; "auto" takes generator_ema before generator and logs it.
         lora: a PEFT LoRA (LongLive's `generator_lora`, Astrolabe's, an adapter folder's) merged into the weights.
-        lora_scale: alpha / rank; 1 for LongLive (256 / 256). A folder's adapter_config.json is honoured instead.
-        dtype: of the weights; by default the checkpoint's own. options: of `CausalWan`.
+        lora_scale: alpha / rank; 1 for LongLive (256 / 256). A folder's adapter_config.json takes precedence.
+        dtype: of the weights; by default that of the checkpoint. options: of `CausalWan`.
 
-    Raises FileNotFoundError, and ValueError naming missing, unexpected or misshapen tensors.
+    Raises FileNotFoundError that names the path or repository, and ValueError that names missing, unexpected or
+    misshapen tensors. Both are ConfigErrors of one line.
     """
-    path = _local(path_or_repo)
-    contents, settings = _read_folder(path) if path.is_dir() else (_read(path), None)
+    path = local_copy(path_or_repo, ["*.json", "*.safetensors", "transformer/*"])
+    contents, settings = _read_folder(path) if path.is_dir() else Checkpoint(read_tensors(path), None)
     if not isinstance(contents, dict):
-        raise ValueError(f"{path} holds a {type(contents).__name__}, not a state dict")
-    state = clean_keys(_select(contents, weights, path))
-    if config is None:
-        config = _config_from_json(settings) if settings else infer_config(state)
+        raise ConfigError(f"{path} holds a {type(contents).__name__}, not a state dict: give a checkpoint's file")
+    selected = _select(contents, weights, path)
+    with _naming(path):
+        state = clean_keys(selected)
+        if config is None:
+            config = _config_from_json(settings) if settings else infer_config(state)
     if lora is not None:
-        state = merge_lora_state(state, *_read_lora(Path(lora), lora_scale))
+        adapter = _read_lora(Path(lora), lora_scale)
+        with _naming(Path(lora)):
+            state = merge_lora_state(state, adapter.state, adapter.scale)
     with torch.device("meta"):
         model = CausalWan(config, **options)
     _check_state(model, state, path)
     dtype = dtype or state["patch_embedding.weight"].dtype
-    state = {k: v.to(device, dtype, copy=True) for k, v in state.items()}  # its own memory, not the mapped file
+    state = {k: v.to(device, dtype, copy=True) for k, v in state.items()}  # a copy: the file is mapped
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(True)
     return model.eval()
 
 
-def _read_lora(path: Path, scale: float) -> tuple[dict[str, Tensor], float]:
+def _read_lora(path: Path, scale: float) -> Adapter:
+    """A LoRA file, or a folder that PEFT saved."""
     if path.is_dir():
-        settings = json.loads((path / "adapter_config.json").read_text())
-        rank = settings["r"]
-        scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+        config = path / "adapter_config.json"
+        if not config.is_file():
+            raise MissingFileError(f"{config} is missing: give a folder that PEFT saved, or the LoRA's file")
+        settings = read_json(config)
+        try:
+            rank = settings["r"]
+            scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise ConfigError(f"{config} has no usable r and lora_alpha ({error!r}): restore the file") from None
         files = [p for p in (path / "adapter_model.safetensors", path / "adapter_model.bin") if p.exists()]
         if not files:
-            raise FileNotFoundError(f"{path} has no adapter_model.safetensors")
+            raise MissingFileError(f"{path} has no adapter_model.safetensors: give a folder that PEFT saved")
         path = files[0]
-    contents = _read(path)
-    lora = contents.get("generator_lora", contents)
-    if not lora or not all(isinstance(v, Tensor) for v in lora.values()):
-        raise ValueError(f"{path} is not a LoRA state dict; its entries are {sorted(map(str, contents))[:8]}")
-    return {re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", k): v for k, v in clean_keys(lora).items()}, scale
+    if not path.is_file():
+        raise MissingFileError(f"{path} is neither a LoRA's file nor a folder that PEFT saved: check the path")
+    contents = read_tensors(path)
+    lora = contents.get("generator_lora", contents) if isinstance(contents, dict) else None
+    if not isinstance(lora, dict) or not lora or not all(isinstance(v, Tensor) for v in lora.values()):
+        found = sorted(map(str, contents))[:8] if isinstance(contents, dict) else type(contents).__name__
+        raise ConfigError(f"{path} is not a LoRA state dict; it holds {found}")
+    with _naming(path):
+        cleaned = clean_keys(lora)
+    return Adapter({re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", k): v for k, v in cleaned.items()}, scale)
 
 
 def _check_state(model: CausalWan, state: dict[str, Tensor], path: Path) -> None:
+    """Raises ConfigError that names the tensors in which the state differs from what the model needs."""
     expected = model.state_dict()
 
-    def listed(names) -> str:
-        names = sorted(names)
+    def listed(found: Iterable[str]) -> str:
+        names = sorted(found)
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
     problems = []
@@ -274,10 +309,10 @@ def _check_state(model: CausalWan, state: dict[str, Tensor], path: Path) -> None
     if dtypes := {v.dtype for v in state.values() if not v.is_floating_point()}:
         problems.append(f"not floating point: {dtypes}")
     if problems:
-        raise ValueError(f"{path} does not fit {model.config}: " + "; ".join(problems))
+        raise ConfigError(f"{path} does not fit {model.config}: " + "; ".join(problems))
 
 
-def save_diffusers(model: CausalWan, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+def save_student(model: CausalWan, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
     """Write the weights (or `state`, under the model's names) as a diffusers WanTransformer3DModel folder."""
     from safetensors.torch import save_file
 

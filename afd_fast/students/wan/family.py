@@ -1,99 +1,172 @@
-"""A causal Wan student with its text encoder, VAE and discriminator as a System that trains like the embedded one."""
+"""The families of causal Wan students: a checkpoint with its text encoder and VAE, or a tiny random one."""
 
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from afd_fast.config import TrainConfig
-from afd_fast.discriminators.toy import ToyDiscriminator
 from afd_fast.errors import ConfigError
-from afd_fast.generate import load_networks
-from afd_fast.training.state import System
+from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
+from afd_fast.students.wan.checkpoints import load_student, save_student
+from afd_fast.students.wan.layers import CausalWanConfig
+from afd_fast.students.wan.model import CausalWan
+from afd_fast.students.wan.text import TextEncoder
+from afd_fast.students.wan.vae import WanDecoder
+from afd_fast.video_io import VideoFormat
 
-LORA_TARGETS = [f"{attn}.{name}" for attn in ("self_attn", "cross_attn") for name in "qkvo"] + ["ffn.0", "ffn.2"]
+LORA_TARGETS = (
+    *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
+    "ffn.0",
+    "ffn.2",
+)
 FPS = 16  # of Wan 2.1
+BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+SIZE = LatentFormat(16, 21, 60, 104)  # 81 frames of 480 x 832
+TINY_SIZE = LatentFormat(16, 6, 6, 10)  # 21 frames of 48 x 80
 
 
-def wan_system(config: TrainConfig) -> System:
-    """The networks of config.student, .discriminator and .wan_base on this process's GPU, or the CPU.
+class Encoder(Protocol):
+    """Prompts to embeddings [n_i, text_dim]."""
 
-    student="tiny" is a small CausalWan with random weights and a random VAE: 48 x 80 pixels for frames=6, height=6,
-    width=10. ConfigError for sizes a Wan student cannot have.
-    """
-    if config.frames % config.chunk or config.height % 2 or config.width % 2:
-        raise ConfigError(
-            f"a Wan student makes whole chunks of latents of even size: frames={config.frames} chunk={config.chunk} "
-            f"height={config.height} width={config.width} are not"
-        )
-    student, encode, decode = load_networks(config.student, config.wan_base, config.seed)
-    student.gradient_checkpointing = config.gradient_checkpointing
-    device = next(student.parameters()).device
-    known: dict[str, Tensor] = {}
+    def __call__(self, prompts: list[str]) -> list[Tensor]: ...
 
-    def embed(prompts: list[str]) -> list[Tensor]:
-        """Every prompt goes through the text encoder once; its embedding stays on the host."""
-        new = [p for p in dict.fromkeys(prompts) if p not in known]
+
+@dataclass
+class Networks:
+    """A student with its text encoder and VAE, on one device."""
+
+    student: CausalWan
+    text: Encoder
+    vae: WanDecoder
+
+
+class HashText:
+    """Random embeddings that depend on the prompt alone: stands in for UMT5 where there are no weights."""
+
+    def __init__(self, text_dim: int, text_len: int):
+        self.text_dim, self.text_len = text_dim, text_len
+
+    def __call__(self, prompts: list[str]) -> list[Tensor]:
+        rows = []
+        for prompt in prompts:
+            g = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+            rows.append(torch.randn(min(self.text_len, len(prompt.split()) + 1), self.text_dim, generator=g))
+        return rows
+
+
+class KnownPrompts:
+    """An encoder that encodes every prompt once and keeps the embeddings in host memory."""
+
+    def __init__(self, encode: Encoder, device: torch.device):
+        self.encode, self.device = encode, device
+        self.known: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: list[str]) -> list[Tensor]:
+        new = [p for p in dict.fromkeys(prompts) if p not in self.known]
         if new:
-            known.update(zip(new, (x.cpu() for x in encode(new)), strict=True))
-        return [known[p].to(device) for p in prompts]
+            self.known.update(zip(new, (x.cpu() for x in self.encode(new)), strict=True))
+        return [self.known[p].to(self.device) for p in prompts]
 
-    return System(
-        student=student.requires_grad_(False),
-        new_discriminator=lambda c: discriminator(c).to(c.disc_device or device),
-        encode=embed,
-        decode=decode,
-        encode_video=decode.encode,
-        shape=(student.config.in_dim, config.frames, config.height, config.width),
-        chunk=config.chunk,
-        video=(4 * config.frames - 3, 8 * config.height, 8 * config.width),
-        fps=FPS,
-        lora_targets=LORA_TARGETS,
-        save=lambda weights, adapters, about, folder: save(student, weights, adapters, about, folder),
+
+def load_networks(student: str, base: str | None = None, seed: int = 0) -> Networks:
+    """On the GPU where there is one: `tiny(seed)` for "tiny", else the checkpoint `student` in bfloat16 with the text
+    encoder and VAE of the diffusers repository `base`."""
+    if student == "tiny":
+        return tiny(seed)
+    base, device = base or BASE, "cuda" if torch.cuda.is_available() else "cpu"
+    return Networks(
+        load_student(student, dtype=torch.bfloat16, device=device),
+        TextEncoder.from_pretrained(base, device=device),
+        WanDecoder.from_pretrained(base, device=device),
     )
 
 
-def discriminator(config: TrainConfig) -> nn.Module:
-    """ "toy": a few convolutions on reduced clips; else VideoAlign's VideoReward with fresh adapters on its merged weights."""
-    if config.discriminator == "toy":
-        return ToyDiscriminator(width=config.disc_width)
-    from afd_fast.discriminators import load_video_reward
+def tiny(seed: int = 0) -> Networks:
+    """Random weights, for trying things without a GPU or a download; latents of 6 x 10 or so are 48 x 80 pixels.
+    Needs diffusers for the VAE's architecture."""
+    from diffusers import AutoencoderKLWan
 
-    return load_video_reward(config.discriminator, lora_rank=config.disc_lora_rank)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = CausalWan(CausalWanConfig.tiny()).eval()
+        vae = AutoencoderKLWan(base_dim=4, num_res_blocks=1)
+    return Networks(student, HashText(student.config.text_dim, student.config.text_len), WanDecoder(vae))
 
 
-def save(
-    student: nn.Module, weights: dict[str, Tensor], adapters: dict[str, Tensor], about: dict, folder: Path
-) -> None:
-    """student/: a diffusers folder of the adapted weights, with a model card. lora/: the adapters alone, as PEFT writes them."""
+def latent_size(config: StudentConfig, chunk: int) -> LatentFormat:
+    """The latents a configuration names. ConfigError for sizes a Wan student cannot have."""
+    default = TINY_SIZE if config.name == "tiny" else SIZE
+    size = LatentFormat(
+        default.channels,
+        config.frames or default.frames,
+        config.height or default.height,
+        config.width or default.width,
+    )
+    if size.frames % chunk or size.height % 2 or size.width % 2:
+        raise ConfigError(
+            f"a Wan student makes whole chunks of latents of even size: frames={size.frames} height={size.height} "
+            f"width={size.width} with rollout.chunk={chunk} are not"
+        )
+    return size
+
+
+def wan_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
+    """The family of `config.name` and `config.base`. ConfigError as of `latent_size`."""
+    size = latent_size(config, chunk)
+    networks = load_networks(config.name, config.base, seed)
+    student = networks.student.requires_grad_(False)
+    student.gradient_checkpointing = config.gradient_checkpointing
+
+    def save(weights: TrainedWeights, about: Facts, folder: Path) -> None:
+        save_run(student, weights, about, folder)
+
+    return Family(
+        name="wan",
+        student=student,
+        text=KnownPrompts(networks.text, student.device),
+        vae=networks.vae,
+        latents=size._replace(channels=student.config.in_dim),
+        chunk=chunk,
+        video=VideoFormat(4 * size.frames - 3, 8 * size.height, 8 * size.width, FPS),
+        lora_targets=LORA_TARGETS,
+        save=save,
+    )
+
+
+def save_run(student: CausalWan, weights: TrainedWeights, about: Facts, folder: Path) -> None:
+    """student/: a diffusers folder of the adapted weights, with a model card. lora/: the adapters alone, as PEFT
+    writes them."""
     from peft import LoraConfig
 
-    from afd_fast.students.wan.checkpoints import save_diffusers
-
-    save_diffusers(student, folder / "student", weights)
-    if adapters:
-        named = {f"base_model.model.{n.replace('.default.', '.')}": p.cpu() for n, p in adapters.items()}
-        rank = about["lora_rank"]
-        LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS).save_pretrained(folder / "lora")
+    save_student(student, folder / "student", weights.merged)
+    if weights.adapters:
+        named = {f"base_model.model.{n.replace('.default.', '.')}": p.cpu() for n, p in weights.adapters.items()}
+        rank = about["student.lora_rank"]
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)).save_pretrained(str(folder / "lora"))
         save_file(named, folder / "lora/adapter_model.safetensors", {"format": "pt"})
     rows = "\n".join(f"| {key} | {value} |" for key, value in about.items())
-    (folder / "student/README.md").write_text(
-        f"""---
+    (folder / "student/README.md").write_text(CARD.format(base=about["student.name"], rows=rows, **about))
+
+
+CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-video
-base_model: {about["student"]}
+base_model: {base}
 ---
-# {about["name"]}
+# {name}
 
-A causal video student ({about["student"]}) distilled from a black-box teacher ({about["teacher"]}) by Adversarial Flow
-Distillation (arXiv 2605.26105) with afd_fast: averaged weights, adapters merged. It may have inherited the teacher's biases, and
+A causal video student ({base}) distilled from a black-box teacher ({teacher}) by Adversarial Flow Distillation
+(arXiv 2605.26105) with afd_fast: averaged weights, adapters merged. It may have inherited the teacher's biases, and
 the teacher's terms of use apply to what was learnt from it.
 
-Load it with `afd_fast.models.load_student("student")`, or as the transformer of a diffusers Wan pipeline. Beside it, `lora/`
-holds the adapters alone: `load_student(BASE, lora="lora")`.
+Load it with `afd_fast.students.load_student("student")`, or as the transformer of a diffusers Wan pipeline. The folder
+`lora/` holds the adapters alone: `load_student(BASE, lora="lora")`.
 
 | setting | value |
 |---|---|
 {rows}
 """
-    )

@@ -6,10 +6,13 @@ time Python takes to launch it.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from afd_fast.students.student import map_tensors
 from afd_fast.students.wan.cache import KVCache
 from afd_fast.students.wan.model import CausalWan, Conditioning, WanText
 
@@ -17,8 +20,8 @@ from afd_fast.students.wan.model import CausalWan, Conditioning, WanText
 class CudaRecorder:
     """Records what a function launches. All recordings share one memory pool."""
 
-    def __init__(self):
-        self.pool = None
+    def __init__(self) -> None:
+        self.pool: Any = None
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """Run `function` once to warm up, record it, and return its output tensor and what replays it into that."""
@@ -34,6 +37,32 @@ class CudaRecorder:
         return out, graph.replay
 
 
+class Recorder(Protocol):
+    """What records a forward: `CudaRecorder`, or a stand-in where there is no GPU."""
+
+    def record(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        """Run and record `function`; its output tensor, and what replays it into that."""
+
+
+class Recording(NamedTuple):
+    """A recorded forward. rope: kept, because a recording holds addresses only."""
+
+    out: Tensor
+    replay: Callable[[], None]
+    rope: tuple[Tensor, Tensor]
+
+
+class KeptText(NamedTuple):
+    """The text that was given last, and the tensors that recordings read it from."""
+
+    given: WanText
+    kept: WanText
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().clone()
+
+
 class GraphedStudent:
     """A CausalWan to give to `rollout` in its stead, for many rollouts of one shape.
 
@@ -43,15 +72,17 @@ class GraphedStudent:
     are not a rollout's (gradient, forks, several blocks, tensors of timesteps) run the model itself.
     """
 
-    def __init__(self, model: CausalWan, *, max_graphs: int = 256, recorder=None):
+    def __init__(self, model: CausalWan, *, max_graphs: int = 256, recorder: Recorder | None = None):
         self.model, self.max_graphs, self.recorder = model, max_graphs, recorder or CudaRecorder()
         self._cache: KVCache | None = None
-        self._cache_key = self._weights = self._text = None
+        self._cache_key: tuple[int | None, ...] | None = None
+        self._weights: list[int] | None = None
+        self._text: KeptText | None = None
         self._conditionings: dict[float, Conditioning] = {}
-        self._inputs: dict[tuple, Tensor] = {}
-        self._graphs: dict[tuple, tuple] = {}  # key -> (output, replay, what else must stay in memory)
+        self._inputs: dict[tuple[int, ...], Tensor] = {}
+        self._graphs: dict[tuple[int, tuple[int, ...], int], Recording] = {}
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)
 
     def _forget(self) -> None:
@@ -60,10 +91,12 @@ class GraphedStudent:
         self._conditionings.clear()
         self._text = None
 
-    def new_cache(self, batch: int, frames: int, height: int, width: int, window: int | None = None, sink: int = 0):
+    def new_cache(
+        self, batch: int, frames: int, height: int, width: int, window: int | None = None, sink: int = 0
+    ) -> KVCache:
         """The kept cache, emptied; the start of a rollout, where changed shapes and weights are noticed."""
         key, weights = (batch, frames, height, width, window, sink), [p.data_ptr() for p in self.model.parameters()]
-        if key != self._cache_key or weights != self._weights:
+        if self._cache is None or key != self._cache_key or weights != self._weights:
             self._forget()
             self._cache = None  # its memory first
             self._cache = self.model.new_cache(batch, frames, height, width, window, sink)
@@ -72,32 +105,33 @@ class GraphedStudent:
         return self._cache
 
     @torch.no_grad()
-    def conditioning(self, t: float, *, tables: bool = True) -> Conditioning:
+    def timestep(self, t: float, batch: int, frames: int) -> Conditioning:
         """The model's, in tensors that stay the same for the same t."""
         fresh = self.model.conditioning(t, tables=True)
         if t not in self._conditionings:
             self._conditionings[t] = fresh
         kept = self._conditionings[t]
-        for target, source in zip((kept.e, kept.e0, *kept.tables), (fresh.e, fresh.e0, *fresh.tables)):
+        for target, source in zip((kept.e, kept.e0, *(kept.tables or ())), (fresh.e, fresh.e0, *(fresh.tables or ()))):
             target.copy_(source)
         return kept
 
     def _kept_text(self, text: WanText) -> WanText:
-        if self._text is None or self._text[1].batch != text.batch:
+        if self._text is None or self._text.kept.batch != text.batch:
             self._graphs.clear()
-            self._text = (text, text.map(lambda a: a.detach().clone()))
-        elif self._text[0] is not text:
-            for target, source in zip(self._text[1].keys + self._text[1].values, text.keys + text.values):
+            self._text = KeptText(text, map_tensors(text, _copy))
+        elif self._text.given is not text:
+            for target, source in zip(self._text.kept.keys + self._text.kept.values, text.keys + text.values):
                 target.copy_(source)
-            self._text = (text, self._text[1])
-        return self._text[1]
+            self._text = KeptText(text, self._text.kept)
+        return self._text.kept
 
     def __call__(
-        self, x: Tensor, t, text: WanText, *, cache: KVCache | None = None, start_frame: int = 0, **options
+        self, x: Tensor, t: Any, text: WanText, *, cache: KVCache | None = None, start_frame: int = 0, **options: Any
     ) -> Tensor:
         """`CausalWan.forward`; a rollout's calls are replayed."""
         ours = any(t is kept for kept in self._conditionings.values())
-        if torch.is_grad_enabled() or options or cache is not self._cache or not ours or cache.is_shared:
+        kept = cache is not None and cache is self._cache and not cache.is_shared
+        if cache is None or torch.is_grad_enabled() or options or not kept or not ours:
             return self.model(x, t, text, cache=cache, start_frame=start_frame, **options)
         text = self._kept_text(text)
         key = (start_frame, tuple(x.shape), id(t))
@@ -110,12 +144,10 @@ class GraphedStudent:
         end = start_frame + x.shape[2]
         cache.history(start_frame, end)  # the host's side of the forward, which a replay leaves out: its checks,
         if key not in self._graphs:
-            forward = lambda: self.model(static, t, text, cache=cache, start_frame=start_frame)
-            rope = self.model.rope(
-                start_frame, end, cache.height, cache.width
-            )  # kept: a recording holds addresses only
-            self._graphs[key] = (*self.recorder.record(forward), rope)
+            forward = partial(self.model, static, t, text, cache=cache, start_frame=start_frame)
+            rope = self.model.rope(start_frame, end, cache.height, cache.width)
+            self._graphs[key] = Recording(*self.recorder.record(forward), rope)
         cache.mark(start_frame, end)  # and its bookkeeping
-        out, replay, _ = self._graphs[key]
-        replay()
-        return out.clone()
+        recording = self._graphs[key]
+        recording.replay()
+        return recording.out.clone()

@@ -5,20 +5,24 @@ Source of the equations: Self-Forcing `wan/modules/{model,causal_model}.py` at 3
 Legend: B samples, F latent frames, L tokens, D width, H heads, d = D / H.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from afd_fast.ops import transformer as ops
 from afd_fast.ops.attention import attention
+from afd_fast.students.wan.cache import KeysValues
 
-PATCH = 2  # latent pixels on a token's side; Wan's patch is (1, 2, 2)
+PATCH = 2  # side of a token in latent pixels; Wan's patch is (1, 2, 2)
+Settings = Mapping[str, Any]  # "attention": backend of `ops.attention`; "official_rounding": as `CausalWan`
 
 
 @dataclass(frozen=True)
 class CausalWanConfig:
-    """Sizes; the defaults are Wan2.1-T2V-1.3B's (wan/configs/wan_t2v_1_3B.py). text_len: tokens a prompt is padded to."""
+    """Sizes; the defaults are Wan2.1-T2V-1.3B's (wan/configs/wan_t2v_1_3B.py). text_len: tokens per padded prompt."""
 
     dim: int = 1536
     ffn_dim: int = 8960
@@ -31,9 +35,9 @@ class CausalWanConfig:
     out_dim: int = 16
     eps: float = 1e-6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.freq_dim % 2:
-            raise ValueError(f"dim / num_heads and freq_dim must be even integers, got {self}")
+            raise ValueError(f"got {self}; dim / num_heads and freq_dim must be even integers")
 
     @classmethod
     def wan_1_3b(cls) -> "CausalWanConfig":
@@ -51,7 +55,7 @@ class CausalWanConfig:
 
 @dataclass(frozen=True)
 class WanText:
-    """A batch of prompts, encoded once: per block the cross-attention keys and values [B, text_len, H, d]."""
+    """A batch of prompts, encoded once: the cross-attention keys and values [B, text_len, H, d] of every block."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -60,22 +64,37 @@ class WanText:
     def batch(self) -> int:
         return self.keys[0].shape[0]
 
-    def map(self, function) -> "WanText":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "WanText":
         """The same with `function` applied to every tensor (`.detach()`, `.to(...)`, indexing samples)."""
         return WanText(tuple(map(function, self.keys)), tuple(map(function, self.values)))
 
-    def __getitem__(self, samples) -> "WanText":
+    def __getitem__(self, samples: Any) -> "WanText":
         return self.map(lambda a: a[samples])
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """The timestep's part of the modulation: e [b, f, D] for the head, e0 [b, f, 6, D] for the blocks, b in
-    (1, B), f in (1, F); `tables` holds e0 + modulation per block when it was worked out ahead of a rollout."""
+    (1, B), f in (1, F); `tables` holds e0 + modulation per block if it was computed before a rollout."""
 
     e: Tensor
     e0: Tensor
     tables: tuple[Tensor, ...] | None = None
+
+
+class Rounding(TypedDict):
+    """Arguments that every fused operator takes."""
+
+    eps: float
+    official_rounding: bool
+
+
+class Residual(NamedTuple):
+    """The stream between two blocks: x [B, L, D] with y [B, L, D] and gate [b, f, D] still to add, x' = x + gate y."""
+
+    x: Tensor
+    y: Tensor
+    gate: Tensor
 
 
 def time_sinusoid(t: Tensor, dim: int) -> Tensor:
@@ -86,7 +105,7 @@ def time_sinusoid(t: Tensor, dim: int) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """A learned weight [dim]; the arithmetic is `ops.transformer.rms_norm`."""
+    """A learned weight [dim]; `ops.transformer.rms_norm` does the arithmetic."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -94,23 +113,25 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of one attention layer; `heads`, `eps`, `settings` are what the patterns need."""
+    """Projections of one attention layer; the patterns read `heads` and `rounding`."""
 
-    def __init__(self, config: CausalWanConfig, settings: dict):
+    def __init__(self, config: CausalWanConfig, settings: Settings):
         super().__init__()
         self.heads, self.eps, self.settings = config.num_heads, config.eps, settings
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(config.dim), RMSNorm(config.dim)
 
     @property
-    def rounding(self) -> dict:
-        return {"eps": self.eps, "official_rounding": self.settings["official_rounding"]}
+    def rounding(self) -> Rounding:
+        return Rounding(eps=self.eps, official_rounding=self.settings["official_rounding"])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, Lq, H, d] over [B, Lk, H, d] with the model's backend."""
-        return attention(q, k, v, backend=self.settings["attention"])
+        out = attention(q, k, v, backend=self.settings["attention"])
+        assert isinstance(out, Tensor)  # a pair only with return_lse
+        return out
 
-    def self_attention(self, h: Tensor, layer: int, pattern) -> Tensor:
+    def self_attention(self, h: Tensor, layer: int, pattern: "Pattern") -> Tensor:
         return self.o(pattern(layer, self, self.q(h), self.k(h), self.v(h)).flatten(2))
 
     def cross_attention(self, h: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -120,14 +141,21 @@ class Attention(nn.Module):
         return self.o(self.attend(q, k, v).flatten(2))
 
 
+class Pattern(Protocol):
+    """Self-attention of a whole forward: who attends to whom (`afd_fast.students.wan.attention`)."""
+
+    def __call__(self, layer: int, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Projections q, k, v [B, L, D] of one layer -> the attended values [B, L, H, d]."""
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the prompt, MLP (causal_model.py:238-335).
 
-    The last residual of a block is added by the next one, in the same pass as its norm: a block takes and
-    returns the stream x and a pending (y, gate) with x' = x + gate y.
+    The next block adds the last residual of a block, in the same pass as its norm: a block takes and returns the
+    stream x with a pending y and gate (`Residual`).
     """
 
-    def __init__(self, config: CausalWanConfig, settings: dict):
+    def __init__(self, config: CausalWanConfig, settings: Settings):
         super().__init__()
         dim = config.dim
         self.self_attn = Attention(config, settings)
@@ -136,14 +164,24 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedded prompt [B, text_len, D] -> cross-attention k (normalised), v [B, text_len, H, d]."""
+    def encode_text(self, text: Tensor) -> KeysValues:
+        """Embedded prompt [B, text_len, D] -> cross-attention keys (normalised) and values [B, text_len, H, d]."""
         attn = self.cross_attn
         k = ops.rms_norm(attn.k(text), attn.norm_k.weight, **attn.rounding)
-        return k.unflatten(-1, (attn.heads, -1)), attn.v(text).unflatten(-1, (attn.heads, -1))
+        return KeysValues(k.unflatten(-1, (attn.heads, -1)), attn.v(text).unflatten(-1, (attn.heads, -1)))
 
-    def forward(self, layer, x, y, gate, conditioning: Conditioning, text_k, text_v, pattern):
-        """x [B, L, D], pending y (None before the first block) and gate -> the same three."""
+    def forward(
+        self,
+        layer: int,
+        x: Tensor,
+        y: Tensor | None,
+        gate: Tensor | None,
+        conditioning: Conditioning,
+        text_k: Tensor,
+        text_v: Tensor,
+        pattern: Pattern,
+    ) -> Residual:
+        """x [B, L, D], pending y (None before the first block) and gate -> the same three after this block."""
         table = conditioning.tables[layer] if conditioning.tables else self.modulation[:, None] + conditioning.e0
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)  # each [b, f, D]
         rounding = self.self_attn.rounding
@@ -155,13 +193,13 @@ class Block(nn.Module):
         x, h = ops.residual_norm(x, y, gate1, weight=self.norm3.weight, bias=self.norm3.bias, **rounding)
         y = self.cross_attn.cross_attention(h, text_k, text_v)
         x, h = ops.residual_norm(x, y, scale=scale2, shift=shift2, **rounding)
-        return x, self.ffn(h), gate2
+        return Residual(x, self.ffn(h), gate2)
 
 
 class Head(nn.Module):
-    """Last norm, modulated by e itself, and the projection to patches (causal_model.py:340-366)."""
+    """The last norm, modulated by e itself, and the projection to patches (causal_model.py:340-366)."""
 
-    def __init__(self, config: CausalWanConfig, settings: dict):
+    def __init__(self, config: CausalWanConfig, settings: Settings):
         super().__init__()
         self.eps, self.settings = config.eps, settings
         self.head = nn.Linear(config.dim, PATCH**2 * config.out_dim)
@@ -169,5 +207,5 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, gate: Tensor, e: Tensor) -> Tensor:
         shift, scale = (self.modulation[:, None] + e[:, :, None]).unbind(2)
-        rounding = {"eps": self.eps, "official_rounding": self.settings["official_rounding"]}
+        rounding = Rounding(eps=self.eps, official_rounding=self.settings["official_rounding"])
         return self.head(ops.residual_norm(x, y, gate, scale=scale, shift=shift, **rounding)[1])

@@ -8,18 +8,31 @@ Source of the equations: Self-Forcing `wan/modules/{model,causal_model}.py` at 3
 Legend: B samples, C channels, F latent frames, H x W latent pixels, N = H W / 4 tokens a frame, L = F N, D width.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from afd_fast.reference.transformer import rope_tables, split_blocks
+from afd_fast.students.student import ShardPlan, Student, StudentModule
 from afd_fast.students.wan.attention import Bidirectional, BlockCausal, Cached, TeacherForcing
 from afd_fast.students.wan.cache import KVCache
-from afd_fast.students.wan.layers import PATCH, Block, CausalWanConfig, Conditioning, Head, WanText, time_sinusoid
+from afd_fast.students.wan.layers import (
+    PATCH,
+    Block,
+    CausalWanConfig,
+    Conditioning,
+    Head,
+    Pattern,
+    WanText,
+    time_sinusoid,
+)
 
 
-class CausalWan(nn.Module):
+class CausalWan(StudentModule):
     """The student. `CausalWan(CausalWanConfig.wan_1_3b())`, or `CausalWan(dim=..., ...)`.
 
     attention: backend name of `ops.attention`. official_rounding: round intermediates in bfloat16 where the
@@ -31,7 +44,12 @@ class CausalWan(nn.Module):
     """
 
     def __init__(
-        self, config: CausalWanConfig | None = None, *, attention: str = "auto", official_rounding: bool = True, **sizes
+        self,
+        config: CausalWanConfig | None = None,
+        *,
+        attention: str = "auto",
+        official_rounding: bool = True,
+        **sizes: Any,
     ):
         super().__init__()
         if config is not None and sizes:
@@ -45,7 +63,8 @@ class CausalWan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c, self._settings) for _ in range(c.num_layers))
         self.head = Head(c, self._settings)
-        self._rope: dict = {}
+        self._rope: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        self._graphed: Student | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,6 +73,12 @@ class CausalWan(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
+
+    def _each_block(self) -> Iterator[Block]:
+        """The blocks with their type, which a ModuleList does not keep."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
 
     # ------------------------------------------------------------------ inputs
 
@@ -72,7 +97,7 @@ class CausalWan(nn.Module):
                 raise ValueError(f"a prompt of {row.shape[0]} tokens is longer than text_len={c.text_len}")
         padded = torch.stack([F.pad(row, (0, 0, 0, c.text_len - row.shape[0])) for row in rows])
         text = self.text_embedding(padded.to(self.device, self.dtype))
-        pairs = [block.encode_text(text) for block in self.blocks]
+        pairs = [block.encode_text(text) for block in self._each_block()]
         return WanText(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
     def new_cache(
@@ -101,7 +126,27 @@ class CausalWan(nn.Module):
         t = t.reshape(1, 1) if t.ndim == 0 else t
         e = self.time_embedding(time_sinusoid(t, self.config.freq_dim).to(self.dtype))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
-        return Conditioning(e, e0, tuple(b.modulation[:, None] + e0 for b in self.blocks) if tables else None)
+        made = tuple(b.modulation[:, None] + e0 for b in self._each_block()) if tables else None
+        return Conditioning(e, e0, made)
+
+    @torch.no_grad()
+    def timestep(self, t: float, batch: int, frames: int) -> Conditioning:
+        """`conditioning` of one t with the blocks' tables, for any batch and frames."""
+        return self.conditioning(t, tables=True)
+
+    def graphed(self) -> Student:
+        """See `GraphedStudent`."""
+        from afd_fast.students.wan.graphs import GraphedStudent
+
+        if self._graphed is None:
+            self._graphed = GraphedStudent(self)
+        return self._graphed
+
+    def shard_plan(self) -> ShardPlan:
+        """Block by block; the `modulation` tables, which are read between blocks, stay whole."""
+        tables = [b.modulation for b in self._each_block()]
+        methods = ("encode_text", "conditioning", "timestep", "forward_teacher_forcing", "forward_block_causal")
+        return ShardPlan(list(self.blocks), tables, methods)
 
     def rope(self, first: int, end: int, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Cached `rope_tables` of frames [first, end) on this device; height, width in tokens."""
@@ -142,7 +187,7 @@ class CausalWan(nn.Module):
         if cache is None:
             if blocks is not None or start_frame:
                 raise ValueError("blocks and start_frame need a cache; see forward_block_causal")
-            pattern = Bidirectional(*rope)
+            pattern: Pattern = Bidirectional(*rope)
         else:
             self._check_cache(cache, x)
             ranges = split_blocks(frames, blocks if blocks is not None else (frames,))
@@ -181,19 +226,22 @@ class CausalWan(nn.Module):
         past = torch.zeros_like(t) if aug_t is None else self._times(aug_t, x).to(t)
         size = (x.shape[3] // PATCH, x.shape[4] // PATCH)
         tokens = size[0] * size[1]
-        rope = (torch.cat([a[: history * tokens], a]) for a in self.rope(0, frames, *size))
-        pattern = TeacherForcing(*rope, blocks, tokens, window, sink)
+        cos, sin = (torch.cat([a[: history * tokens], a]) for a in self.rope(0, frames, *size))
+        pattern = TeacherForcing(cos, sin, blocks, tokens, window, sink)
         both = self._patchify(torch.cat([clean[:, :, :history], x], 2))
         times = torch.cat([past[:, :history], t], 1)
         out = self._transform(both, times, text, pattern, drop=history)
         return self._unpatchify(out, x)
 
-    def _transform(self, patches: Tensor, t, text: WanText, pattern, drop: int = 0) -> Tensor:
+    def _transform(
+        self, patches: Tensor, t: Tensor | Conditioning, text: WanText, pattern: Pattern, drop: int = 0
+    ) -> Tensor:
         """Patches [B, L, 4 C] -> head output; the first `drop` frames are left out of it."""
         weight = self.patch_embedding.weight
         x = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
         conditioning = t if isinstance(t, Conditioning) else self.conditioning(t)
-        y = gate = None
+        y: Any = None  # the residual and its gate, which the next block or the head adds
+        gate: Any = None
         for layer, block in enumerate(self.blocks):
             args = (layer, x, y, gate, conditioning, text.keys[layer], text.values[layer], pattern)
             if self.gradient_checkpointing and torch.is_grad_enabled() and not isinstance(pattern, Cached):
@@ -220,7 +268,7 @@ class CausalWan(nn.Module):
         out = out.view(b, f, h // PATCH, w // PATCH, PATCH, PATCH, -1)
         return out.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, -1, f, h, w)
 
-    def _times(self, t, x: Tensor):
+    def _times(self, t: Any, x: Tensor) -> Any:
         if isinstance(t, Conditioning):
             return t
         shape = (x.shape[0], x.shape[2])

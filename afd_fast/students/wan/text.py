@@ -1,6 +1,6 @@
 """UMT5 prompt embeddings, each prompt encoded once and kept on disk.
 
-As officially (Wan2.1 `wan/modules/{t5,tokenizers}.py`): whitespace and HTML entities cleaned, padded to 512
+As in the official code (Wan2.1 `wan/modules/{t5,tokenizers}.py`): whitespace and HTML entities cleaned, padded to 512
 tokens with an attention mask, the padding's rows dropped (they are zeros in the student's input).
 """
 
@@ -10,49 +10,76 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from afd_fast.errors import ConfigError
+from afd_fast.students.files import first_line, loading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 def clean_prompt(prompt: str) -> str:
-    """HTML entities resolved twice, runs of whitespace to one space. Encoding errors are not guessed at (ftfy)."""
+    """HTML entities resolved twice, runs of whitespace to one space. Encoding errors are not repaired (ftfy does)."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
 
 
 class TextEncoder:
-    """Prompts to embeddings. encoder: a transformers UMT5EncoderModel; tokenizer: its tokenizer; name: what
-    identifies the weights in the cache's keys; cache_dir: folder of the cache, None for none."""
+    """Prompts to embeddings. encoder: a transformers UMT5EncoderModel, None to read only the cache; tokenizer: its
+    tokenizer; name: identifies the weights in the keys of the cache; cache_dir: folder of the cache, None for no cache."""
 
-    def __init__(self, encoder, tokenizer, *, name: str, text_len: int = 512, cache_dir: str | Path | None = None):
+    def __init__(
+        self,
+        encoder: "PreTrainedModel | None",
+        tokenizer: "PreTrainedTokenizerBase | None",
+        *,
+        name: str,
+        text_len: int = 512,
+        cache_dir: str | Path | None = None,
+    ):
         self.encoder, self.tokenizer, self.name, self.text_len = encoder, tokenizer, name, text_len
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         if encoder is not None:
             encoder.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, path: str, *, dtype=torch.bfloat16, device="cuda", cache_dir=None, text_len: int = 512):
-        """From a diffusers Wan folder or repository (`text_encoder` and `tokenizer` subfolders)."""
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cuda",
+        cache_dir: str | Path | None = None,
+        text_len: int = 512,
+    ) -> "TextEncoder":
+        """From a diffusers Wan folder or repository (`text_encoder` and `tokenizer` subfolders). Raises ConfigError that
+        names the folder or repository if they cannot be loaded."""
         from transformers import AutoTokenizer, UMT5EncoderModel
 
-        encoder = UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
+        with loading("text_encoder", path):
+            encoder = UMT5EncoderModel.from_pretrained(
+                path, subfolder="text_encoder", dtype=dtype, trust_remote_code=False
+            )
+        with loading("tokenizer", path):
+            tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", trust_remote_code=False)
+        encoder.to(device)  # type: ignore[arg-type]  # the decorator of PreTrainedModel.to hides its signature
         return cls(encoder, tokenizer, name=f"{path}@{dtype}", text_len=text_len, cache_dir=cache_dir)
 
-    def _file(self, prompt: str) -> Path:
+    def _file(self, folder: Path, prompt: str) -> Path:
         key = hashlib.sha256(f"{self.name}\n{self.text_len}\n{prompt}".encode()).hexdigest()
-        return self.cache_dir / key[:2] / f"{key}.safetensors"
+        return folder / key[:2] / f"{key}.safetensors"
 
     def __call__(self, prompts: list[str]) -> list[Tensor]:
-        """Embeddings [n_i, width] of each prompt's own tokens, on the encoder's device, ready for
-        `CausalWan.encode_text`. Prompts longer than text_len tokens are an error, not cut in silence."""
-        from safetensors.torch import load_file
-
+        """Embeddings [n_i, width] of the tokens of each prompt, on the encoder's device, ready for
+        `CausalWan.encode_text`. Raises ValueError for a prompt of more than text_len tokens: none is truncated."""
         prompts = [clean_prompt(p) for p in prompts]
         found: dict[str, Tensor] = {}
         for prompt in dict.fromkeys(prompts):
-            if self.cache_dir is not None and (file := self._file(prompt)).exists():
-                found[prompt] = load_file(file)["embedding"]
+            if self.cache_dir is not None and (file := self._file(self.cache_dir, prompt)).exists():
+                found[prompt] = _load(file)
         missing = [p for p in dict.fromkeys(prompts) if p not in found]
         if missing:
             found.update(self._encode(missing))
@@ -61,29 +88,43 @@ class TextEncoder:
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        if self.encoder is None:
-            raise RuntimeError(f"{len(prompts)} prompts are not in {self.cache_dir} and there is no encoder")
+        if self.encoder is None or self.tokenizer is None:
+            raise RuntimeError(
+                f"{len(prompts)} prompts are not in {self.cache_dir} and there is no encoder: use TextEncoder.from_pretrained"
+            )
         tokens = self.tokenizer(prompts, padding="max_length", max_length=self.text_len, return_tensors="pt")
         lengths = tokens["attention_mask"].sum(1).tolist()
         for prompt, length in zip(prompts, lengths):
             if length > self.text_len:
                 raise ValueError(
-                    f"a prompt has {length} tokens, more than text_len={self.text_len}: {prompt[:60]!r}..."
+                    f"a prompt has {length} tokens, more than text_len={self.text_len}; shorten it: {prompt[:60]!r}..."
                 )
         ids, mask = (tokens[k].to(self.encoder.device) for k in ("input_ids", "attention_mask"))
         hidden = self.encoder(ids, attention_mask=mask).last_hidden_state
         result = {p: h[:n].clone() for p, h, n in zip(prompts, hidden, lengths)}
         if self.cache_dir is not None:
             for prompt, embedding in result.items():
-                self._save(self._file(prompt), embedding)
+                _save(self._file(self.cache_dir, prompt), embedding)
         return result
 
-    def _save(self, file: Path, embedding: Tensor) -> None:
-        """Written beside and renamed, so that another process never reads half a file."""
-        from safetensors.torch import save_file
 
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        os.close(handle)
-        save_file({"embedding": embedding.cpu().contiguous()}, temporary)
-        os.replace(temporary, file)
+def _load(file: Path) -> Tensor:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)["embedding"]
+    except Exception as error:  # a SafetensorError does not name the file
+        raise ConfigError(
+            f"{file} cannot be read as a prompt's embedding ({first_line(error)}): delete it, it will be made again"
+        ) from error
+
+
+def _save(file: Path, embedding: Tensor) -> None:
+    """Write to a temporary file and rename it, so that another process never reads half a file."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    os.close(handle)
+    save_file({"embedding": embedding.cpu().contiguous()}, temporary)
+    os.replace(temporary, file)

@@ -1,29 +1,32 @@
-"""Wan's VAE: the decoder, several latent frames and samples a call: latents to pixels, at once or as they arrive.
+"""Wan's VAE: latents to pixels, at once or as they arrive, several latent frames and samples per call; pixels to latents.
 
-The weights and arithmetic are diffusers' AutoencoderKLWan. Its own `decode` runs one latent frame at a time; a
-causal convolution with its cache of the last two frames is the same function for any split in which frame 0
-goes alone (only it is not upsampled in time), so the frames after it go in chunks. Bit for bit too where the
-convolution library does not change its order of summation with the shape; chunk=1 is diffusers' own sequence.
+The weights and arithmetic are diffusers' AutoencoderKLWan. Its `decode` runs one latent frame at a time. A causal
+convolution with its cache of the last two frames is the same function for every split that keeps frame 0 alone (the
+only frame that is not upsampled in time), so the later frames go in chunks. The result is equal bit for bit if the
+convolution library keeps its order of summation for all shapes; chunk=1 is the sequence of diffusers.
 
 Legend: B samples, F latent frames, H x W latent pixels; F frames of latents are 4 F - 3 of video, 8 H x 8 W.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from afd_fast.students.files import loading
+
 
 class WanDecoder:
-    """Decoder around an AutoencoderKLWan.
+    """Decoder and encoder around `vae`, an AutoencoderKLWan of diffusers, which has no types.
 
-    chunk: latent frames a call after the first (more is faster and takes more memory). On CUDA the
-    convolutions' weights are put in channels_last_3d, the layout cuDNN's Hopper kernels want.
+    chunk: latent frames per call after the first frame (more are faster and take more memory). On CUDA the
+    convolutions' weights are converted to channels_last_3d, the layout that cuDNN's Hopper kernels need.
     """
 
-    def __init__(self, vae, *, chunk: int = 3):
+    def __init__(self, vae: Any, *, chunk: int = 3):
         if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+            raise ValueError(f"got chunk={chunk}, expected at least 1 latent frame per call")
         self.vae, self.chunk = vae.eval().requires_grad_(False), chunk
         if next(vae.parameters()).device.type == "cuda":
             vae.to(memory_format=torch.channels_last_3d)
@@ -32,15 +35,25 @@ class WanDecoder:
         self.std = torch.tensor(vae.config.latents_std).view(shape)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype=torch.bfloat16, device="cuda", chunk: int = 3) -> "WanDecoder":
-        """From a diffusers Wan folder or repository (its `vae` subfolder), or the VAE's own folder."""
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cuda",
+        chunk: int = 3,
+    ) -> "WanDecoder":
+        """From a diffusers Wan folder or repository (its `vae` subfolder), or the folder of the VAE alone. Raises
+        ConfigError that names the folder or repository if it cannot be loaded."""
         from diffusers import AutoencoderKLWan
 
-        nested = {} if (Path(path) / "config.json").exists() else {"subfolder": "vae"}
-        return cls(AutoencoderKLWan.from_pretrained(path, torch_dtype=dtype, **nested).to(device), chunk=chunk)
+        subfolder = None if (Path(path) / "config.json").exists() else "vae"
+        with loading("vae", path):
+            vae = AutoencoderKLWan.from_pretrained(path, torch_dtype=dtype, subfolder=subfolder)
+        return cls(vae.to(device), chunk=chunk)
 
     def stream(self) -> "DecoderStream":
-        """A decoder that remembers the frames before: feed it the chunks of `rollout.stream` in order."""
+        """A decoder that keeps the state of the earlier frames: call it with the chunks of `rollout.stream` in order."""
         return DecoderStream(self)
 
     def __call__(self, latents: Tensor) -> Tensor:
@@ -48,33 +61,35 @@ class WanDecoder:
         Differentiable in the latents."""
         return self.stream()(latents)
 
+    decode = __call__
+
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
-        """Pixels [B, 3, 4 F - 3, 8 H, 8 W] in [0, 1] to the latents [B, C, F, H, W] the student works in, float32: the
-        mode of the posterior, normalised."""
+        """Pixels [B, 3, 4 F - 3, 8 H, 8 W] in [0, 1] to the student's latents [B, C, F, H, W], float32: the mode of the
+        posterior, normalised."""
         weight = next(self.vae.parameters())
         latents = self.vae.encode((videos * 2 - 1).to(weight.device, weight.dtype)).latent_dist.mode().float()
         return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
 
 
 class DecoderStream:
-    """The decoder's state over one batch of videos. Call it with [B, C, f, H, W]; the very first latent frame
-    becomes one frame of video, every later one four."""
+    """The decoder's state over one batch of videos. Call it with [B, C, f, H, W]: the first latent frame becomes one
+    frame of video, every later one becomes four."""
 
     def __init__(self, decoder: WanDecoder):
         self.decoder = decoder
-        self.features = [None] * decoder.vae._cached_conv_counts["decoder"]
-        self.shape = None
+        self.features: list[Any] = [None] * decoder.vae._cached_conv_counts["decoder"]  # diffusers' feat_cache
+        self.shape: tuple[int, ...] | None = None
         self.frames = 0
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Pixels in [0, 1] of these latent frames. Raises ValueError when the batch or size changes."""
+        """Pixels in [0, 1] of these latent frames. Raises ValueError if the batch or size changes."""
         vae = self.decoder.vae
         if latents.ndim != 5 or latents.shape[1] != vae.config.z_dim:
-            raise ValueError(f"latents must be [B, {vae.config.z_dim}, F, H, W], got {tuple(latents.shape)}")
+            raise ValueError(f"got latents {tuple(latents.shape)}; latents must be [B, {vae.config.z_dim}, F, H, W]")
         shape = (latents.shape[0], *latents.shape[3:])
         if self.shape not in (None, shape):
-            raise ValueError(f"this stream decodes (B, H, W) = {self.shape}, got {shape}: start a new one")
+            raise ValueError(f"got (B, H, W) = {shape}, this stream decodes {self.shape}: start a new one")
         self.shape = shape
         weight = next(vae.parameters())
         z = latents.float() * self.decoder.std.to(latents.device) + self.decoder.mean.to(latents.device)

@@ -1,6 +1,6 @@
 """What one training iteration costs at least on a named GPU: FLOPs, bytes moved, memory, and a floor of the time by phase.
 
-The student's rollout and update and VideoReward are counted by the formulas of `flops.py`; the VAE, the toy discriminator
+The student's rollout and update and VideoReward are counted by the formulas of `formulas.py`; the VAE, the toy discriminator
 and what autograd keeps are counted by running the real modules on the meta device, where there are shapes and no numbers.
 No checkpoint is read. A sum of memory leaves out what an allocator and kernels need for themselves.
 
@@ -9,7 +9,8 @@ Legend: b samples of a shard, F x H x W frames and pixels of a video, L tokens.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -20,15 +21,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from afd_fast.config import TrainConfig
+from afd_fast.discriminators.config import new_discriminator
 from afd_fast.errors import ConfigError
-from afd_fast.estimate import formulas as flops
+from afd_fast.estimate import formulas
 from afd_fast.estimate.formulas import GPUS, Student, Work, total, work
 from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.students.lora import add_lora, trainable
-from afd_fast.students.toy import shipped as base_student
-from afd_fast.students.wan.family import wan_system
-from afd_fast.training.state import System, toy_system
-from afd_fast.training.update import chunk_velocities
+from afd_fast.students.student import WAN, Family, StudentConfig, StudentModule, entry
+from afd_fast.students.student import family as make_family
+from afd_fast.students.toy.model import ToyStudent
+from afd_fast.students.wan.family import latent_size
+from afd_fast.students.wan.vae import WanDecoder
+from afd_fast.training.velocity import Chunking, chunk_velocities
 
 OPTIMISER = 4 * (3 + 7)  # bytes a parameter: clipping reads twice and writes, AdamW reads 4 and writes 3, in float32
 AVERAGE = 4 * 3  # the EMA reads two and writes one
@@ -38,11 +42,11 @@ REWARD_TEXT = 900  # tokens of VideoReward's input beside a video's: about 780 o
 class Meter(TorchDispatchMode):
     """Bytes of the operands and results of what FlopCounterMode counts, and the most a single call takes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.bytes, self.largest = 0, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
             moved = sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
@@ -50,7 +54,7 @@ class Meter(TorchDispatchMode):
         return out
 
 
-def metered(call: Callable, size: int) -> tuple[Work, int]:
+def metered(call: Callable[[], Any], size: int) -> tuple[Work, int]:
     """The products of a call on the meta device with operands of `size` bytes, and the largest one's bytes."""
     with Meter() as meter, FlopCounterMode(display=False) as counter:
         call()
@@ -62,7 +66,7 @@ class Kept(saved_tensors_hooks):
 
     def __init__(self, module: nn.Module):
         own = {p.untyped_storage()._cdata for p in module.parameters()}
-        self.storages = {}
+        self.storages: dict[int, torch.UntypedStorage] = {}
 
         def pack(x: Tensor) -> Tensor:
             storage = x.untyped_storage()
@@ -82,67 +86,106 @@ class _Flash(torch.autograd.Function):
     """What a flash kernel keeps: queries, keys, values, the result (and a log-sum-exp, 1 / head width of it)."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, out)
         return out
 
 
-def graph_bytes(student: nn.Module, shape: tuple[int, int, int, int], chunk: int, batch: int = 1) -> list[int]:
-    """What autograd keeps of every chunk of the update, the text's graph included: the real forward of a meta student."""
-    for block in student.blocks:
-        for attn in (getattr(block, name, None) for name in ("self_attn", "cross_attn")):
-            if attn is not None:
-                attn.attend = _Flash.apply
+def graph_bytes(family: Family, batch: int = 1) -> list[int]:
+    """What autograd keeps of every chunk of the update of `batch` samples, the text's graph included: the real forward of a
+    meta student."""
+    student, latents = family.student, family.latents
+    for block in student.modules():
+        for name, attention in block.named_children():
+            if name in ("self_attn", "cross_attn"):
+                attention.attend = _Flash.apply  # type: ignore[assignment]  # nn.Module types every attribute alike
     dtype = next(p.dtype for p in student.parameters() if not p.requires_grad)
-    empty = lambda *size: torch.empty(size, device="meta", dtype=dtype)
-    c, x = student.config, empty(batch, *shape)
-    if isinstance(student, CausalWan):
-        words = empty(batch, c.text_len, c.text_dim)
-    else:
-        words = torch.zeros(batch, c.text_len, dtype=torch.long, device="meta")
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, device="meta", dtype=dtype)
+
+    x = empty(batch, *latents)
     with (kept := Kept(student)):
-        text = student.encode_text(words)
+        text = student.encode_text(WORDS[family.name](student, batch))
         in_text, sizes = kept.take(), []
-        for _ in chunk_velocities(student, x, empty(batch, shape[1]), text, x, chunk):
+        for _ in chunk_velocities(student, x, empty(batch, latents.frames), text, x, Chunking(family.chunk)):
             sizes.append(in_text + kept.take())
     return sizes
 
 
+def _wan_words(student: StudentModule, batch: int) -> Tensor:
+    assert isinstance(student, CausalWan)
+    return torch.empty(batch, student.config.text_len, student.config.text_dim, device="meta", dtype=student.dtype)
+
+
+def _toy_words(student: StudentModule, batch: int) -> Tensor:
+    assert isinstance(student, ToyStudent)
+    return torch.zeros(batch, student.config.text_len, dtype=torch.long, device="meta")
+
+
+WORDS = {"wan": _wan_words, "toy": _toy_words}  # a family's encoded prompt, by its name
+
+
 @dataclass
 class Networks:
-    """A configuration's student and VAE on the meta device, the student with its adapters, and what was assumed."""
+    """A configuration's family on the meta device, the student with its adapters, and what was assumed."""
 
-    system: System
+    family: Family
     formulas: Student
     name: str
     size: int  # bytes of the student's weights
     real: bool  # with a text encoder
 
+    @property
+    def decoder(self) -> WanDecoder | None:
+        """Wan's VAE; None where latents are pixels."""
+        return self.family.vae if isinstance(self.family.vae, WanDecoder) else None
+
 
 def networks(config: TrainConfig) -> Networks:
     """ConfigError for what a student cannot have, and for what is not counted."""
-    if config.method != "afd" or config.update != "detached" or config.stream or config.window:
-        raise ConfigError('estimate counts method="afd" with update="detached", without stream= and window=')
-    if config.student in base_student.SHIPPED:
-        system, name, size, real = toy_system(base_student.load(name=config.student)), "ToyStudent", 4, False
-        formulas = flops.toy(system.student.config)
-    else:
-        system, name, size, real = wan_system(replace(config, student="tiny")), "CausalWan (tiny)", 4, False
-        if config.student != "tiny":
-            from diffusers import AutoencoderKLWan
+    if config.method != "afd" or config.update.history != "detached" or config.stream.frames or config.rollout.window:
+        raise ConfigError(
+            "estimate counts method=afd with update.history=detached, without stream.frames and rollout.window"
+        )
+    if not config.student.lora_rank:
+        raise ConfigError("estimate counts adapters: set student.lora_rank above 0")
+    wan = entry(config.student.name) is WAN
+    found = _wan(config) if wan else _toy(config)
+    if found.decoder is not None:
+        found.decoder.vae.requires_grad_(False).to("meta")
+    found.family.student.to("meta")
+    add_lora(found.family.student, config.student.lora_rank, list(found.family.lora_targets))
+    return found
 
-            large = "14b" in config.student.lower()
-            name, size, real = f"CausalWan {'14B' if large else '1.3B'} in bfloat16", 2, True
-            with torch.device("meta"):
-                system.student = CausalWan(CausalWanConfig.wan_14b() if large else CausalWanConfig.wan_1_3b())
-                system.decode.vae = AutoencoderKLWan()
-            system.student.bfloat16(), system.decode.vae.bfloat16()
-        system.decode.vae.requires_grad_(False).to("meta")
-        formulas = flops.wan(system.student.config, *system.shape[1:], config.chunk, size)
-    system.student.to("meta")
-    add_lora(system.student, config.lora_rank, system.lora_targets)
-    return Networks(system, formulas, name, size, real)
+
+def _toy(config: TrainConfig) -> Networks:
+    family = make_family(config.student, chunk=config.rollout.chunk)
+    if not isinstance(family.student, ToyStudent):
+        raise ConfigError(f"estimate has no formulas for the family {family.name!r}")
+    return Networks(family, formulas.toy(family.student.config), "ToyStudent", 4, False)
+
+
+def _wan(config: TrainConfig) -> Networks:
+    options, chunk = config.student, config.rollout.chunk
+    size = latent_size(options, chunk)
+    tiny = StudentConfig("tiny", frames=size.frames, height=size.height, width=size.width, lora_rank=options.lora_rank)
+    family = make_family(tiny, chunk=chunk)
+    name, size_of, real = "CausalWan (tiny)", 4, False
+    if options.name != "tiny":
+        from diffusers import AutoencoderKLWan
+
+        large = "14b" in options.name.lower()
+        name, size_of, real = f"CausalWan {'14B' if large else '1.3B'} in bfloat16", 2, True
+        assert isinstance(family.vae, WanDecoder)
+        with torch.device("meta"):
+            family.student = CausalWan(CausalWanConfig.wan_14b() if large else CausalWanConfig.wan_1_3b())
+            family.vae.vae = AutoencoderKLWan()
+        family.student.bfloat16(), family.vae.vae.bfloat16()
+    assert isinstance(family.student, CausalWan)
+    counted = formulas.wan(family.student.config, *family.latents[1:], chunk, size_of)
+    return Networks(family, counted, name, size_of, real)
 
 
 @dataclass
@@ -157,11 +200,15 @@ class Judge:
     kept: int
 
 
-def toy_judge(config: TrainConfig, system: System, b: int) -> Judge:
+def toy_judge(config: TrainConfig, family: Family, b: int) -> Judge:
     """The real ToyDiscriminator on the meta device, in float32."""
-    model = system.new_discriminator(config).to("meta")
-    clips = lambda n: torch.empty(n, 3, *system.video, device="meta")
-    calls = 2 if config.r1 else 1
+    model = new_discriminator(config.discriminator, family.video, torch.device("meta"))
+    video = family.video
+
+    def clips(n: int) -> Tensor:
+        return torch.empty(n, 3, video.frames, video.height, video.width, device="meta")
+
+    calls = 2 if config.discriminator.r1 else 1
     with (kept := Kept(model)):
         model.score(clips(2 * b), ["a"] * 2 * b)
     update, _ = metered(lambda: model.score(clips(2 * b), ["a"] * 2 * b).sum().backward(), 4)
@@ -171,7 +218,7 @@ def toy_judge(config: TrainConfig, system: System, b: int) -> Judge:
     return Judge("ToyDiscriminator", calls * update, score, 4 * trained, trained, calls * kept.take())
 
 
-def reward_judge(config: TrainConfig, system: System, b: int) -> Judge:
+def reward_judge(config: TrainConfig, family: Family, b: int) -> Judge:
     """VideoReward of the published size (Qwen2-VL-2B, tower frozen, language model checkpointed, adapters in bfloat16)."""
     from transformers import Qwen2VLModel
 
@@ -181,18 +228,21 @@ def reward_judge(config: TrainConfig, system: System, b: int) -> Judge:
     c, s = qwen2_vl_2b(), RewardSettings()
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Qwen2VLModel(c).parameters())
-    height, width = smart_size(*system.video[1:], s.min_pixels, s.max_pixels)
+    height, width = smart_size(family.video.height, family.video.width, s.min_pixels, s.max_pixels)
     grid = (
-        len(sample_frames(system.video[0], RewardOptions().clip_fps, s.fps)) // TEMPORAL,
+        len(sample_frames(family.video.frames, RewardOptions().clip_fps, s.fps)) // TEMPORAL,
         height // PATCH,
         width // PATCH,
     )
-    rank, calls, lm = config.disc_lora_rank, 2 if config.r1 else 1, flops.language_model(c.text_config)
+    critic, lm = config.discriminator, formulas.language_model(c.text_config)
+    rank, calls = critic.lora_rank or 64, 2 if critic.r1 else 1
     length = grid[0] * grid[1] * grid[2] // 4 + REWARD_TEXT
     trained = lm.layers * rank * sum(i + o for i, o in lm.linears) + lm.width
-    one = lambda n: flops.vision_tower(c.vision_config, n, grid) + lm.forward(*flops.causal(n, length), rank)
+    one = lambda n: formulas.vision_tower(c.vision_config, n, grid) + lm.forward(*formulas.causal(n, length), rank)
     train = (
-        one(2 * b) + lm.forward(*flops.causal(2 * b, length), rank) + lm.backward(*flops.causal(2 * b, length), rank)
+        one(2 * b)
+        + lm.forward(*formulas.causal(2 * b, length), rank)
+        + lm.backward(*formulas.causal(2 * b, length), rank)
     )
     kept = 2 * b * length * 2 * (lm.layers * lm.width + sum(i + o for i, o in lm.linears))  # inputs, one block's rest
     weights = 2 * parameters + 4 * trained
@@ -217,49 +267,49 @@ class Estimate:
 def estimate(config: TrainConfig) -> Estimate:
     """ConfigError for a configuration that cannot run or is not counted."""
     net = networks(config)
-    system, s, shards = net.system, net.formulas, config.shards
+    family, s, shards, decoder = net.family, net.formulas, config.shards, net.decoder
     b = config.prompts_per_step * config.rollouts_per_prompt // shards
-    judge = (toy_judge if config.discriminator == "toy" else reward_judge)(config, system, b)
+    judge = (toy_judge if config.discriminator.name == "toy" else reward_judge)(config, family, b)
     decode, vae, vae_needs = Work(), 0, 0  # the toy's latents are pixels
-    if isinstance(system.student, CausalWan):
-        stream, latents = system.decode.stream(), torch.empty(1, *system.shape, device="meta")
+    if decoder is not None:
+        stream, latents = decoder.stream(), torch.empty(1, *family.latents, device="meta")
         with torch.no_grad():
             decode, largest = metered(lambda: stream(latents), net.size)
-        vae = sum(p.nbytes for p in system.decode.vae.parameters())
+        vae = sum(p.nbytes for p in decoder.vae.parameters())
         vae_needs = b * (largest + sum(x.nbytes for x in stream.features if isinstance(x, Tensor)))
-    text = flops.text_encoder(config.prompts_per_step // shards, s.text_len) if net.real else Work()
-    trained = sum(p.numel() for p in trainable(system.student).values())
+    text = formulas.text_encoder(config.prompts_per_step // shards, s.text_len) if net.real else Work()
+    trained = sum(p.numel() for p in trainable(family.student).values())
     phases = {
         "prompts": shards * text,
-        "rollout": shards * s.rollout(b, len(config.steps), config.lora_rank),
+        "rollout": shards * s.rollout(b, len(config.rollout.steps), config.student.lora_rank),
         "decode": shards * b * decode,
-        "discriminator": config.disc_steps * (shards * judge.update + Work(bytes=OPTIMISER * judge.trained)),
+        "discriminator": config.discriminator.steps * (shards * judge.update + Work(bytes=OPTIMISER * judge.trained)),
         "score": shards * judge.score,
         "update": shards * s.update(b, config),
         "optimiser": Work(bytes=(OPTIMISER + AVERAGE) * trained),
     }
-    rows = min(b, config.update_batch or b)  # of one backward
-    graphs, clips = graph_bytes(system.student, system.shape, system.chunk), 12 * b * shards * math.prod(system.video)
+    rows = min(b, config.update.batch or b)  # of one backward
+    graphs, clips = graph_bytes(family), 12 * b * shards * math.prod(family.video[:3])
     merged = s.stack.layers * s.stack.size * sum(i * o for i, o in s.stack.linears)
-    memory = [
-        ("student's weights", sum(p.nbytes for p in system.student.parameters()) - 4 * trained, ()),
+    memory: list[tuple[str, float, tuple[str, ...]]] = [
+        ("student's weights", sum(p.nbytes for p in family.student.parameters()) - 4 * trained, ()),
         ("adapters, gradients, AdamW, EMA", 20 * trained, ()),
         ("discriminator's weights", judge.weights, ()),
         ("its gradients and AdamW states", 12 * judge.trained, ()),
         ("VAE's weights", vae, ()),
-        ("text encoder's weights", 2 * flops.T5_PARAMETERS if net.real else 0, ()),
+        ("text encoder's weights", 2 * formulas.T5_PARAMETERS if net.real else 0, ()),
         (f"KV cache of {b} samples", b * s.cache_bytes, ("rollout",)),
         (f"KV cache of {rows} samples", rows * s.cache_bytes, ("update",)),
-        ("merged weights beside them", merged, ("rollout", *(["update"] if config.v_old == "ema" else []))),
+        ("merged weights beside them", merged, ("rollout", *(["update"] if config.update.v_old == "ema" else []))),
         ("VAE: past frames, largest product", vae_needs, ("decode",)),
         ("student's clips", clips, ("decode", "discriminator", "score")),
         ("teacher's clips", clips, ("discriminator", "score")),
         ("discriminator's activations", judge.kept, ("discriminator",)),
-        (f"activations of {'a chunk' if config.chunked_update else 'all chunks'}",
-         rows * (max(graphs) if config.chunked_update else sum(graphs)), ("update",)),
+        (f"activations of {'a chunk' if config.update.chunked else 'all chunks'}",
+         rows * (max(graphs) if config.update.chunked else sum(graphs)), ("update",)),
     ]  # fmt: skip
-    about = [f"student: {net.name}; discriminator: {judge.name}; {shards} x {b} videos of {system.video[0]} frames, "
-             f"{system.video[1]} x {system.video[2]} pixels; no checkpoint was read"]  # fmt: skip
+    about = [f"student: {net.name}; discriminator: {judge.name}; {shards} x {b} videos of {family.video.frames} frames, "
+             f"{family.video.height} x {family.video.width} pixels; no checkpoint was read"]  # fmt: skip
     if net.real:
         about.append("prompts: a pass of UMT5-XXL for those that are new; later iterations have none")
     if judge.name.startswith("VideoReward"):
@@ -280,8 +330,8 @@ def floor(config: TrainConfig) -> dict[str, str]:
     }
 
 
-def gpu_of(name: str) -> flops.GPU:
-    """A row of `flops.GPUS`; ConfigError that names them."""
+def gpu_of(name: str) -> formulas.GPU:
+    """A row of `formulas.GPUS`; ConfigError that names them."""
     if name.lower() not in GPUS:
         raise ConfigError(f"unknown GPU {name!r}; known: {', '.join(GPUS)}")
     return GPUS[name.lower()]
@@ -291,7 +341,7 @@ def short(x: float) -> str:
     return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
 
 
-def tables(e: Estimate, gpu: flops.GPU) -> tuple[Table, Table]:
+def tables(e: Estimate, gpu: formulas.GPU) -> tuple[Table, Table]:
     """Work and floor of every phase, and memory."""
     time = Table(title=f"one iteration on {gpu.name}: a floor, not a measurement", title_justify="left")
     for column in ("phase", "TFLOP bf16", "TFLOP fp32", "GB moved", "floor, ms", "bound by"):
@@ -303,12 +353,14 @@ def tables(e: Estimate, gpu: flops.GPU) -> tuple[Table, Table]:
         if w.bytes:
             time.add_row(name, *map(short, figures), bound)
     size = Table(title="memory, without what the allocator and kernels need", title_justify="left")
-    size.add_column("what"), size.add_column("GB", justify="right"), size.add_column("in")
+    size.add_column("what")
+    size.add_column("GB", justify="right")
+    size.add_column("in")
     for name, n, where in e.memory:
         if n:
             size.add_row(name, short(n / 1e9), ", ".join(where) or "always")
     peak, phase = e.peak
     size.add_row("at the peak", short(peak / 1e9), phase)
     if peak >= gpu.memory:
-        size.caption = f"[red]does not fit[/] in {gpu.memory / 1e9:.0f} GB: lower update_batch, or make shards smaller (shards= divides prompts_per_step)"
+        size.caption = f"[red]does not fit[/] in {gpu.memory / 1e9:.0f} GB: lower update.batch, or make shards smaller (shards= divides prompts_per_step)"
     return time, size

@@ -1,0 +1,45 @@
+"""The arguments of every nft_loss operator.
+
+Legend: B samples, T packed rows, F frames, w the working dtype (float32, float64 for float64).
+"""
+
+from typing import NamedTuple
+
+from afd_kernels.layout import Source
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """In the schema's order."""
+
+    v: Tensor  # [B, ...] or packed [T, ...]
+    x0: Tensor
+    r: Tensor  # [B]
+    t: Tensor  # [B, F], w
+    noise: Tensor | None  # exactly one of noise, seed, x_t
+    seed: int | None
+    x_t: Tensor | None
+    v_old: Tensor | None
+    v_ref: Tensor | None
+    sigma: Tensor | None  # [B, F]; None is t
+    sample_mask: Tensor | None
+    ref_mask: Tensor | None
+    element_mask: Tensor | None  # bool, like v
+    cu_seqlens: Tensor | None
+    inner: int  # element n of a sample belongs to frame (n // inner) % F
+    recipe: str  # NFTRecipe.key
+    stats: bool
+
+    @property
+    def source(self) -> Source:
+        """Where the noised state comes from."""
+        if self.x_t is not None:
+            return Source.X_T
+        return Source.SEED if self.noise is None else Source.NOISE
+
+
+SCHEMA = (
+    "Tensor v, Tensor x0, Tensor r, Tensor t, Tensor? noise, int? seed, Tensor? x_t, Tensor? v_old, Tensor? v_ref, "
+    "Tensor? sigma, Tensor? sample_mask, Tensor? ref_mask, Tensor? element_mask, Tensor? cu_seqlens, SymInt inner, "
+    "str recipe, bool stats"
+)

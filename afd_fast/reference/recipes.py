@@ -1,0 +1,160 @@
+"""Recipes: the constants that make one published loss out of the formula in nft.py.
+
+Sources and commits of the public trainers: docs/nft.md, CHANGELOG.md.
+"""
+
+import functools
+import json
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Literal, TypedDict, get_args
+
+from typing_extensions import Unpack
+
+RecipeName = Literal[
+    "afd", "astrolabe", "diffusionnft", "cosmos_rl", "fastvideo", "verl_omni", "flow_factory", "edit_r1", "gardo", "unirl"
+]  # fmt: skip
+Space = Literal["v", "x0"]  # velocity or clean sample
+Weighting = Literal["adaptive", "none"]
+Scale = Literal["adv_clip", "none"]
+Reduction = Literal["mean", "sum"]
+RefWeight = Literal["r", "uniform"]
+RefEmpty = Literal["all", "zero"]
+AdvClip = float | tuple[float, float]  # c for (-c, c), or (low, high)
+
+_CHOICES = {
+    "space": Space, "weighting": Weighting, "scale": Scale, "sample_reduction": Reduction, "batch_reduction": Reduction,
+    "ref_space": Space, "ref_weight": RefWeight, "ref_empty": RefEmpty,
+}  # fmt: skip
+
+
+def clip_range(clip: AdvClip) -> tuple[float, float]:
+    """(low, high) of a clip of advantages."""
+    if isinstance(clip, (int, float)):
+        return -clip, clip
+    low, high = clip
+    return low, high
+
+
+@dataclass(frozen=True)
+class NFTRecipe:
+    """Which of the published losses. The fields are the constants of the formula in nft.py.
+
+    beta: interpolation between v_old and v. ref_coef: weight lambda of the prior. adv_clip: the clip of the
+    advantages, a number or (low, high); `scale="adv_clip"` multiplies the loss by its upper end. space: errors in "v"
+    or "x0" space. weighting: "adaptive" (W) or "none" (1). weight_floor: lower bound of W. divide_by_beta: d is beta
+    or 1. sample_reduction / batch_reduction: "mean" or "sum". ref_space: the prior's space. ref_weight: rho is "r", or
+    "uniform" (1). ref_empty: what an all-False ref_mask means, "all" samples or "zero" prior.
+    """
+
+    name: str = "afd"
+    beta: float = 0.1
+    ref_coef: float = 1e-4
+    adv_clip: AdvClip = 5.0
+    space: Space = "v"
+    weighting: Weighting = "none"
+    weight_floor: float = 1e-5
+    divide_by_beta: bool = False
+    scale: Scale = "none"
+    sample_reduction: Reduction = "sum"
+    batch_reduction: Reduction = "sum"
+    ref_space: Space = "v"
+    ref_weight: RefWeight = "r"
+    ref_empty: RefEmpty = "zero"
+    key: str = field(init=False, repr=False, compare=False)  # the recipe as text, which an operator's schema can carry
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, got {self.beta}: at 0 the loss has no gradient")
+        if self.ref_coef < 0 or self.weight_floor <= 0:
+            raise ValueError(f"ref_coef >= 0 and weight_floor > 0 are needed, got {self.ref_coef}, {self.weight_floor}")
+        low, high = self.clip_range
+        if not low < 0 < high:
+            raise ValueError(f"adv_clip must span zero, got {self.adv_clip}")
+        constants = {name: getattr(self, name) for name in _NAMES} | {"factor": self.factor}
+        object.__setattr__(self, "key", json.dumps(constants))  # made here, so that a compiled graph only reads it
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """(low, high) of the advantages."""
+        return clip_range(self.adv_clip)
+
+    @property
+    def factor(self) -> float:
+        """c / d."""
+        return (self.clip_range[1] if self.scale == "adv_clip" else 1.0) / (self.beta if self.divide_by_beta else 1.0)
+
+
+_NAMES = [f.name for f in fields(NFTRecipe) if f.init]
+
+
+class RecipeFields(TypedDict, total=False):
+    """The fields of `NFTRecipe` that `nft_recipe` replaces."""
+
+    beta: float
+    ref_coef: float
+    adv_clip: AdvClip
+    space: Space
+    weighting: Weighting
+    weight_floor: float
+    divide_by_beta: bool
+    scale: Scale
+    sample_reduction: Reduction
+    batch_reduction: Reduction
+    ref_space: Space
+    ref_weight: RefWeight
+    ref_empty: RefEmpty
+
+
+_NFT = NFTRecipe(
+    "diffusionnft", beta=1.0, space="x0", weighting="adaptive", divide_by_beta=True, scale="adv_clip",
+    sample_reduction="mean", batch_reduction="mean", ref_weight="uniform",
+)  # fmt: skip
+RECIPES: dict[str, NFTRecipe] = {
+    recipe.name: recipe
+    for recipe in (
+        NFTRecipe("afd"),  # arXiv 2605.26105, Eq. 4-5 and Table 3
+        replace(
+            _NFT, name="astrolabe", beta=0.1, weighting="none", divide_by_beta=False, scale="none", ref_space="x0"
+        ),  # scripts/train_nft_wan.py:949-969
+        _NFT,  # NVlabs/DiffusionNFT scripts/train_nft_sd3.py:934-970
+        replace(_NFT, name="cosmos_rl"),  # nft_trainer.py:589-650
+        replace(_NFT, name="fastvideo", beta=0.1),  # train/methods/rl/diffusion_nft.py:720-741
+        replace(_NFT, name="verl_omni", beta=0.5),  # trainer/diffusion/diffusion_algos.py:819-846
+        replace(_NFT, name="flow_factory"),  # trainers/nft.py:409-443
+        replace(_NFT, name="edit_r1"),  # train_nft_qwen_image_edit.py:1145-1198
+        replace(_NFT, name="gardo", ref_coef=0.04, ref_empty="all"),  # train_sd3_nft_gardo.py:1012-1060
+        replace(_NFT, name="unirl"),  # algorithms/diffusionnft.py:343-379
+    )
+}
+
+
+def nft_recipe(name: RecipeName, **overrides: Unpack[RecipeFields]) -> NFTRecipe:
+    """A named recipe with some fields replaced. ValueError names the nearest match of an unknown name or field."""
+    if name not in RECIPES:
+        near = get_close_matches(name, RECIPES, 1)
+        hint = f", did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown recipe {name!r}{hint} Known: {', '.join(RECIPES)}")
+    for key in overrides:
+        if key not in RecipeFields.__annotations__:
+            near = get_close_matches(key, RecipeFields.__annotations__, 1)
+            hint = f", did you mean {near[0]!r}?" if near else f": {list(RecipeFields.__annotations__)}"
+            raise ValueError(f"NFTRecipe has no field {key!r}{hint}")
+    return replace(RECIPES[name], **overrides) if overrides else RECIPES[name]
+
+
+def as_recipe(recipe: RecipeName | NFTRecipe) -> NFTRecipe:
+    """The recipe itself, or the one of that name."""
+    return nft_recipe(recipe) if isinstance(recipe, str) else recipe
+
+
+@functools.lru_cache(256)
+def recipe_from_key(key: str) -> NFTRecipe:
+    """Inverse of `NFTRecipe.key`."""
+    found = json.loads(key)
+    clip = found["adv_clip"]
+    del found["factor"]
+    return NFTRecipe(**found | {"adv_clip": tuple(clip) if isinstance(clip, list) else clip})

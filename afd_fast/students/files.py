@@ -1,0 +1,103 @@
+"""Files of checkpoints: from the disk or the Hugging Face Hub, with errors of one line that name the file.
+
+Pickles are read with weights_only=True, which refuses those that carry code.
+"""
+
+import contextlib
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afd_fast.errors import ConfigError
+
+# suffixes of files; the name of a repository has none of them
+_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+
+class MissingFileError(FileNotFoundError, ConfigError):
+    """A file, folder or repository that a checkpoint needs and that is not there; the message names it."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for errors of one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def check_source(source: str | Path) -> None:
+    """Raises MissingFileError unless `source` exists or can be the name of a repository."""
+    path = Path(source)
+    if not path.exists() and (path.suffix in _FILES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source))):
+        raise MissingFileError(f"{source} is neither a file, a folder nor an owner/name repository: check the path")
+
+
+@contextlib.contextmanager
+def loading(what: str, source: str | Path) -> Iterator[None]:
+    """Around a `from_pretrained`: its errors become a ConfigError of one line that names the folder or repository."""
+    check_source(source)
+    try:
+        yield
+    except Exception as error:  # transformers, diffusers and tokenizers raise many types
+        raise ConfigError(
+            f"{source} has no {what} that can be loaded ({type(error).__name__}: {first_line(error)}): check the folder or "
+            "the repository's name, your access to it and the network"
+        ) from error
+
+
+def local_copy(source: str | Path, patterns: list[str] | None = None) -> Path:
+    """The file or folder `source`, or a snapshot of the Hugging Face repository owner/name (only files of `patterns`).
+
+    Paths are never downloaded: names with a suffix of a checkpoint file, a leading dot or slash, or more than one slash.
+    Raises MissingFileError that names the source in one line.
+    """
+    path, name = Path(source), str(source)
+    check_source(source)
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # of httpx, OSError or ValueError, depending on the version of the hub
+        raise MissingFileError(
+            f"{name} is neither a local file nor a folder, and the Hugging Face repository {name} could not be downloaded "
+            f"({type(error).__name__}: {first_line(error)}): check the name, your access to it and the network"
+        ) from None
+
+
+def read_tensors(path: Path) -> Any:
+    """Contents of a checkpoint file, on the CPU. Raises ConfigError for a damaged file and for one that could run code."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the old format, which is not a zip file, has no mmap
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"{path} is not a plain file of tensors: refused, since loading it could run code ({reason})"
+        ) from None
+    except Exception as error:  # torch and safetensors raise many types for damaged files
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(
+            f"{path} cannot be read as a checkpoint ({reason}): check that the file is complete"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises ConfigError for anything else."""
+    try:
+        contents = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}): restore the file") from None
+    if not isinstance(contents, dict):
+        raise ConfigError(f"{path} holds a {type(contents).__name__}, expected a JSON object: restore the file")
+    return contents

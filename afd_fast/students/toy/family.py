@@ -1,0 +1,56 @@
+"""The embedded task's family: a small student whose latents are pixels."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
+from afd_fast.students.toy import shipped
+from afd_fast.students.toy.model import ToyStudent, decode_video, encode_video
+from afd_fast.students.toy.text import tokenize
+from afd_fast.teachers import physics
+from afd_fast.video_io import VideoFormat
+
+LORA_TARGETS = ("qkv", "proj", "up", "down")
+
+
+class PixelVAE:
+    """Latents are pixels in [-1, 1]."""
+
+    def encode(self, videos: Tensor) -> Tensor:
+        return encode_video(videos)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return decode_video(latents)
+
+
+def toy_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
+    """The shipped base student that `config.name` names."""
+    return of_student(shipped.load(name=config.name))
+
+
+def of_student(student: ToyStudent) -> Family:
+    """The family around any ToyStudent."""
+    c = student.config
+
+    def text(prompts: list[str]) -> Tensor:
+        return tokenize(prompts, c.text_len)
+
+    def save(weights: TrainedWeights, about: Facts, folder: Path) -> None:
+        header = {"config": json.dumps(asdict(c)), "run": json.dumps(about)}
+        save_file(weights.merged, folder / "student.safetensors", header)
+
+    return Family(
+        name="toy",
+        student=student,
+        text=text,
+        vae=PixelVAE(),
+        latents=LatentFormat(3, c.frames, c.height, c.width),
+        chunk=c.chunk,
+        video=VideoFormat(c.frames, c.height, c.width, physics.FPS),
+        lora_targets=LORA_TARGETS,
+        save=save,
+    )

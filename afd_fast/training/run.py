@@ -1,0 +1,88 @@
+"""What every phase of an iteration works on: configuration, state, ranks, random numbers and the phase timer."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import nvtx
+import torch
+
+from afd_fast.config import TrainConfig
+from afd_fast.discriminators.discriminator import Clips, Discriminator, FeatureCache
+from afd_fast.rollout import RolloutConfig
+from afd_fast.students.student import Family
+from afd_fast.teachers.dataset import Shard
+from afd_fast.teachers.teacher import Request
+from afd_fast.training.distributed import Ranks
+from afd_fast.training.state import TrainState, generator
+from afd_fast.training.velocity import Chunking
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Run:
+    """One run on this rank. seconds: of this iteration's phases, by name."""
+
+    config: TrainConfig
+    state: TrainState
+    ranks: Ranks = Ranks()
+    seconds: Metrics = field(default_factory=dict)
+    features: FeatureCache | None = None  # of the teacher's clips, where the discriminator keeps them
+
+    def __post_init__(self) -> None:
+        if self.discriminator.keeps_features:
+            self.features = FeatureCache(self.discriminator)
+
+    @property
+    def family(self) -> Family:
+        return self.state.family
+
+    @property
+    def discriminator(self) -> Discriminator:
+        return self.state.discriminator
+
+    @property
+    def discriminator_device(self) -> torch.device:
+        return next(self.discriminator.parameters()).device
+
+    @property
+    def past_warmup(self) -> bool:
+        """Whether the student learns in this iteration."""
+        return self.state.step >= self.config.discriminator.warmup
+
+    @property
+    def sampler(self) -> RolloutConfig:
+        """How the student samples, in training and evaluation."""
+        return self.config.rollout
+
+    def chunking(self, active: range | None = None) -> Chunking:
+        """How the student's update walks through latent frames: as its sampler does."""
+        return Chunking(self.family.chunk, self.sampler.window, self.sampler.sink, active)
+
+    def generator(self, purpose: str, shard: int = 0) -> torch.Generator:
+        """This iteration's random numbers for a purpose; a function of (seed, step, purpose, shard)."""
+        return generator(self.config.seed, self.state.step, purpose, shard)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the iteration under its name, as an NVTX range too; on a GPU until its work is done. A phase
+        that is entered again adds up."""
+        start = time.perf_counter()
+        with nvtx.annotate(name, domain="afd_fast"):
+            yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        key = f"seconds/{name}"
+        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+    def teacher_clips(self, shard: Shard) -> Clips:
+        """The teacher's clips [b] of a shard on the discriminator's device; encoded once per run where it keeps features."""
+        return self.encoded(shard.keys, shard.teacher)
+
+    def encoded(self, keys: list[Request], videos: torch.Tensor) -> Clips:
+        """Teacher videos [B, 3, F, H, W] as the discriminator takes them; keys: what identifies each."""
+        if self.features is None or len(keys) != len(videos):
+            return videos.to(self.discriminator_device)
+        return self.features(keys, videos.__getitem__, self.discriminator_device)

@@ -1,0 +1,80 @@
+"""What operators and kernels agree on: names of slots and rows, the tile, and when a tensor is read in place.
+
+Free of Triton, so that the CPU operators import it too. kernels/csrc/afd_core.h has the same numbers in C++.
+Symbols as in nft.py: e+- = a +- d are the errors of the two branches, m is 1 or sigma^2.
+"""
+
+from enum import IntEnum
+
+from torch import Tensor
+
+TILE = 4096  # elements per program, and per noise tile: 1024 Philox counters with four outputs each
+
+
+class Slot(IntEnum):
+    """The sums over the elements of a sample."""
+
+    SIZE = 0  # |e+|
+    SIZE_GAP = 1  # |e+| - |e-|
+    POS = 2  # e+^2
+    NEG = 3  # e-^2
+    PRIOR = 4  # m (v - v_ref)^2
+    KEPT = 5  # elements inside the mask
+    DRIFT = 6  # (v - v_old)^2
+    V = 7  # v^2
+    REF = 8  # v_ref^2
+
+    @property
+    def bit(self) -> int:
+        """This slot in a bit mask of slots."""
+        return 1 << self
+
+
+class Row(IntEnum):
+    """The results per sample. The first eight are fields of `NFTStats`, the last three coefficients of the gradient."""
+
+    POS_LOSS = 0
+    NEG_LOSS = 1
+    WEIGHT_POS = 2
+    WEIGHT_NEG = 3
+    PRIOR = 4
+    OLD_DEVIATION = 5
+    V_NORM = 6
+    V_REF_NORM = 7
+    DIFFERENCE = 8  # c+ - c-
+    SUM = 9  # c+ + c-
+    REFERENCE = 10  # c_ref
+
+
+COEFFICIENTS = Row.DIFFERENCE  # the first row that is no statistic
+
+
+class Total(IntEnum):
+    """The results per call, next to the loss."""
+
+    POLICY = 0
+    PRIOR = 1
+    SIGNAL = 2
+
+
+class Source(IntEnum):
+    """Where the noised state comes from."""
+
+    NOISE = 0
+    SEED = 1
+    X_T = 2
+
+
+def rows_contiguous(x: Tensor) -> bool:
+    """Whether every sample x[b] is contiguous; the stride between samples is free."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:])):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it, with every sample contiguous."""
+    return x if rows_contiguous(x) else x.contiguous()
