@@ -8,7 +8,7 @@ from torch import nn
 from afd_fast.config import METHOD_NAMES, TrainConfig, with_overrides
 from afd_fast.discriminators import Discriminator, DiscriminatorEntry, register_discriminator
 from afd_fast.discriminators.config import DISCRIMINATORS
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, VideoError
 from afd_fast.students import Family, FamilyEntry, LatentFormat, StudentModule, register_family
 from afd_fast.students.student import FAMILIES, check_student
 from afd_fast.students.toy import shipped
@@ -58,7 +58,7 @@ def test_everything_by_name(tmp_path):
 
     register_family("own", FamilyEntry(lambda config, chunk, seed: of_student(shipped.load()), chunk=3))
     register_discriminator("mean", DiscriminatorEntry(lambda config, video: Mean()))
-    register_teacher("flat", lambda rest, video, cache: CallableTeacher(flat, ["a", "b", "c"], name=f"flat-{rest}"))
+    register_teacher("flat", lambda rest, video, cache: CallableTeacher(flat, ["a", "b", "c"], name=f"flat-{rest}", fps=10))
     register_method(Method("mine", iteration))
     keys = ["student=own", "discriminator=mean", "teacher=flat:1", "method=mine"]
     result = train(with_overrides(TrainConfig(), [*FEW, *keys]), out=tmp_path / "run", console=QUIET)
@@ -74,10 +74,17 @@ def test_everything_by_name(tmp_path):
 
 
 def test_objects_in_place_of_names(tmp_path):
-    teacher = CallableTeacher(flat, ["a", "b", "c", "a"], name="flat")
+    teacher = CallableTeacher(flat, ["a", "b", "c", "a"], name="flat", fps=10)
     config = with_overrides(TrainConfig(), FEW)
     train(config, of_student(shipped.load()), tmp_path / "run", teacher=teacher, discriminator=Mean(), console=QUIET)
     assert (tmp_path / "run/result.json").exists() and len(list((tmp_path / "teacher-cache").glob("*.mp4"))) == 3
+
+
+def test_a_teacher_whose_videos_are_too_short_is_named_with_the_prompt(tmp_path):
+    teacher = CallableTeacher(flat, ["a", "b", "c"], name="flat", fps=16)  # 12 frames are 7 at 10 fps
+    with pytest.raises(VideoError, match="'flat' gave a video of 'a' that does not fit: .* 7 frames at 10 fps"):
+        train(with_overrides(TrainConfig(), FEW), out=tmp_path / "run", teacher=teacher, console=QUIET)
+    assert list((tmp_path / "teacher-cache").glob("*.mp4"))  # and is kept
 
 
 class Half(StudentModule):
@@ -128,7 +135,7 @@ def test_a_prompt_that_the_text_encoder_refuses_stops_before_a_folder_is_made(tm
         return torch.zeros(len(prompts), 12, dtype=torch.long)
 
     made.text = text
-    teacher = CallableTeacher(flat, ["a", "b", "c"], name="flat")
+    teacher = CallableTeacher(flat, ["a", "b", "c"], name="flat", fps=10)
     with pytest.raises(ConfigError, match="refuses the prompt 'c': too long"):
         train(with_overrides(TrainConfig(), FEW), made, tmp_path / "run", teacher=teacher, console=QUIET)
     assert not (tmp_path / "run").exists() and not list((tmp_path / "teacher-cache").glob("*"))
@@ -136,7 +143,7 @@ def test_a_prompt_that_the_text_encoder_refuses_stops_before_a_folder_is_made(tm
 
 def test_shards_that_the_prompts_cannot_fill_are_refused_first(tmp_path):
     config = changed(with_overrides(TrainConfig(), FEW), prompts_per_step=4, shards=4)
-    teacher = CallableTeacher(flat, ["a", "b", "c"], name="flat")
+    teacher = CallableTeacher(flat, ["a", "b", "c"], name="flat", fps=10)
     with pytest.raises(ConfigError, match="2 training prompts cannot be split into shards=4"):
         train(config, out=tmp_path / "run", teacher=teacher, console=QUIET)
     assert not (tmp_path / "run").exists()

@@ -324,7 +324,7 @@ def nft_loss(
         )
     eager = not compiling and not transformed
     if out is None and eager and torch.is_grad_enabled() and v.requires_grad and recipe.weighting == "none":
-        out = _empty_gradient(v)  # one sweep
+        out = _empty_gradient(v)  # one sweep; inside torch.func and torch.compile this buffer would go unused
     loss, totals, rows = _NFTLoss.apply(out, *Inputs(
         v, x0, r, levels.t, noise, wrap_seed(seed), x_t, v_old, v_ref, coefficients, sample_mask, ref_mask, mask,
         cu_seqlens, levels.inner, recipe.key, return_stats,

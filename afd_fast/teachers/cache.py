@@ -32,26 +32,26 @@ class CachedTeacher:
 
     def __call__(self, prompt: str, seed: int) -> Tensor:
         path = self.path(prompt, seed)
-        if path.exists():
-            try:
-                video = self._read(path)
-                self.hits += 1
-                return video
-            except VideoError:
-                path.unlink()
+        if path.exists() and _readable(path):
+            self.hits += 1
+            return self._fitted(path, prompt)
         self.misses += 1
         partial = path.with_suffix(f".{os.getpid()}.part")
         with partial.open("wb") as file:
-            write_video(file, self.teacher(prompt, seed), self.fps, lossless=True)
+            write_video(file, self.teacher(prompt, seed), self.teacher.fps, lossless=True)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        return self._read(path)  # always through the file: the first answer equals every later one
+        return self._fitted(path, prompt)  # always through the file: the first answer equals every later one
 
-    def _read(self, path: Path) -> Tensor:
+    def _fitted(self, path: Path, prompt: str) -> Tensor:
+        """The file's video in the wanted format. VideoError that names the prompt where it is too short."""
         if self.fit is None:
             return read_video(path)
-        return read_video(path, frames=self.fit.frames, size=(self.fit.height, self.fit.width), fps=self.fit.fps)
+        try:
+            return read_video(path, frames=self.fit.frames, size=(self.fit.height, self.fit.width), fps=self.fit.fps)
+        except VideoError as error:
+            raise VideoError(f"the teacher {self.name!r} gave a video of {prompt!r} that does not fit: {error}") from error
 
     def fetch(self, requests: Sequence[Request], done: Callable[[], None] = nothing) -> None:
         """Ask for every video that is not in the folder, one by one."""
@@ -75,3 +75,12 @@ class CachedTeacher:
 
     def cost(self, requests: Sequence[Request]) -> str:
         return self.teacher.cost(requests)
+
+
+def _readable(path: Path) -> bool:
+    """Whether the file holds a video."""
+    try:
+        read_video(path)
+    except VideoError:
+        return False
+    return True
