@@ -15,7 +15,9 @@ from afd_fast.rollout import RolloutConfig
 from afd_fast.students.student import StudentConfig, entry
 
 MethodName = Literal["afd", "sft", "gan", "dmd", "rejection"]
-METHOD_NAMES: dict[str, bool] = dict.fromkeys(typing.get_args(MethodName), True) | {"sft": False}  # uses a discriminator?
+METHOD_NAMES: dict[str, bool] = dict.fromkeys(typing.get_args(MethodName), True) | {
+    "sft": False
+}  # uses a discriminator?
 
 
 def _at_least(config: Any, minimum: int, *names: str) -> None:
@@ -305,11 +307,11 @@ def with_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
         name, equals, text = item.partition("=")
         if not equals:
             raise ConfigError(f"overrides are written key=value, got {item!r}")
-        if name == "loss":
+        if name in ("loss", "loss.name"):
             try:
                 config = replace(config, loss=nft_recipe(cast(RecipeName, text)))
             except ValueError as error:
-                raise ConfigError(f"loss={text}: {error}") from error
+                raise ConfigError(f"{item}: {error}") from error
             continue
         if name in ("student", "discriminator"):
             name += ".name"

@@ -5,6 +5,7 @@ import torch
 from afd_fast.config import TrainConfig, with_values
 from afd_fast.teachers import physics
 from afd_fast.teachers.physics import FPS, all_prompts, sample_clips
+from afd_fast.teachers.teacher import PromptSplit
 from afd_fast.video_io import write_video
 
 
@@ -27,7 +28,7 @@ def tiny_config():
 def few_prompts(monkeypatch):
     """The physics world with six training and two held-out prompts."""
     prompts = physics.all_prompts()
-    monkeypatch.setattr(physics, "split_prompts", lambda **look: (prompts[:60:10], prompts[5:50:30]))
+    monkeypatch.setattr(physics, "split_prompts", lambda **look: PromptSplit(prompts[:60:10], prompts[5:50:30]))
 
 
 @pytest.fixture(scope="session")

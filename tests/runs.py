@@ -12,6 +12,7 @@ from afd_fast.training.run import Run
 from afd_fast.training.run_folder import make_folder
 from afd_fast.training.state import new_state
 from afd_fast.training.trainer import Trainer, new_run, teacher_of
+from afd_fast.training.velocity import Chunking, velocity
 
 QUIET = Console(quiet=True)
 
@@ -37,3 +38,8 @@ def trainer(config, out: Path, console=QUIET) -> Trainer:
     teacher = teacher_of(run, None, out.parent / "cache")
     make_folder(out, config)
     return Trainer(run, teacher, out, console)
+
+
+def student_velocity(student, x_t, t, text, x0, chunk):
+    """v_theta of the update, over a detached history."""
+    return velocity(student, x_t, t, text, x0, Chunking(chunk))

@@ -23,6 +23,7 @@ def test_overrides_are_typed():
     assert (config.update.lr, config.iterations, config.rollout.steps) == (1e-3, 70, (1000.0, 500.0))
     assert config.update.lr_decay is False and config.codec_crf == 23 and config.loss == nft_recipe("afd")
     assert with_overrides(config, ["codec_crf=none"]).codec_crf is None
+    assert with_overrides(config, ["loss.name=gardo"]).loss == nft_recipe("gardo")  # its constants, not the name alone
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,9 @@ def test_everything_by_name(tmp_path):
 
     register_family("own", FamilyEntry(lambda config, chunk, seed: of_student(shipped.load()), chunk=3))
     register_discriminator("mean", DiscriminatorEntry(lambda config, video: Mean()))
-    register_teacher("flat", lambda rest, video, cache: CallableTeacher(flat, ["a", "b", "c"], name=f"flat-{rest}", fps=10))
+    register_teacher(
+        "flat", lambda rest, video, cache: CallableTeacher(flat, ["a", "b", "c"], name=f"flat-{rest}", fps=10)
+    )
     register_method(Method("mine", iteration))
     keys = ["student=own", "discriminator=mean", "teacher=flat:1", "method=mine"]
     result = train(with_overrides(TrainConfig(), [*FEW, *keys]), out=tmp_path / "run", console=QUIET)

@@ -15,8 +15,7 @@ from afd_fast.training.methods import afd
 from afd_fast.training.rollouts import sample_policy
 from afd_fast.training.state import generator
 from afd_fast.training.update import Targets, policy_recipe, student_backward, update_student
-from afd_fast.training.velocity import Chunking, velocity
-from tests.runs import changed, toy_run
+from tests.runs import changed, student_velocity, toy_run
 
 CONFIG = changed(
     TrainConfig(), loss=nft_recipe("afd", ref_coef=0.05), update__v_old="self", student__lora_rank=4,
@@ -43,10 +42,6 @@ def targets(x0, r):
 
 def backward(run, x0, r, scale=1.0):
     return student_backward(run, targets(x0, r), policy_recipe(run), generator(0, 0, "update"), scale)
-
-
-def student_velocity(student, x_t, t, text, x0, chunk):
-    return velocity(student, x_t, t, text, x0, Chunking(chunk))
 
 
 def inputs():
@@ -111,10 +106,11 @@ def test_lagged_policy_gradient_has_the_trust_region_term():
     parameters = list(trainable(run.family.student).values())
     gradient = [p.grad for p in parameters]
     x_t = (1 - wide(t)) * x0 + wide(t) * noise
-    run = lambda: student_velocity(run.family.student, x_t, t, run.family.student.encode_text(tokenize(PROMPTS)), x0, 3)
-    v = run()
-    with torch.no_grad(), run.state.ema.applied(run.family.student):
-        old = run()
+    student = run.family.student
+    text = student.encode_text(tokenize(PROMPTS))
+    v = student_velocity(student, x_t, t, text, x0, 3)
+    with torch.no_grad(), run.state.ema.applied(student):
+        old = student_velocity(student, x_t, t, text, x0, 3)
     beta, each = config.loss.beta, (1, 2, 3, 4)
     e_pos = x_t - wide(t) * (beta * v + (1 - beta) * old) - x0
     e_neg = x_t - wide(t) * ((1 + beta) * old - beta * v) - x0

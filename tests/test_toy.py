@@ -8,7 +8,7 @@ from afd_fast.students.toy.model import ToyConfig, ToyStudent
 from afd_fast.students.toy.text import tokenize
 from afd_fast.teachers.physics import all_prompts, split_prompts
 from afd_fast.training.state import EMA, generator
-from afd_fast.training.update import student_velocity
+from tests.runs import student_velocity
 
 
 def student(dtype=torch.float64):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -151,12 +152,17 @@ def train(
 
 
 def _key_table(config: "TrainConfig") -> Table:
+    """Every key as it is typed, `key=default`, with its meaning."""
     from afd_fast.config import keys
 
-    table = Table("key", "default", "meaning", title=f"keys of {config.name}", title_justify="left")
+    table = Table("key=default", "meaning", title=f"keys of {config.name}", title_justify="left", box=SIMPLE_HEAD)
+    table.columns[0].overflow, table.columns[0].min_width, table.columns[0].max_width = "fold", 38, 44
     for key in keys(config):
-        value = ",".join(map(str, key.value)) if isinstance(key.value, tuple) else str(key.value).lower()
-        table.add_row(key.name, escape(value if not isinstance(key.value, str) else key.value), escape(key.meaning))
+        if isinstance(key.value, tuple):
+            value = ",".join(map(str, key.value))
+        else:
+            value = key.value if isinstance(key.value, str) else str(key.value).lower()
+        table.add_row(escape(f"{key.name}={value}"), escape(key.meaning))
     return table
 
 

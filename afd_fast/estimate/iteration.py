@@ -238,7 +238,10 @@ def reward_judge(config: TrainConfig, family: Family, b: int) -> Judge:
     rank, calls = critic.lora_rank or 64, 2 if critic.r1 else 1
     length = grid[0] * grid[1] * grid[2] // 4 + REWARD_TEXT
     trained = lm.layers * rank * sum(i + o for i, o in lm.linears) + lm.width
-    one = lambda n: formulas.vision_tower(c.vision_config, n, grid) + lm.forward(*formulas.causal(n, length), rank)
+
+    def one(n: int) -> formulas.Work:
+        return formulas.vision_tower(c.vision_config, n, grid) + lm.forward(*formulas.causal(n, length), rank)
+
     train = (
         one(2 * b)
         + lm.forward(*formulas.causal(2 * b, length), rank)

@@ -40,11 +40,20 @@ def clip_range(clip: AdvClip) -> tuple[float, float]:
 class NFTRecipe:
     """Which of the published losses. The fields are the constants of the formula in nft.py.
 
-    beta: interpolation between v_old and v. ref_coef: weight lambda of the prior. adv_clip: the clip of the
-    advantages, a number or (low, high); `scale="adv_clip"` multiplies the loss by its upper end. space: errors in "v"
-    or "x0" space. weighting: "adaptive" (W) or "none" (1). weight_floor: lower bound of W. divide_by_beta: d is beta
-    or 1. sample_reduction / batch_reduction: "mean" or "sum". ref_space: the prior's space. ref_weight: rho is "r", or
-    "uniform" (1). ref_empty: what an all-False ref_mask means, "all" samples or "zero" prior.
+    name: of the loss, one of `RecipeName`.
+    beta: interpolation between v_old and v.
+    ref_coef: weight lambda of the prior.
+    adv_clip: clip of the advantages, a number or (low, high).
+    space: of the errors, "v" or "x0".
+    weighting: "adaptive" (W) or "none" (1).
+    weight_floor: lower bound of W.
+    divide_by_beta: whether d is beta or 1.
+    scale: "adv_clip" multiplies the loss by the upper end of adv_clip, "none" by 1.
+    sample_reduction: over the elements of a sample, "mean" or "sum".
+    batch_reduction: over the samples, "mean" or "sum".
+    ref_space: of the prior, "v" or "x0".
+    ref_weight: rho is "r", or "uniform" (1).
+    ref_empty: what an all-False ref_mask means, "all" samples or a "zero" prior.
     """
 
     name: str = "afd"

@@ -51,7 +51,9 @@ class CachedTeacher:
         try:
             return read_video(path, frames=self.fit.frames, size=(self.fit.height, self.fit.width), fps=self.fit.fps)
         except VideoError as error:
-            raise VideoError(f"the teacher {self.name!r} gave a video of {prompt!r} that does not fit: {error}") from error
+            raise VideoError(
+                f"the teacher {self.name!r} gave a video of {prompt!r} that does not fit: {error}"
+            ) from error
 
     def fetch(self, requests: Sequence[Request], done: Callable[[], None] = nothing) -> None:
         """Ask for every video that is not in the folder, one by one."""
