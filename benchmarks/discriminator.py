@@ -1,22 +1,26 @@
-"""Times of the video discriminator with random weights: pairs a second, tokens, memory, attention backend.
+"""Times of the video discriminator with random weights: pairs per second, tokens, memory, attention backend.
 
     python -m benchmarks.discriminator [--size tiny|2b] [--pairs N] [--repeats N] [--attention auto] [--csv FILE]
 
 Rows: preprocess and encode (vision tower) alone; score and train (Bradley-Terry forward, backward, AdamW) of a batch of
-pairs, `packed` as shipped, `cached` with the teacher's features kept, `padded` as transformers does it: the same
-modules with its own sdpa, right padding, masks, one tower call for each side, nothing kept. No row has an lm_head.
-Prompts are of different lengths (20 to 200 tokens); the text is words with made-up ids, of the template's length.
+pairs: `packed` as shipped, `cached` with the teacher's features kept, `padded` as transformers does it (the same modules
+with its sdpa, right padding, masks, one tower call per side, nothing kept). No row has an lm_head. Prompts have
+different lengths (20 to 200 tokens). The text is words with made-up ids, as long as the template.
 """
 
 import argparse
 import contextlib
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Qwen2VLConfig
 
-from afd_fast.discriminators.discriminator import Features
+from afd_fast.discriminators.discriminator import Features, PairScores
+from afd_fast.discriminators.objective import Objective
 from afd_fast.discriminators.videoalign.inputs import REWARD_TOKENS, VIDEO_TOKEN, to_patches
 from afd_fast.discriminators.videoalign.model import (
     ATTENTION,
@@ -32,7 +36,7 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 
 
 class Words:
-    """A tokenizer of the right interface: a word is an id, made up; the special tokens are the last of the vocabulary."""
+    """A tokenizer with made-up ids, one per word; the special tokens are the last of the vocabulary."""
 
     def __init__(self, vocab: int):
         self.special = {VIDEO_TOKEN: vocab - 4} | {t: vocab - 3 + i for i, t in enumerate(REWARD_TOKENS)}
@@ -53,11 +57,15 @@ class Words:
 
 def template(tokens: int) -> str:
     """A stand-in with as many tokens and the reward tokens where VideoAlign has them."""
-    part = lambda share: " ".join(["word"] * int(tokens * share))
+
+    def part(share: float) -> str:
+        return " ".join(["word"] * int(tokens * share))
+
     return f"{part(0.35)} {REWARD_TOKENS[0]} {part(0.35)} {REWARD_TOKENS[1]} {part(0.3)} {{text_prompt}} {REWARD_TOKENS[2]}"
 
 
 def tiny() -> Qwen2VLConfig:
+    """The architecture at its smallest."""
     text = dict(
         vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
@@ -67,6 +75,8 @@ def tiny() -> Qwen2VLConfig:
 
 
 class Bench:
+    """A model with random weights, a batch of pairs, and the ways to score and train them."""
+
     def __init__(self, size: str, pairs: int, attention: str):
         torch.manual_seed(0)
         big = size == "2b"
@@ -88,15 +98,24 @@ class Bench:
         self.tokens = 2 * (sum(video) + sum(text))
         self.padding = 2 * pairs * (max(video) + max(text)) - self.tokens
 
-    def train(self, scores):
-        loss = self.model.objective(*scores())
+    def every(self) -> PairScores:
+        """Scores of both sides from pixels."""
+        return self.model.pair_scores(self.teacher, self.student, self.prompts)
+
+    def cached(self) -> PairScores:
+        """The same with the teacher's features kept."""
+        return self.model.pair_scores(Features(self.kept.clips), self.student, self.prompts)
+
+    def train(self, scores: Callable[[], PairScores]) -> None:
+        """One step of AdamW on Bradley-Terry."""
+        loss = Objective()(*scores())
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
     @contextlib.contextmanager
-    def plain_attention(self):
-        """transformers' own sdpa inside the block; around a backward too, as checkpointing runs the forward again."""
+    def plain_attention(self) -> Iterator[None]:
+        """transformers' sdpa inside the block; around a backward too, as checkpointing runs the forward again."""
         modules = (self.model.backbone, self.model.backbone.visual, self.model.backbone.language_model)
         for m in modules:
             m.config._attn_implementation_internal = "sdpa"
@@ -106,11 +125,11 @@ class Bench:
             for m in modules:
                 m.config._attn_implementation_internal = ATTENTION
 
-    def padded(self):
-        """(D(teacher), D(student)) through transformers' padded path, with the same weights."""
-        return tuple(self._padded(x, self.model.settings) for x in (self.teacher, self.student))
+    def padded(self) -> PairScores:
+        """The same through transformers' padded path, with the same weights."""
+        return PairScores(*(self._padded(x, self.model.settings) for x in (self.teacher, self.student)))
 
-    def _padded(self, videos, s):
+    def _padded(self, videos: Tensor, s: RewardSettings) -> Tensor:
         model, lm = self.model, self.model.backbone.language_model
         with torch.no_grad():
             x, grid = to_patches(videos, clip_fps=16.0, fps=s.fps, min_pixels=s.min_pixels, max_pixels=s.max_pixels)
@@ -135,14 +154,14 @@ class Bench:
         return model.logits(states).sum(1)
 
 
-def main(argv=None):
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("tiny", "2b"), default="2b" if CUDA else "tiny")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--csv", type=Path, help="append the rows here")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     b, rows = Bench(args.size, args.pairs, args.attention), Rows(args.repeats)
     rows.common["dtype"] = str(DTYPE).removeprefix("torch.")
     model, device = b.model, b.teacher.device
@@ -154,30 +173,28 @@ def main(argv=None):
     with torch.no_grad(), b.plain_attention():
         padded = torch.cat(b.padded())
     with torch.no_grad():
-        packed = torch.cat(model.pair_scores(b.teacher, b.student, b.prompts))
+        packed = torch.cat(b.every())
     error = (packed - padded).abs().max().item()
     if error > (0.1 if CUDA else 1e-4):
         raise SystemExit(f"packed and padded scores differ by {error:g}: nothing is timed")
     shape = f"{args.pairs} pairs, {b.tokens} tok"
 
-    def add(name, variant, call, which="forward", **options):
+    def add(name: str, variant: str, call: Callable[[], Any], which: str = "forward", **options: Any) -> None:
         rows.add(f"discriminator_{name}", variant, shape, call, **options)
         row = rows.rows[-1]
         row["pass"] = which
         print(f"{'':42s} {args.pairs / float(row['ms']) * 1e3:.2f} pairs/s, peak {row['peak_mib']} MiB", flush=True)
 
     limits = dict(clip_fps=16.0, fps=2.0, min_pixels=model.settings.min_pixels, max_pixels=model.settings.max_pixels)
-    cached = lambda: model.pair_scores(Features(b.kept.clips), b.student, b.prompts)
-    every = lambda: model.pair_scores(b.teacher, b.student, b.prompts)
     with torch.no_grad():
         add("preprocess", "device", lambda: to_patches(b.student, **limits))
         add("encode", "packed", lambda: model.encode(b.student))
-        add("score", "packed", every, error=error)
-        add("score", "cached", cached)
+        add("score", "packed", b.every, error=error)
+        add("score", "cached", b.cached)
         with b.plain_attention():
             add("score", "padded", b.padded)
-    add("train", "packed", lambda: b.train(every), "train")
-    add("train", "cached", lambda: b.train(cached), "train")
+    add("train", "packed", lambda: b.train(b.every), "train")
+    add("train", "cached", lambda: b.train(b.cached), "train")
     with b.plain_attention():
         add("train", "padded", lambda: b.train(b.padded), "train")
     if args.csv:

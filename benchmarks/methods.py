@@ -9,36 +9,81 @@ FLOPs by torch's counter; medians of one interleaved run after a warm-up; memory
 import argparse
 import statistics
 import time
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from afd_fast.config import with_overrides
-from afd_fast.students.toy import shipped as base_student
+from afd_fast.config import with_values
+from afd_fast.students.toy import shipped
+from afd_fast.students.toy.family import of_student
 from afd_fast.teachers.dataset import Shard
 from afd_fast.teachers.physics import all_prompts
-from afd_fast.training import runs as recipes
-from afd_fast.training.methods.baselines import STEPS
-from afd_fast.training.state import new_state, toy_system
-from benchmarks.step import COMMON, SIZES, build
+from afd_fast.training import compare, runs
+from afd_fast.training.loop import train_step
+from afd_fast.training.methods import METHODS
+from afd_fast.training.run import Run
+from afd_fast.training.state import new_state
+from benchmarks.step import SIZES, build, config_of
 from benchmarks.update import CPU_FLASH, saved_bytes
 
 
-def prepared(size: str, method: str, device: str):
-    """(state, configuration, shards) of a method past its warm-up."""
-    if size == "demo":
-        config, system = recipes.demo(), toy_system(base_student.load())
-    else:
-        config = with_overrides(recipes.afd_table3(), [*COMMON, *SIZES[size]])
-        system = build(config, device)
-    config = with_overrides(config, [f"{k}={v}" for k, v in recipes.baseline(config, method).items()])
-    words = [
-        p for p in all_prompts()[: config.prompts_per_step // config.shards] for _ in range(config.rollouts_per_prompt)
-    ]
-    shards = [Shard(i, words, torch.rand(len(words), 3, *system.video)) for i in range(config.shards)]
-    state = new_state(config, system)
-    state.step = config.disc_warmup
-    return state, config, shards
+@dataclass
+class Costs:
+    """Of one method's iteration; peaks: bytes above what was allocated before it, on a GPU."""
+
+    flops: int = 0
+    kept: int = 0
+    seconds: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+
+
+class Prepared:
+    """A run of one method past its warm-up, with one iteration's shards."""
+
+    def __init__(self, size: str, method: str, device: str):
+        if size == "demo":
+            config, family = runs.demo(), of_student(shipped.load())
+        else:
+            config = config_of(size)
+            family = build(config, device)
+        (variant,) = compare.methods(config, [method])
+        config = with_values(config, variant.keys)
+        count = config.prompts_per_step // config.shards
+        words = [p for p in all_prompts()[:count] for _ in range(config.rollouts_per_prompt)]
+        video = family.video
+        self.shards = [
+            Shard(i, words, torch.rand(len(words), 3, video.frames, video.height, video.width))
+            for i in range(config.shards)
+        ]
+        self.run = Run(config, new_state(config, family))
+        self.run.state.step = config.discriminator.warmup
+
+    def step(self) -> None:
+        """One iteration; waits for the device, as its metrics are numbers."""
+        train_step(self.run, self.shards)
+
+
+def measure(prepared: dict[str, Prepared], iterations: int, device: str) -> dict[str, Costs]:
+    """Costs by method; the timed iterations take turns."""
+    costs = {method: Costs() for method in prepared}
+    for method, one in prepared.items():
+        with FlopCounterMode(display=False, custom_mapping=CPU_FLASH) as counter:
+            one.step()
+        costs[method].flops = counter.get_total_flops()
+        costs[method].kept = saved_bytes(one.step)
+    for _ in range(iterations):
+        for method, one in prepared.items():
+            before = 0
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            start = time.perf_counter()
+            one.step()
+            costs[method].seconds.append(time.perf_counter() - start)
+            if device == "cuda":
+                costs[method].peaks.append(torch.cuda.max_memory_allocated() - before)
+    return costs
 
 
 def main() -> None:
@@ -48,32 +93,14 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=5)
     args = parser.parse_args()
     device = "cuda" if cuda and args.size != "demo" else "cpu"
-    runs = {method: prepared(args.size, method, device) for method in STEPS}
-    step = lambda method: STEPS[method](*runs[method])
-    flops, kept, times, peaks = {}, {}, {method: [] for method in runs}, {}
-    for method in runs:
-        with FlopCounterMode(display=False, custom_mapping=CPU_FLASH) as counter:
-            step(method)
-        flops[method] = counter.get_total_flops()
-        kept[method] = saved_bytes(lambda method=method: step(method))
-    for _ in range(args.iterations):
-        for method in runs:
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            start = time.perf_counter()
-            step(method)  # waits for the device: its metrics are numbers
-            times[method].append(time.perf_counter() - start)
-            if device == "cuda":
-                peaks[method] = torch.cuda.max_memory_allocated() - before
+    prepared = {method: Prepared(args.size, method, device) for method in METHODS}
+    costs = measure(prepared, args.iterations, device)
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"an iteration, {args.size}, {name}, median of {args.iterations}")
-    print(f"{'method':12}{'GFLOP':>12}{'ms':>12}{'MB kept':>12}" + (f"{'peak MB':>12}" if peaks else ""))
-    for method in runs:
-        peak = f"{peaks[method] / 1e6:12.0f}" if peaks else ""
-        print(
-            f"{method:12}{flops[method] / 1e9:12.1f}{statistics.median(times[method]) * 1e3:12.0f}{kept[method] / 1e6:12.1f}{peak}"
-        )
+    print(f"{'method':12}{'GFLOP':>12}{'ms':>12}{'MB kept':>12}" + (f"{'peak MB':>12}" if device == "cuda" else ""))
+    for method, c in costs.items():
+        ms, peak = statistics.median(c.seconds) * 1e3, f"{max(c.peaks) / 1e6:12.0f}" if c.peaks else ""
+        print(f"{method:12}{c.flops / 1e9:12.1f}{ms:12.0f}{c.kept / 1e6:12.1f}{peak}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Nsight Systems over a short training run: benchmarks/profile.sh RECIPE key=value ...
+# Nsight Systems over a short training run: benchmarks/profile.sh RUN key=value ...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 nsys profile --trace cuda,nvtx,osrt --pytorch=autograd-nvtx --cuda-memory-usage true --force-overwrite true -o profile \

@@ -9,13 +9,15 @@ one interleaved run; memory is the peak above the weights (CUDA). Gradients are 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from afd_fast import nft_loss, nft_recipe
 from afd_fast.students import CausalWan, CausalWanConfig
-from afd_fast.training.update import nft_backward
+from afd_fast.training.velocity import Chunking, LossInputs, nft_backward
 
 aten = torch.ops.aten
 CPU_FLASH = {  # which the counter does not know
@@ -31,16 +33,16 @@ class Kept:
 
     live = peak = 0
 
-    def __init__(self, x):
+    def __init__(self, x: Tensor):
         self.x = x
         Kept.live += x.nbytes
         Kept.peak = max(Kept.peak, Kept.live)
 
-    def __del__(self):
+    def __del__(self) -> None:
         Kept.live -= self.x.nbytes
 
 
-def saved_bytes(run) -> int:
+def saved_bytes(run: Callable[[], None]) -> int:
     """The most bytes kept for backward at any time (what several operators keep is counted several times)."""
     Kept.live = Kept.peak = 0
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
@@ -48,78 +50,101 @@ def saved_bytes(run) -> int:
     return Kept.peak
 
 
-SIZES = {
-    "small": (
-        lambda: CausalWanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=4, text_len=16, text_dim=64),
-        (16, 24),
-    ),
-    "1.3b": (CausalWanConfig.wan_1_3b, (60, 104)),
-}
+def small() -> CausalWanConfig:
+    return CausalWanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=4, text_len=16, text_dim=64)
+
+
+SIZES = {"small": (small, (16, 24)), "1.3b": (CausalWanConfig.wan_1_3b, (60, 104))}
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+CHUNK = 3
+LABELS = {"detached": "KV-detached, chunk by chunk", "forced": "teacher forcing + checkpointing"}
+
+
+class Update:
+    """A student with random weights and one sample's loss, to be differentiated in two ways."""
+
+    def __init__(self, size: str, frames: int):
+        make, (height, width) = SIZES[size]
+        config = make()
+        with torch.device(DEVICE):
+            torch.manual_seed(0)
+            self.model = CausalWan(config).to(DTYPE)
+            self.context = torch.randn(1, config.text_len, config.text_dim, dtype=DTYPE)
+            x0, noise, v_ref = (torch.randn(1, 16, frames, height, width, dtype=DTYPE) for _ in range(3))
+            t = torch.rand(1, frames // CHUNK).repeat_interleave(CHUNK, 1)
+            r = torch.rand(1, 1)
+        self.model.gradient_checkpointing = True  # for teacher forcing; the activations of a chunk need none
+        level = t[:, None, :, None, None]
+        x_t = ((1 - level) * x0 + level * noise).to(DTYPE)
+        self.inputs = LossInputs(x0, x_t, noise, t, r, nft_recipe("afd", beta=0.1, ref_coef=1e-4), v_ref=v_ref)
+
+    def detached(self) -> None:
+        nft_backward(self.model, self.model.encode_text(self.context), self.inputs, Chunking(CHUNK))
+
+    def forced(self) -> None:
+        i, text = self.inputs, self.model.encode_text(self.context)
+        v = self.model.forward_teacher_forcing(i.x_t, i.t * 1000, text, i.x0, chunk=CHUNK)
+        nft_loss(v, i.x0, i.r[:, 0], i.t, noise=i.noise, v_ref=i.v_ref, recipe=i.recipe, frame_dim=2).backward()
+
+    def counted(self, call: Callable[[], None]) -> tuple[int, Tensor]:
+        """FLOPs, and the gradient of the head's weight: no path to it leads through the history, so both agree."""
+        with FlopCounterMode(display=False, custom_mapping=CPU_FLASH) as counter:
+            call()
+        weight = self.model.head.head.weight
+        assert weight.grad is not None
+        gradient = weight.grad.double().clone()
+        self.model.zero_grad()
+        return counter.get_total_flops(), gradient
+
+    def timed(self, call: Callable[[], None]) -> tuple[float, float]:
+        """Seconds, and GiB above what was allocated before (0 on a CPU)."""
+        before = peak = 0.0
+        if CUDA:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        call()
+        if CUDA:
+            torch.cuda.synchronize()
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        seconds = time.perf_counter() - start
+        self.model.zero_grad()
+        return seconds, peak
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", default="small", choices=SIZES)
     p.add_argument("--frames", type=int, default=21)
     p.add_argument("--repeats", type=int, default=5)
     a = p.parse_args()
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    make, (height, width) = SIZES[a.size]
-    config, chunk = make(), 3
-    with torch.device(device):
-        torch.manual_seed(0)
-        model = CausalWan(config).to(dtype)
-        context = torch.randn(1, config.text_len, config.text_dim, dtype=dtype)
-        x0, noise, v_ref = (torch.randn(1, 16, a.frames, height, width, dtype=dtype) for _ in range(3))
-        t = torch.rand(1, a.frames // chunk).repeat_interleave(chunk, 1)
-        r = torch.rand(1)
-    model.gradient_checkpointing = True  # of the teacher-forcing pass; a chunk's activations need none
-    x_t = ((1 - t[:, None, :, None, None]) * x0 + t[:, None, :, None, None] * noise).to(dtype)
-    given = {"noise": noise, "v_ref": v_ref, "recipe": nft_recipe("afd", beta=0.1, ref_coef=1e-4)}
-
-    def detached():
-        nft_backward(model, x_t, t, model.encode_text(context), x0, chunk, r=r, **given)
-
-    def forced():
-        v = model.forward_teacher_forcing(x_t, t * 1000, model.encode_text(context), x0, chunk=chunk)
-        nft_loss(v, x0, r, t, frame_dim=2, **given).backward()
-
-    flops, gradients = {}, {}
-    for name, run in (("detached", detached), ("forced", forced)):
-        with FlopCounterMode(display=False, custom_mapping=CPU_FLASH) as counter:
-            run()
-        flops[name] = counter.get_total_flops()
-        gradients[name] = (
-            model.head.head.weight.grad.double().clone()
-        )  # nothing flows through history: the same in both
-        model.zero_grad()
-    error = (gradients["detached"] - gradients["forced"]).norm() / gradients["forced"].norm()
-    if error > (2e-2 if cuda else 1e-4):
+    if a.frames < CHUNK or a.frames % CHUNK or a.repeats < 1:
+        p.error(f"--frames must be a multiple of {CHUNK} and --repeats at least 1")
+    update = Update(a.size, a.frames)
+    calls = {"detached": update.detached, "forced": update.forced}
+    counts = {name: update.counted(call) for name, call in calls.items()}
+    detached, forced = counts["detached"][1], counts["forced"][1]
+    error = ((detached - forced).norm() / forced.norm()).item()
+    if error > (2e-2 if CUDA else 1e-4):
         raise SystemExit(f"gradients of the head differ by {error:.1e}; nothing is timed on a red test")
-    times, peak = {"detached": [], "forced": []}, {}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    peaks: dict[str, float] = {}
     for _ in range(a.repeats):
-        for name, run in (("detached", detached), ("forced", forced)):
-            before = 0
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            start = time.perf_counter()
-            run()
-            if cuda:
-                torch.cuda.synchronize()
-                peak[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
-            times[name].append(time.perf_counter() - start)
-            model.zero_grad()
+        for name, call in calls.items():
+            seconds, peaks[name] = update.timed(call)
+            times[name].append(seconds)
+    size = "x".join(map(str, SIZES[a.size][1]))
     print(
-        f"update {a.size}, {a.frames} latent frames of {height}x{width}, {device} {dtype}, head gradients differ by {error:.1e}"
+        f"update {a.size}, {a.frames} latent frames of {size}, {DEVICE} {DTYPE}, head gradients differ by {error:.1e}"
     )
-    for name, label in (("detached", "KV-detached, chunk by chunk"), ("forced", "teacher forcing + checkpointing")):
-        memory = f"{peak[name]:8.2f} GiB" if peak else ""
-        print(f"{label:34}{flops[name] / 1e12:10.3f} TFLOP{statistics.median(times[name]) * 1e3:12.1f} ms{memory}")
+    for name, label in LABELS.items():
+        memory = f"{peaks[name]:8.2f} GiB" if CUDA else ""
+        ms = statistics.median(times[name]) * 1e3
+        print(f"{label:34}{counts[name][0] / 1e12:10.3f} TFLOP{ms:12.1f} ms{memory}")
     ratio = statistics.median(times["forced"]) / statistics.median(times["detached"])
-    print(f"{'ratio':34}{flops['forced'] / flops['detached']:10.2f}      {ratio:12.2f}")
+    print(f"{'ratio':34}{counts['forced'][0] / counts['detached'][0]:10.2f}      {ratio:12.2f}")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,13 @@ def check_finite(scores: Tensor, prompts: Sequence[str]) -> Tensor:
     return scores
 
 
+class PairScores(NamedTuple):
+    """D [B] of the two sides of B pairs."""
+
+    teacher: Tensor
+    student: Tensor
+
+
 class PairedLoss(NamedTuple):
     """A discriminator's loss on B pairs, and the scores [B] it is made of."""
 
@@ -103,12 +110,11 @@ class Discriminator(nn.Module):
         random weights. Falling while `score` rises, they tell that the discriminator is being gamed."""
         return {}
 
-    def pair_scores(self, teacher: Clips, student: Clips, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(D(teacher), D(student)), [B] each, from one batch."""
+    def pair_scores(self, teacher: Clips, student: Clips, prompts: Sequence[str]) -> PairScores:
+        """D of both sides, from one batch."""
         check_counts(prompts, teacher_videos=teacher, student_videos=student)
         scores = self.score(join(self.encode(teacher), self.encode(student)), [*prompts, *prompts])
-        of_teacher, of_student = scores.chunk(2)
-        return of_teacher, of_student
+        return PairScores(*scores.chunk(2))
 
     def paired_loss(
         self,
