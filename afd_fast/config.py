@@ -184,8 +184,12 @@ class TrainConfig:
             raise ConfigError(
                 f"stream.frames and rollout.window need a Wan student: the student {self.student.name!r} has a fixed length"
             )
-        if not family.windows and rollout.graphs:
-            raise ConfigError(f"rollout.graphs needs a Wan student, not {self.student.name!r}")
+        if family.chunk is not None and rollout.fuse_cache_pass:
+            raise ConfigError(
+                f"rollout.fuse_cache_pass needs chunks of any size; the student {self.student.name!r} has {family.chunk}"
+            )
+        if rollout.independent_first_frame:
+            raise ConfigError("rollout.independent_first_frame is for generation: training works in whole chunks")
 
     def check_stream(self, frames: int) -> None:
         """ConfigError for a stream that is not whole clips of `frames`, the student's latent frames."""
@@ -326,10 +330,13 @@ def with_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
 
 
 PREFIXES = {"disc_": "discriminator.", "student_": "update.", "eval_": "evaluation."}  # how a part is often written
+RENAMED = {"recipe": "loss", "prior_weight": "loss.ref_coef", "update": "update.history"}
 
 
 def _nearest(name: str, known: list[str]) -> str:
     """', did you mean ...?' by the whole name or by its last part."""
+    if name in RENAMED:
+        return f", did you mean {RENAMED[name]!r}?"
     written = [part + name.removeprefix(p) for p, part in PREFIXES.items() if name.startswith(p)]
     leaf = written[0].partition(".")[2] if written else name.rpartition(".")[2]
     near = [k for k in written if k in known] or [k for k in known if k.rpartition(".")[2] == leaf]

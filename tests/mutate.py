@@ -1,191 +1,296 @@
 # ruff: noqa: E402
 """Mutation test of the Triton kernels: one-token mutants under the interpreter; how many does a small suite notice?
 
-python tests/mutate.py [every]     (tens of minutes; every=3 takes each third mutant; not part of the default tests)
+python tests/mutate.py [every]     (tens of minutes; every=3 takes each third mutant; not part of `make test`)
 A mutant changes one operator, comparison, constant, name or mask. Survivors are printed by name.
 """
 
+import argparse
 import ast
 import importlib
 import os
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "1"
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
+from afd_kernels.layout import COEFFICIENTS, Slot
+from torch import Tensor
 
-import afd_fast
 from afd_fast.ops import nft as ops
+from afd_fast.ops.inputs import Inputs
 from afd_fast.reference import flow
+from afd_fast.reference.recipes import NFTRecipe, nft_recipe
 from tests.interpreter import install, sanitize
 
 install()
 PACKAGE = ROOT / "kernels/afd_kernels"
+FILES = ("noise.py", "nft.py", "_finish.py")
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Add,
              ast.RShift: ast.LShift, ast.LShift: ast.RShift, ast.BitAnd: ast.BitOr}  # fmt: skip
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.NotEq: ast.Eq, ast.Eq: ast.NotEq}
 NAMES = {"e0": "e1", "e1": "e0", "e2": "e3", "e3": "e2", "old": "ref", "ref": "v", "pos": "neg", "neg": "pos", "cd": "cs",
          "cs": "cd", "cr": "cd", "sigma": "t", "w_pos": "w_neg", "w_neg": "w_pos", "valid": "chosen", "chosen": "valid",
-         "sine": "cosine", "first": "start", "sample": "tile"}  # fmt: skip
+         "sine": "cosine", "first": "start", "sample": "tile", "S_POS": "S_NEG", "S_NEG": "S_POS", "S_SIZE": "S_PRIOR",
+         "S_SIZE_GAP": "S_SIZE", "S_PRIOR": "S_POS", "S_KEPT": "S_POS", "S_DRIFT": "S_V", "S_V": "S_REF", "S_REF": "S_V",
+         "BIT_POS": "BIT_PRIOR", "BIT_PRIOR": "BIT_KEPT", "BIT_KEPT": "BIT_PRIOR", "R_POS_LOSS": "R_NEG_LOSS",
+         "R_NEG_LOSS": "R_POS_LOSS", "R_WEIGHT_POS": "R_WEIGHT_NEG", "R_WEIGHT_NEG": "R_WEIGHT_POS", "R_PRIOR": "R_V_NORM",
+         "R_OLD_DEVIATION": "R_PRIOR", "R_V_NORM": "R_V_REF_NORM", "R_V_REF_NORM": "R_V_NORM", "R_DIFFERENCE": "R_SUM",
+         "R_SUM": "R_DIFFERENCE", "R_REFERENCE": "R_SUM", "T_POLICY": "T_PRIOR", "T_PRIOR": "T_SIGNAL",
+         "T_SIGNAL": "T_PRIOR", "SEED": "X_T", "X_T": "SEED"}  # fmt: skip
 
 
-def mutants(source: str):
-    """(description, mutated source)."""
-    tree = ast.parse(source)
-    for position, function in enumerate(tree.body):
-        jit = isinstance(function, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in function.decorator_list)
-        for index, node in enumerate(ast.walk(function)) if jit else ():
-            change = None
-            if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-                change = (
-                    "op",
-                    OPERATORS[type(node.op)](),
-                    f"{type(node.op).__name__} -> {OPERATORS[type(node.op)].__name__}",
-                )
-            elif isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
-                new = COMPARISONS[type(node.ops[0])]
-                change = ("ops", [new()], f"{type(node.ops[0]).__name__} -> {new.__name__}")
-            elif isinstance(node, ast.Constant) and type(node.value) is float:
-                change = ("value", node.value * 1.001 + 1e-7, f"{node.value} * 1.001")
-            elif isinstance(node, ast.Constant) and type(node.value) is int:
-                change = ("value", node.value + 1, f"{node.value} + 1")
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in NAMES:
-                change = ("id", NAMES[node.id], f"{node.id} -> {NAMES[node.id]}")
-            elif isinstance(node, ast.Call) and any(k.arg == "mask" for k in node.keywords):
-                change = ("keywords", [k for k in node.keywords if k.arg not in ("mask", "other")], "mask dropped")
+class Mutant(NamedTuple):
+    """One changed file of the kernels."""
+
+    file: str
+    description: str
+    source: str
+
+
+class Change(NamedTuple):
+    """A field of a syntax node that gets another value."""
+
+    field: str
+    value: Any
+    description: str
+
+
+def change_of(node: ast.AST) -> Change | None:
+    """How a node is mutated; None where it is not."""
+    match node:
+        case ast.BinOp(op=op) if type(op) in OPERATORS:
+            other = OPERATORS[type(op)]
+            return Change("op", other(), f"{type(op).__name__} -> {other.__name__}")
+        case ast.Compare(ops=[op, *_]) if type(op) in COMPARISONS:
+            new = COMPARISONS[type(op)]
+            return Change("ops", [new()], f"{type(op).__name__} -> {new.__name__}")
+        case ast.Constant(value=float(value)):
+            return Change("value", value * 1.001 + 1e-7, f"{value} * 1.001")
+        case ast.Constant(value=int(value)) if not isinstance(value, bool):
+            return Change("value", value + 1, f"{value} + 1")
+        case ast.Name(id=name, ctx=ast.Load()) if name in NAMES:
+            return Change("id", NAMES[name], f"{name} -> {NAMES[name]}")
+        case ast.Call(keywords=keywords) if any(k.arg == "mask" for k in keywords):
+            return Change("keywords", [k for k in keywords if k.arg not in ("mask", "other")], "mask dropped")
+    return None
+
+
+def mutants(file: str) -> Iterator[Mutant]:
+    """Every mutant of a file's kernels."""
+    source = (PACKAGE / file).read_text()
+    for position, function in enumerate(ast.parse(source).body):
+        if not isinstance(function, ast.FunctionDef) or not any(
+            "jit" in ast.unparse(d) for d in function.decorator_list
+        ):
+            continue
+        for index, node in enumerate(ast.walk(function)):
+            change = change_of(node)
             if change is None:
                 continue
             copy = ast.parse(source)
-            target = list(ast.walk(copy.body[position]))[index]
-            setattr(target, change[0], change[1])
-            yield f"{function.name}:{node.lineno} {change[2]}", ast.unparse(ast.fix_missing_locations(copy))
+            setattr(list(ast.walk(copy.body[position]))[index], change.field, change.value)
+            line = getattr(node, "lineno", function.lineno)
+            text = ast.unparse(ast.fix_missing_locations(copy))
+            yield Mutant(file, f"{function.name}:{line} {change.description}", text)
 
 
-def load(folder: Path, number: int, changed: dict):
-    """The kernels' package under another name, with some files replaced."""
+class Kernels(NamedTuple):
+    """Modules of the kernels' package."""
+
+    noise: Any
+    nft: Any
+
+
+def load(folder: Path, number: int, mutant: Mutant | None = None) -> Kernels:
+    """The kernels' package under another name, mutated or as it is."""
     name = f"mutant{number}"
     (folder / name).mkdir()
     for path in PACKAGE.glob("*.py"):
-        text = changed.get(path.name, path.read_text()).replace("afd_kernels", name)
-        (folder / name / path.name).write_text(text)
-    modules = importlib.import_module(f"{name}.noise"), importlib.import_module(f"{name}.nft")
+        changed = mutant is not None and path.name == mutant.file
+        text = mutant.source if mutant is not None and changed else path.read_text()
+        (folder / name / path.name).write_text(text.replace("afd_kernels", name))
+    modules = Kernels(importlib.import_module(f"{name}.noise"), importlib.import_module(f"{name}.nft"))
     for key in [k for k in sys.modules if k.split(".")[0] == name]:
         del sys.modules[key]
     return modules
 
 
-def cases():
-    """Inputs of the operators that reach every branch, with tiles != samples."""
-    g = torch.Generator().manual_seed(0)
-    n = lambda *s, dtype=torch.float32: torch.randn(*s, generator=g).to(dtype)
-    t = lambda *s: 0.1 + 0.8 * torch.rand(*s, generator=g)
-    base = dict.fromkeys(ops.Inputs._fields)
+class Draw:
+    """Random inputs of the operators."""
 
-    def case(shape, recipe, source, dtype=torch.float32, frames=1, **change):
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator)
+
+    def levels(self, *shape: int) -> Tensor:
+        return 0.1 + 0.8 * self.uniform(*shape)
+
+    def inputs(self, shape: tuple[int, int], recipe: NFTRecipe, source: str, dtype: torch.dtype = torch.float32, frames: int = 1,
+               **change: Any) -> Inputs:  # fmt: skip
+        """source: noise, seed or x_t; change: fields with other values."""
         batch = change["cu_seqlens"].numel() - 1 if "cu_seqlens" in change else shape[0]
-        values = base | dict(
-            v=n(*shape, dtype=dtype), x0=n(*shape, dtype=dtype), v_old=n(*shape, dtype=dtype), v_ref=n(*shape, dtype=dtype),
-            r=torch.rand(batch, generator=g), t=t(batch, frames), inner=shape[1], stats=True,
-            recipe=afd_fast.nft_recipe(*([recipe] if isinstance(recipe, str) else recipe[:1]), **({} if isinstance(recipe, str) else recipe[1])).key,
-        )  # fmt: skip
-        values[source] = (3 << 40) + 5 if source == "seed" else n(*shape, dtype=dtype)
-        return ops.Inputs(**values | change)
-
-    mean = {"ref_coef": 0.3, "batch_reduction": "mean"}
-    yield case((2, 4100), ("afd", {"ref_coef": 0.3}), "seed", v_old=None)
-    yield case((3, 9000), ("diffusionnft", {"ref_coef": 0.3}), "x_t", dtype=torch.bfloat16,
-               sample_mask=torch.tensor([1, 0, 1]) > 0, ref_mask=torch.tensor([0, 1, 1]) > 0)  # fmt: skip
-    yield case((2, 5000), ("astrolabe", {"ref_coef": 0.3}), "noise", frames=5, inner=100, sigma=t(2, 5),
-               element_mask=torch.rand(2, 5000, generator=g) > 0.4)  # fmt: skip
-    yield case((900, 13), ("diffusionnft", mean), "x_t", cu_seqlens=torch.tensor([0, 3, 3, 640, 900]))
-    yield case((2, 70), ("gardo", {"ref_coef": 0.3}), "seed", ref_mask=torch.tensor([False, False]), v_old=None)
-    some = {"sample_mask": torch.tensor([1, 0, 1]) > 0, "ref_mask": torch.tensor([0, 1, 1]) > 0}
-    yield case((3, 70), ("gardo", {"ref_coef": 0.3}), "x_t", **some)
-    yield case((3, 70), ("afd", {"ref_coef": 0.3}), "x_t", **some)
-    yield case((2, 70), ("afd", mean), "x_t", sample_mask=torch.tensor([False, False]))
-    yield case((2, 70), ("diffusionnft", {"weight_floor": 1.3}), "x_t", element_mask=torch.zeros(2, 70) > 0)
+        values = dict.fromkeys(Inputs._fields) | {
+            name: self.normal(shape, dtype) for name in ("v", "x0", "v_old", "v_ref")
+        }
+        values |= {"r": self.uniform(batch), "t": self.levels(batch, frames), "inner": shape[1], "stats": True}
+        values |= {"recipe": recipe.key, source: (3 << 40) + 5 if source == "seed" else self.normal(shape, dtype)}
+        return Inputs(**values | change)  # type: ignore[arg-type]  # a dictionary of fields of many types
 
 
-def expectations():
-    for i in cases():
-        yield i, ops._sums(i), ops._gradient(1.0, i._replace(v=i.v.float()))
-    t, x0 = torch.rand(3, 5), torch.randn(3, 5000)
-    yield x0, t, flow.forward_noise(x0.view(3, 10, 5, 100), t.view(3, 1, 5, 1), seed=-9).view(3, 5000)
-    yield (
-        x0,
-        t,
-        flow.forward_noise(x0.view(3, 10, 5, 100), t.view(3, 1, 5, 1), noise=x0.view(3, 10, 5, 100)).view(3, 5000),
-    )
+def mask(*values: int) -> Tensor:
+    return torch.tensor(values) > 0
 
 
-EXPECTED = list(expectations())
+def cases() -> Iterator[Inputs]:
+    """Inputs of the operators that reach every branch, with tiles != samples."""
+    draw = Draw()
+    afd, gardo = nft_recipe("afd", ref_coef=0.3), nft_recipe("gardo", ref_coef=0.3)
+    diffusionnft = nft_recipe("diffusionnft", ref_coef=0.3)
+    some, others = mask(1, 0, 1), mask(0, 1, 1)
+    yield draw.inputs((2, 4100), afd, "seed", v_old=None)
+    yield draw.inputs((3, 9000), diffusionnft, "x_t", torch.bfloat16, sample_mask=some, ref_mask=others)
+    yield draw.inputs((2, 5000), nft_recipe("astrolabe", ref_coef=0.3), "noise", frames=5, inner=100,
+                      sigma=draw.levels(2, 5), element_mask=draw.uniform(2, 5000) > 0.4)  # fmt: skip
+    packed = nft_recipe("diffusionnft", ref_coef=0.3, batch_reduction="mean")
+    yield draw.inputs((900, 13), packed, "x_t", cu_seqlens=torch.tensor([0, 3, 3, 640, 900]))
+    yield draw.inputs((2, 70), gardo, "seed", ref_mask=mask(0, 0), v_old=None)
+    yield draw.inputs((3, 70), gardo, "x_t", sample_mask=some, ref_mask=others)
+    yield draw.inputs((3, 70), afd, "x_t", sample_mask=some, ref_mask=others)
+    yield draw.inputs((2, 70), nft_recipe("afd", ref_coef=0.3, batch_reduction="mean"), "x_t", sample_mask=mask(0, 0))
+    yield draw.inputs((2, 70), nft_recipe("diffusionnft", weight_floor=1.3), "x_t", element_mask=torch.zeros(2, 70) > 0)
 
 
-PART = torch.randn(9, 2 * 2500, generator=torch.Generator().manual_seed(1))
+class NoiseCase(NamedTuple):
+    """x0 [B, N], t [B, F], and what `forward_noise` makes of them."""
+
+    x0: Tensor
+    t: Tensor
+    seed: int | None  # None: x0 is the noise as well
+    expected: Tensor
 
 
-def suite(noise, nft) -> None:
-    for (x0, t, expected), seed in zip(EXPECTED[-2:], (-9, None)):
-        with sanitize() as report:
-            found = noise.forward_noise(x0, t, None if seed else x0.clone(), seed, 100)
-        report.check(["x0_ptr"], ["out_ptr"])
-        assert torch.equal(found, expected)
-    sums = torch.full((9, 2), float("nan"), dtype=torch.float64)  # a sample of more than 1024 tiles
+class LossCase(NamedTuple):
+    """Inputs, and what the operators make of them."""
+
+    inputs: Inputs
+    sums: ops.Sums
+    gradient: Tensor  # float32
+
+
+def noise_cases() -> Iterator[NoiseCase]:
+    t, x0 = Draw().uniform(3, 5), Draw().normal((3, 5000))
+    shaped, levels = x0.view(3, 10, 5, 100), t.view(3, 1, 5, 1)
+    yield NoiseCase(x0, t, -9, flow.forward_noise(shaped, levels, seed=-9).view(3, 5000))
+    yield NoiseCase(x0, t, None, flow.forward_noise(shaped, levels, noise=shaped).view(3, 5000))
+
+
+NOISE = list(noise_cases())
+LOSS = [LossCase(i, ops._sums(i), ops._gradient(1.0, i._replace(v=i.v.float()))) for i in cases()]
+PART = torch.randn(len(Slot), 2 * 2500, generator=torch.Generator().manual_seed(1))
+
+
+def check_noise(kernels: Kernels, case: NoiseCase) -> None:
     with sanitize() as report:
-        nft.reduce_kernel[(2, 9)](PART, sums, PART, 1, 5000, 2, 2500, SUMS=511, PACKED=False, CU_BLOCK=1)
+        found = kernels.noise.forward_noise(case.x0, case.t, None if case.seed else case.x0.clone(), case.seed, 100)
+    report.check(["x0_ptr"], ["out_ptr"])
+    assert torch.equal(found, case.expected)
+
+
+def check_reduce(kernels: Kernels) -> None:
+    """A sample of more than 1024 tiles."""
+    slots, tiles = len(Slot), PART.shape[1] // 2
+    sums = torch.full((slots, 2), float("nan"), dtype=torch.float64)
+    with sanitize() as report:
+        kernels.nft.reduce_kernel[(2, slots)](
+            PART, sums, PART, 1, 2 * tiles, 2, tiles, SUMS=sum(slot.bit for slot in Slot), PACKED=False, CU_BLOCK=1
+        )
     report.check()
-    torch.testing.assert_close(sums, PART.double().view(9, 2, 2500).sum(2), rtol=1e-12, atol=1e-12)
-    for i, (loss, totals, rows), exact in EXPECTED[:-2]:
-        names = [f"{n}_ptr" for n, x in (("v", i.v), ("x0", i.x0), ("old", i.v_old), ("ref", i.v_ref)) if x is not None]
-        with sanitize() as report:
-            found = nft.nft_loss(*i)
-        report.check(names)
-        grad = torch.full_like(i.v, float("nan"))
-        with sanitize() as report:  # every launch is watched: a wild store would take this process with it
-            both = nft.nft_loss_with_grad(*i, grad)
-        report.check(written_once=["grad_ptr"])
-        for got in (found, both):
-            torch.testing.assert_close(got[0], loss, rtol=2e-6, atol=1e-9)
-            torch.testing.assert_close(got[1], totals, rtol=2e-6, atol=1e-7)
-            torch.testing.assert_close(got[2][:8], rows[:8], rtol=2e-6, atol=1e-7)
-        with sanitize() as report:
-            alone = nft.nft_loss_backward(torch.tensor(3.0), found[2], *i)
-        report.check(names, ["grad_ptr"])
-        bound = (torch.finfo(i.v.dtype).eps * 0.51 + 2e-6) * exact.abs().max()
-        assert (grad - exact).abs().max() <= bound and (alone / 3 - exact).abs().max() <= bound * 1.1
-        with sanitize() as report:
-            nft.nft_loss_redo(torch.tensor(1.0), found[2], *i, grad)
-        assert not report.regions["grad_ptr"].writes.any() and not report.regions["v_ptr"].reads.any()
-        with sanitize() as report:
-            nft.nft_loss_redo(torch.tensor(3.0), found[2], *i, grad)
-        report.check()
-        assert torch.equal(grad, alone)
+    torch.testing.assert_close(sums, PART.double().view(slots, 2, tiles).sum(2), rtol=1e-12, atol=1e-12)
+
+
+def check_sums(found: ops.Sums, expected: ops.Sums) -> None:
+    loss, totals, rows = found
+    torch.testing.assert_close(loss, expected[0], rtol=2e-6, atol=1e-9)
+    torch.testing.assert_close(totals, expected[1], rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(rows[:COEFFICIENTS], expected[2][:COEFFICIENTS], rtol=2e-6, atol=1e-7)
+
+
+def check_loss(kernels: Kernels, case: LossCase) -> None:
+    """Every operator on one case. Every launch is watched: a wild store would take this process with it."""
+    i, exact, nft = case.inputs, case.gradient, kernels.nft
+    given = {"v_ptr": i.v, "x0_ptr": i.x0, "old_ptr": i.v_old, "ref_ptr": i.v_ref}
+    names = [name for name, x in given.items() if x is not None]
+    with sanitize() as report:
+        found = nft.nft_loss(*i)
+    report.check(names)
+    grad = torch.full_like(i.v, float("nan"))
+    with sanitize() as report:
+        both = nft.nft_loss_with_grad(*i, grad)
+    report.check(written_once=["grad_ptr"])
+    for sums in (found, both):
+        check_sums(sums, case.sums)
+    rows = found[2]
+    with sanitize() as report:
+        alone = nft.nft_loss_backward(torch.tensor(3.0), rows, *i)
+    report.check(names, ["grad_ptr"])
+    bound = (torch.finfo(i.v.dtype).eps * 0.51 + 2e-6) * exact.abs().max()
+    assert (grad - exact).abs().max() <= bound and (alone / 3 - exact).abs().max() <= bound * 1.1
+    with sanitize() as report:
+        nft.nft_loss_redo(torch.tensor(1.0), rows, *i, grad)
+    assert not report.regions["grad_ptr"].writes.any() and not report.regions["v_ptr"].reads.any()
+    with sanitize() as report:
+        nft.nft_loss_redo(torch.tensor(3.0), rows, *i, grad)
+    report.check()
+    assert torch.equal(grad, alone)
+
+
+def suite(kernels: Kernels) -> None:
+    for noise in NOISE:
+        check_noise(kernels, noise)
+    check_reduce(kernels)
+    for loss in LOSS:
+        check_loss(kernels, loss)
+
+
+def survives(folder: Path, number: int, mutant: Mutant) -> bool:
+    try:
+        suite(load(folder, number, mutant))
+    except Exception:
+        return False
+    return True
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("every", type=int, nargs="?", default=1)
+    every, start = parser.parse_args().every, time.time()
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of mutants that divide by zero
     with tempfile.TemporaryDirectory() as name:
-        folder, start = Path(name), time.time()
+        folder = Path(name)
         sys.path.insert(0, name)
-        suite(*load(folder, 0, {}))
+        suite(load(folder, 0))
         print(f"the suite passes on the kernels themselves in {time.time() - start:.1f} s", flush=True)
-        todo = [(f, d, s) for f in ("noise.py", "nft.py", "_finish.py") for d, s in mutants((PACKAGE / f).read_text())]
-        todo = todo[:: int(sys.argv[1]) if len(sys.argv) > 1 else 1]
-        survivors = []
-        for number, (file, description, source) in enumerate(todo, 1):
-            try:
-                suite(*load(folder, number, {file: source}))
-                survivors.append(f"{file} {description}")
-                print("survives:", survivors[-1], flush=True)
-            except Exception:
-                pass
-        print(
-            f"{len(todo)} mutants, {len(todo) - len(survivors)} killed, {len(survivors)} survive, {time.time() - start:.0f} s"
-        )
+        todo = [mutant for file in FILES for mutant in mutants(file)][::every]
+        alive = 0
+        for number, mutant in enumerate(todo, 1):
+            if survives(folder, number, mutant):
+                alive += 1
+                print("survives:", mutant.file, mutant.description, flush=True)
+        print(f"{len(todo)} mutants, {len(todo) - alive} killed, {alive} survive, {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def test_health():
     stats = reference.pair_health(teacher, student)
     assert stats["accuracy"].item() == pytest.approx(2.5 / 3) and stats["saturated"].item() == pytest.approx(1 / 3)
     r = torch.sigmoid(student - teacher)
-    assert torch.allclose(stats["r"], r.mean()) and torch.allclose(stats["r_std"], r.std(unbiased=False))
+    assert torch.allclose(stats["pair_r"], r.mean()) and torch.allclose(stats["pair_r_std"], r.std(unbiased=False))
     assert reference.pair_health(student, student)["loss_ratio"].item() == pytest.approx(1)
     assert reference.pair_health(student, student)["accuracy"].item() == 0.5
 

@@ -119,6 +119,7 @@ def test_a_family_that_does_not_fit_is_refused(change, message):
     (["student.lora_rank=4"], "names no layers for adapters: set student.lora_rank=0"),
     (["rollout.chunk=4", "student=own"], "rollout.chunk=4, but the family's chunk is 3"),
     (["student=own", "student.frames=9"], "no meaning with a family"),
+    (["rollout.graphs=true"], "rollout.graphs=true needs graphed, which the student ToyStudent does not define"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_the_family_are_refused_before_a_folder_is_made(tmp_path, keys, message):
     made = of_student(shipped.load())

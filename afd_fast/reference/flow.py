@@ -99,11 +99,6 @@ def forward_noise(
     return ((1 - t) * x0.to(wide) + t * eps.to(wide)).to(x0.dtype)
 
 
-def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
-    """v* = eps - x0 (Eq. 3 for the rectified flow)."""
-    return noise - x0
-
-
 def x0_from_velocity(x_t: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
     """x0 = x_t - sigma v."""
     return x_t - sigma * v
@@ -112,11 +107,3 @@ def x0_from_velocity(x_t: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """shift * s / (1 + (shift - 1) s): SD3's timestep shift, as in Wan's FlowMatchScheduler."""
     return shift * sigma / (1 + (shift - 1) * sigma)
-
-
-def warped_steps(steps: tuple[float, ...], shift: float) -> tuple[float, ...]:
-    """Denoising steps (0..1000, unwarped) on the shifted schedule: (1000, 750, 500, 250) at shift 5 gives
-    1000, 937.5, 833.33, 625 (Self-Forcing `warp_denoising_step`, a table lookup in float32)."""
-    raw = torch.linspace(1, 0, 1001, dtype=torch.float32)[:-1]
-    table = torch.cat([shift_sigma(raw, shift) * 1000, torch.zeros(1)])
-    return tuple(float(table[1000 - int(s)]) for s in steps)

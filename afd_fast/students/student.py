@@ -8,7 +8,7 @@ Legend: B samples, C channels, F latent frames, f frames of a chunk, H x W laten
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -145,6 +145,15 @@ def check_student(student: nn.Module) -> None:
         )
 
 
+def check_settings(student: StudentModule, settings: Mapping[str, str]) -> None:
+    """ConfigError for a setting whose method the student leaves to `StudentModule`. settings: method -> the setting that
+    calls it."""
+    kind = type(student)
+    for name, setting in settings.items():
+        if getattr(kind, name) is getattr(StudentModule, name):
+            raise ConfigError(f"{setting} needs {name}, which the student {kind.__name__} does not define: leave it out")
+
+
 class VAE(Protocol):
     """Between pixels in [0, 1] and latents."""
 
@@ -235,7 +244,7 @@ class StudentConfig:
         for name in unused:
             if getattr(self, name) != getattr(StudentConfig, name):
                 raise ConfigError(
-                    f"{name} has no meaning for the student {self.name!r}, whose videos have one size: leave it out"
+                    f"{name} has no meaning for the student {self.name!r}: leave it out"
                 )
 
 

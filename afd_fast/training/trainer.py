@@ -25,7 +25,7 @@ from afd_fast.discriminators.discriminator import Discriminator, check_discrimin
 from afd_fast.errors import ConfigError, Interrupted, TrainingError
 from afd_fast.judges import Scores
 from afd_fast.students.lora import trainable
-from afd_fast.students.student import Family
+from afd_fast.students.student import Family, check_settings
 from afd_fast.students.student import family as make_family
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.dataset import BatchPlan, TeacherVideos, check_prompts, collect, open_teacher
@@ -248,9 +248,22 @@ def new_run(
         )
     if family.chunk != config.rollout.chunk:
         raise ConfigError(f"rollout.chunk={config.rollout.chunk}, but the family's chunk is {family.chunk}")
+    check_settings(family.student, called_methods(config))
     if discriminator is not None:
         check_discriminator(discriminator)
     return Run(config, new_state(config, family, discriminator), ranks)
+
+
+def called_methods(config: TrainConfig) -> dict[str, str]:
+    """The optional methods of a student that a configuration calls, and the setting that asks for each."""
+    called = {}
+    if config.update.history != "detached":
+        called[f"forward_{config.update.history}"] = f"update.history={config.update.history}"
+    if config.rollout.graphs:
+        called["graphed"] = "rollout.graphs=true"
+    if config.fsdp:
+        called["shard_plan"] = "fsdp=true"
+    return called
 
 
 def teacher_of(run: Run, teacher: Teacher | None, cache: Path) -> Teacher:

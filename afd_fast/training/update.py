@@ -27,7 +27,7 @@ from afd_fast.training.velocity import LossInputs, UpdateStats, clip_loss, nft_b
 
 DISC_GRAD_NORM = 5.0
 REGRESSION = nft_recipe("afd", beta=1.0, ref_coef=0.0, sample_reduction="mean", batch_reduction="mean")
-LOGGED = ("margin", "accuracy", "r")  # of `pair_health`, which are logged under other names
+LOGGED = ("margin", "accuracy", "pair_r")  # of `pair_health`, which are logged under other names
 
 
 class Pair(NamedTuple):
