@@ -1,5 +1,5 @@
 """Stand-ins for the official tools in real virtual environments: they take the same arguments, find videos the same way
-and write the same files. `misbehave` (a file beside the fake, one word) makes them fail as the real ones do."""
+and write the same files. `misbehave` (a file next to the fake, one word) makes them fail as the real ones do."""
 
 import sys
 import venv
@@ -69,7 +69,7 @@ def main():
 
 VIDEOPHY2 = """
 import argparse, csv, pathlib, sys
-import template  # lies beside the script
+import template  # lies next to the script
 parser = argparse.ArgumentParser()
 for name in ("input_csv", "checkpoint", "output_csv", "task"):
     parser.add_argument("--" + name, required=True)

@@ -262,7 +262,7 @@ def test_refusals():
 @torch.no_grad()
 def test_a_cached_forward_is_one_graph():
     """No graph break, no read of a device value: what torch.compile and CUDA graphs need (the official forward
-    breaks about six times a layer)."""
+    breaks about six times per layer)."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = CausalWan(**SIZES["tiny"])

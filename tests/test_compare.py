@@ -27,7 +27,7 @@ def test_comparison_stops_goes_on_and_reports(tmp_path):
         assert first.poll() is None, first.stdout.read()
         time.sleep(0.05)
     first.send_signal(signal.SIGINT)
-    assert first.wait() == 130 and "the same command goes on" in first.stdout.read()
+    assert first.wait() == 130 and "the same command continues" in first.stdout.read()
     done = {p: p.stat().st_mtime_ns for p in out.glob("*/result.json")}
     again = start()
     assert again.wait() == 0, again.stdout.read()

@@ -47,7 +47,7 @@ def test_bootstrap_is_the_normal_limit():
 
 
 def test_bootstrap_resamples_prompts_not_videos():
-    """Five equal videos a prompt say no more than one."""
+    """Five equal videos per prompt say no more than one."""
     values = np.random.default_rng(1).random(50)
     assert bootstrap(groups(values, 5)) == pytest.approx(bootstrap(groups(values)))
 

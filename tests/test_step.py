@@ -52,7 +52,7 @@ def inputs():
 
 
 def drawn(config, x0):
-    """t [B, F], one level a chunk, and noise as the step draws them."""
+    """t [B, F], one level per chunk, and noise as the step draws them."""
     g = generator(0, 0, "update")
     grid = torch.tensor(config.rollout.steps, dtype=torch.float64) / 1000
     t = grid[torch.randint(len(grid), (4, 4), generator=g)].repeat_interleave(3, 1)

@@ -104,7 +104,7 @@ def test_chunk_by_chunk_is_all_at_once(make, recipe):
 @pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
 @pytest.mark.parametrize("batch_reduction", ["sum", "mean"])
 def test_a_reward_for_every_clip(recipe, batch_reduction):
-    """Clips as samples of their own: [B, C, S * L, ...] -> [B * S, C, L, ...]."""
+    """Clips as separate samples: [B, C, S * L, ...] -> [B * S, C, L, ...]."""
     model, text, shape = wan()
     x0, noise, x_t, t, r, v_ref, v_old = inputs(shape, clips=2)
     recipe = nft_recipe(recipe, ref_coef=0.3, batch_reduction=batch_reduction)

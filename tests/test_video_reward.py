@@ -278,7 +278,7 @@ def test_vision_tower_is_frozen_by_default_and_can_be_trained():
 
 
 def test_gradient_reaches_the_pixels():
-    """For the GAN baseline: to every pixel of the frames that are looked at, and to no other."""
+    """For the GAN baseline: to every pixel of the frames that the model sees, and to no other."""
     model = tiny.reward_model()
     video = tiny.clips(1).requires_grad_()
     model.score(video, PROMPTS[:1]).sum().backward()

@@ -74,7 +74,7 @@ def test_equals_the_processor_that_needs_no_torchvision(size):
 
 @pytest.mark.parametrize("frames, size", [(8, (308, 364)), (16, (480, 832)), (5, (240, 426))])
 def test_equals_the_video_processor(frames, size):
-    """Beside the official video processor and torchvision's resize, where torchvision is installed."""
+    """Compared with the official video processor and torchvision's resize, where torchvision is installed."""
     pytest.importorskip("torchvision", exc_type=ImportError)
     functional = importlib.import_module("torchvision.transforms").functional
     official = importlib.import_module("transformers.models.qwen2_vl.video_processing_qwen2_vl").Qwen2VLVideoProcessor

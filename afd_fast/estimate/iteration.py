@@ -36,7 +36,7 @@ from afd_fast.training.velocity import Chunking, chunk_velocities
 
 OPTIMISER = 4 * (3 + 7)  # bytes a parameter: clipping reads twice and writes, AdamW reads 4 and writes 3, in float32
 AVERAGE = 4 * 3  # the EMA reads two and writes one
-REWARD_TEXT = 900  # tokens of VideoReward's input beside a video's: about 780 of the template, 120 of a prompt
+REWARD_TEXT = 900  # tokens of VideoReward's input apart from the video's: about 780 of the template, 120 of a prompt
 
 
 class Meter(TorchDispatchMode):
@@ -303,7 +303,7 @@ def estimate(config: TrainConfig) -> Estimate:
         ("text encoder's weights", 2 * formulas.T5_PARAMETERS if net.real else 0, ()),
         (f"KV cache of {b} samples", b * s.cache_bytes, ("rollout",)),
         (f"KV cache of {rows} samples", rows * s.cache_bytes, ("update",)),
-        ("merged weights beside them", merged, ("rollout", *(["update"] if config.update.v_old == "ema" else []))),
+        ("merged weights next to them", merged, ("rollout", *(["update"] if config.update.v_old == "ema" else []))),
         ("VAE: past frames, largest product", vae_needs, ("decode",)),
         ("student's clips", clips, ("decode", "discriminator", "score")),
         ("teacher's clips", clips, ("discriminator", "score")),

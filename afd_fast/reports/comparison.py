@@ -50,7 +50,7 @@ def console_table(comparison: Mapping[str, Any]) -> Table:
     titles, rows = table(comparison)
     seeds = comparison["seeds"]
     shown = Table(
-        title=f"held-out prompts, {comparison['clips_judged']} clips a run, seeds {seeds[0]}..{seeds[-1]}",
+        title=f"held-out prompts, {comparison['clips_judged']} clips per run, seeds {seeds[0]}..{seeds[-1]}",
         title_justify="left",
     )
     shown.add_column("score")

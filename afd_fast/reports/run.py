@@ -81,7 +81,7 @@ def table_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def console_table(result: Mapping[str, Any]) -> Table:
     """`table_rows` for the terminal."""
-    table = Table(title=f"held-out prompts, {result['clips_judged']} clips a row", title_justify="left")
+    table = Table(title=f"held-out prompts, {result['clips_judged']} clips per row", title_justify="left")
     table.add_column("score")
     method = METHODS[result["config"]["method"]]
     for name in ("base", method, "teacher", f"{method} - base"):
@@ -155,7 +155,7 @@ def height_tracks(clips: dict[str, Tensor], method: str) -> str:
 
 
 def side_by_side(panels: list[Tensor], fps: float, zoom: int = 10) -> str:
-    """Videos [3, F, H, W] (uint8) beside each other, enlarged `zoom` times, as a data URL (mp4, H.264 4:2:0)."""
+    """Videos [3, F, H, W] (uint8) side by side, enlarged `zoom` times, as a data URL (mp4, H.264 4:2:0)."""
     large = [p.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2) for p in panels]
     gap = torch.full((*large[0].shape[:-1], GAP), 255, dtype=torch.uint8)
     strip = torch.cat([part for panel in large for part in (gap, panel)][1:], -1)

@@ -63,7 +63,7 @@ class FolderTeacher(TeacherBase):
         return self._problems
 
     def seeds(self, prompt: str, wanted: Iterable[int]) -> list[int]:
-        """Those of the wanted seeds that are a usable video of their own."""
+        """Those of the wanted seeds that have a usable video."""
         return [seed for seed in wanted if seed < len(self._videos[prompt])]
 
     def __call__(self, prompt: str, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside, fsynced, renamed; the newest is always valid."""
+"""Checkpoints that are whole or not there: written to a temporary file, fsynced, renamed; the newest is always valid."""
 
 import os
 import shutil

@@ -113,7 +113,7 @@ def runs(config: TrainConfig, variants: list[Variant], seeds: int, out: Path) ->
 
 
 def log_of(folder: Path) -> Path:
-    """Where a run's output goes, beside its folder (whose name may hold a dot)."""
+    """Where a run's output goes, next to its folder (whose name may hold a dot)."""
     return folder.with_name(f"{folder.name}.log")
 
 
@@ -164,7 +164,7 @@ def run_all(run: str, planned: dict[Path, TrainConfig], *, jobs: int, console: C
             for child in running.values():
                 child.wait()
     if asked:
-        raise Interrupted("stopped; the same command goes on from here")
+        raise Interrupted("stopped; the same command continues from here")
 
 
 def gather(run: str, planned: dict[Path, TrainConfig], variants: list[Variant], out: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Ranks:
         return range(self.rank * each, (self.rank + 1) * each)
 
     def gather(self, prompts: list[str], rewards: Tensor) -> tuple[list[str], Tensor]:
-        """Everybody's prompts and rewards [b], in the order of the shards: once a step, names with numbers."""
+        """Everybody's prompts and rewards [b], in the order of the shards: once per step, names with numbers."""
         if self.world == 1:
             return prompts, rewards
         everybody: list = [None] * self.world

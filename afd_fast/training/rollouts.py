@@ -1,7 +1,7 @@
 """The type that flows through an iteration, and the first phases that fill it in: sampling, decoding, scoring.
 
 Streaming is an argument of sampling: with `active` frames of a longer rollout, a prefix is rolled out once per prompt,
-its K continuations share it, and every clip of theirs is decoded, judged and given an r of its own. Memory does not grow
+its K continuations share it, and each of their clips is decoded, judged and given its r. Memory does not grow
 with the stream beyond its latents: the cache holds a window, the decoder one clip.
 
 Legend: P prompts, K rollouts per prompt, b = K rows per prompt of a shard, A active clips of f latent frames (A = 1

@@ -57,7 +57,7 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _segment_attention)
 class RewardSettings:
     """What `model_config.json` says about a checkpoint; the defaults are the published one's."""
 
-    fps: float = 2.0  # frames a second that are looked at
+    fps: float = 2.0  # frames per second that the model sees
     min_pixels: int = 100_352  # a frame, after resizing
     max_pixels: int = 200_704
     output_dim: int = 1  # rows of the head; 3: each score has its own
@@ -67,7 +67,7 @@ class RewardSettings:
 
 @dataclass(frozen=True)
 class RewardOptions:
-    """How the network is used. weights: D = sum of weights * (VQ, MQ, TA), raw logits. clip_fps: frames a second of
+    """How the network is used. weights: D = sum of weights * (VQ, MQ, TA), raw logits. clip_fps: frames per second of
     the videos handed in. freeze_vision: the tower gives features, the language model's adapters learn."""
 
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -106,7 +106,7 @@ class VideoReward(Discriminator):
         self.prompts = PromptTokens(tokenizer, template)
         self.backbone = Qwen2VLModel._from_config(copy.deepcopy(config), attn_implementation="sdpa")
         for module in (self.backbone, self.backbone.visual, self.backbone.language_model):
-            # only now: at construction a name with "flash" makes transformers look for a package of its own
+            # only now: at construction a name with "flash" makes transformers look for the flash-attn package
             module.config._attn_implementation_internal = ATTENTION
         for parameter in self.backbone.parameters():  # not .to(dtype), which would round the rotary frequencies too
             parameter.data = parameter.data.to(dtype)

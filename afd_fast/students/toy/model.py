@@ -4,7 +4,7 @@ ToyStudent is a causal block-autoregressive rectified-flow transformer: a chunk 
 token is a (chunk x patch x patch) tubelet, a block attends to the prompt's tokens, to the clean earlier
 blocks (KV cache) and to itself. It predicts x0 and returns the velocity (x_t - x0) / t.
 
-Legend: B samples, C channels, F frames, H x W pixels, K chunks, N tokens a chunk, D width, L text tokens.
+Legend: B samples, C channels, F frames, H x W pixels, K chunks, N tokens per chunk, D width, L text tokens.
 Latents are pixels in [-1, 1]: the toy's "VAE" is `encode_video` / `decode_video`.
 """
 

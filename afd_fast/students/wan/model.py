@@ -5,7 +5,7 @@ cache, teacher forcing and block-causal training forwards. Every pattern is dens
 frames, so one attention kernel serves all and no block mask is built.
 Source of the equations: Self-Forcing `wan/modules/{model,causal_model}.py` at 33593df; line numbers refer to it.
 
-Legend: B samples, C channels, F latent frames, H x W latent pixels, N = H W / 4 tokens a frame, L = F N, D width.
+Legend: B samples, C channels, F latent frames, H x W latent pixels, N = H W / 4 tokens per frame, L = F N, D width.
 """
 
 from collections.abc import Iterator
