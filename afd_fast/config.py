@@ -170,6 +170,8 @@ class TrainConfig:
                 f"student: set discriminator.warmup below {self.iterations}"
             )
         self._check_family()
+        if self.stream.frames is not None and self.rollout.graphs:
+            raise ConfigError("rollout.graphs cannot replay a stream's continuations: leave out one of it and stream.frames")
         if self.stream.frames is not None and self.method != "afd":
             raise ConfigError(f"stream.frames={self.stream.frames} needs method=afd, got method={self.method}")
 

@@ -1,11 +1,13 @@
 import json
 
 import pytest
+import torch
 
 from afd_fast.config import TrainConfig, from_dict, keys, to_dict, with_overrides
 from afd_fast.errors import ConfigError
 from afd_fast.reference.nft import nft_recipe
 from afd_fast.training import runs
+from afd_fast.training.trainer import new_run
 
 
 def test_overrides_are_typed():
@@ -80,6 +82,15 @@ def test_runs_by_name_and_round_trip():
         runs.get("demo_laged")
     with pytest.raises(ConfigError, match="another version"):
         from_dict({"seed": 1})
+
+
+def test_graphs_are_refused_where_nothing_could_be_replayed():
+    keys = ["student=tiny", "rollout.graphs=true"]
+    with pytest.raises(ConfigError, match="leave out one of it and stream.frames"):
+        with_overrides(TrainConfig(), [*keys, "stream.frames=12"])
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="CUDA graphs, and the student is on cpu"):
+            new_run(with_overrides(TrainConfig(), [*keys, "rollout.chunk=3"]))
 
 
 def test_every_key_has_a_meaning():

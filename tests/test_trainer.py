@@ -37,7 +37,7 @@ def command(*arguments, **kwargs):
 
 
 def wait_for_rows(path, count):
-    for _ in range(1200):
+    for _ in range(6000):  # minutes: the machine may be busy
         if path.exists() and len(path.read_text().splitlines()) >= count:
             return
         time.sleep(0.05)

@@ -284,12 +284,15 @@ def rollout(
     graphs: Annotated[bool, typer.Option("--graphs", help="replay forwards as CUDA graphs")] = False,
 ) -> None:
     """Generate a video for every prompt with a causal Wan student."""
+    import torch
     from rich.progress import Progress
 
     from afd_fast.generate import GenerateOptions, chunk_count, generate, jobs
     from afd_fast.rollout import RolloutConfig
     from afd_fast.students.wan.family import SIZE, TINY_SIZE, load_networks
 
+    if graphs and not torch.cuda.is_available():
+        raise ConfigError("--graphs records CUDA graphs, and there is no CUDA device here: leave it out")
     if config not in ("wan", "tiny") or (config == "wan") != (student is not None):
         raise ConfigError("give either --student CHECKPOINT or --config tiny")
     if not prompts.is_file():

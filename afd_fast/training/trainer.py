@@ -249,6 +249,8 @@ def new_run(
     if family.chunk != config.rollout.chunk:
         raise ConfigError(f"rollout.chunk={config.rollout.chunk}, but the family's chunk is {family.chunk}")
     check_settings(family.student, called_methods(config))
+    if config.rollout.graphs and family.device.type != "cuda":
+        raise ConfigError(f"rollout.graphs records CUDA graphs, and the student is on {family.device}: leave it out")
     if discriminator is not None:
         check_discriminator(discriminator)
     return Run(config, new_state(config, family, discriminator), ranks)
@@ -340,4 +342,4 @@ def facts(run: Run, teacher: Teacher) -> dict[str, str]:
     }
     prompts = dict.fromkeys([p for part in teacher.split() for p in part])
     cost = teacher.cost([Request(p, seed) for p in prompts for seed in range(config.teacher_clips)])
-    return found | ({"teacher": cost} if cost else {})
+    return found | ({"teacher's videos": cost} if cost else {})

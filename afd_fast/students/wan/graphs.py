@@ -67,9 +67,9 @@ class GraphedStudent:
     """A CausalWan to give to `rollout` in its stead, for many rollouts of one shape.
 
     The cache, the text's and the timesteps' tensors are kept and filled anew for each rollout. Everything is
-    recorded again when the cache's shape, a prompt batch's size or a weight's address changes (updates in place,
-    as an optimiser's, are seen by the recordings; LoRA merged per rollout usually moves the weights). Calls that
-    are not a rollout's (gradient, forks, several blocks, tensors of timesteps) run the model itself.
+    recorded again when the cache's shape, a prompt batch's size or a weight's address changes. Recordings see updates
+    in place, such as an optimiser's or merged LoRA. Calls that are not a rollout's (gradient, forks, several blocks,
+    tensors of timesteps) run the model itself.
     """
 
     def __init__(self, model: CausalWan, *, max_graphs: int = 256, recorder: Recorder | None = None):
