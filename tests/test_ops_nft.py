@@ -161,6 +161,44 @@ def test_out(backend, recipe, dtype):
     assert torch.equal(torch.autograd.grad(3 * loss, inputs["v"])[0], run(inputs, 3.0, recipe=recipe)[1])
 
 
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64])
+def default_dtype(request):
+    """torch.set_default_dtype inside the test, which is called to switch it on."""
+    before = torch.get_default_dtype()
+    yield lambda: torch.set_default_dtype(request.param)
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft", "astrolabe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(backend, default_dtype, recipe, dtype):
+    """The C++ library wrote float32 into buffers of the default dtype: out of bounds for a half type."""
+    inputs = make((3, 4100), dtype)
+    seeded = {name: x for name, x in inputs.items() if name != "noise"} | {"seed": 5}
+
+    def results():
+        stats = afd_fast.nft_loss(**inputs, recipe=recipe, return_stats=True)[1]
+        noised = afd_fast.forward_noise(inputs["x0"], inputs["t"], seed=5)
+        tracked = afd_fast.forward_noise(inputs["x0"].clone().requires_grad_(), inputs["t"], seed=5).detach()
+        r = afd_fast.reward_to_r(torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float32))
+        return [*run(inputs, recipe=recipe), *run(seeded, recipe=recipe), *stats, noised, tracked, r]
+
+    expected = results()
+    default_dtype()
+    for found, want in zip(results(), expected):
+        assert found.dtype == want.dtype and torch.equal(found, want)
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 100_000], [0, -5_000_000, 6], [0, 6, 2]])
+def test_bad_offsets_are_refused_inside_a_compiled_call(offsets):
+    """While tracing no value can be read, so the operator itself looks."""
+    inputs = make((6, 70))
+    inputs |= {"r": torch.rand(2), "t": 0.5, "cu_seqlens": torch.tensor(offsets)}
+    compiled = torch.compile(afd_fast.nft_loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 6"):
+        compiled(**inputs, recipe="diffusionnft").backward()
+
+
 def test_deterministic_for_any_number_of_threads():
     inputs, threads = make((3, 50_000)), torch.get_num_threads()
     results = []

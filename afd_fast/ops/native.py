@@ -14,6 +14,7 @@ from afd_kernels.layout import TILE, Row, Slot, Source, Total, contiguous_rows
 from torch import Tensor
 
 from afd_fast.ops.inputs import Inputs
+from afd_fast.reference.nft import check_offsets
 from afd_fast.reference.recipes import recipe_from_key
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -108,6 +109,8 @@ def _fill(i: Inputs, grad: Tensor | None) -> _Filled:
     """The call of one operator; scale 1."""
     f, recipe = _Filled(), recipe_from_key(i.recipe)
     c, packed = f.c, i.cu_seqlens is not None
+    if i.cu_seqlens is not None:
+        check_offsets(i.v, i.cu_seqlens)  # here too: a traced call reaches the library unchecked
     for field, stem, x in (("v", "v", i.v), ("x0", "x0", i.x0), ("y", "y", i.noise if i.x_t is None else i.x_t),
                            ("v_old", "old", i.v_old), ("v_ref", "ref", i.v_ref), ("grad", "grad", grad)):  # fmt: skip
         f.rows(field, stem, x, contiguous=packed)
@@ -132,7 +135,9 @@ def nft_loss(i: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, totals, rows), and the gradient for grad_output 1 into `grad`."""
     f = _fill(i, grad)
     samples = i.r.shape[0]
-    loss, totals, rows = torch.empty(()), torch.empty(len(Total)), torch.zeros(ROWS, samples)
+    f32 = torch.float32  # whatever the default dtype is: the library writes 4 bytes per value
+    loss, totals = torch.empty((), dtype=f32), torch.empty(len(Total), dtype=f32)
+    rows = torch.zeros(ROWS, samples, dtype=f32)
     tiles = i.v.numel() // TILE + samples if i.cu_seqlens is not None else samples * -(-i.v[0].numel() // TILE)
     for field, x in (("loss", loss), ("totals", totals), ("rows", rows)):
         f.point(field, x)

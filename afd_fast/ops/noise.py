@@ -43,8 +43,8 @@ _forward_noise = operator(
 
 def _normals(x0: Tensor, seed: int | None) -> Tensor:
     """The float32 normals of a seed in x0's shape: what forward_noise makes of zeros at t = 1."""
-    zeros = torch.zeros(x0.shape, device=x0.device)
-    ones = torch.ones(x0.shape[0], 1, device=x0.device)
+    zeros = torch.zeros(x0.shape, dtype=torch.float32, device=x0.device)
+    ones = torch.ones(x0.shape[0], 1, dtype=torch.float32, device=x0.device)
     return _forward_noise(zeros, ones, None, wrap_seed(seed), max(math.prod(x0.shape[1:]), 1))
 
 

@@ -111,9 +111,14 @@ def _check_packing(v: Tensor, cu_seqlens: Tensor) -> None:
     if cu_seqlens.device != v.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, v on {v.device}")
     if readable(cu_seqlens):
-        steps, rows = cu_seqlens.diff(), v.shape[0]
-        if int(cu_seqlens[0]) or int(cu_seqlens[-1]) != rows or bool((steps < 0).any()):
-            raise ValueError(f"cu_seqlens must rise from 0 to {rows} = the rows of v, got {cu_seqlens.tolist()}")
+        check_offsets(v, cu_seqlens)
+
+
+def check_offsets(v: Tensor, cu_seqlens: Tensor) -> None:
+    """ValueError unless cu_seqlens rises from 0 to the rows of v. Reads values."""
+    rows = v.shape[0]
+    if int(cu_seqlens[0]) or int(cu_seqlens[-1]) != rows or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must rise from 0 to {rows} = the rows of v, got {cu_seqlens.tolist()}")
 
 
 def check_nft(v: Tensor, x0: Tensor, r: Tensor, inputs: NFTInputs) -> None:
