@@ -171,7 +171,9 @@ class TrainConfig:
             )
         self._check_family()
         if self.stream.frames is not None and self.rollout.graphs:
-            raise ConfigError("rollout.graphs cannot replay a stream's continuations: leave out one of it and stream.frames")
+            raise ConfigError(
+                "rollout.graphs cannot replay a stream's continuations: leave out one of it and stream.frames"
+            )
         if self.stream.frames is not None and self.method != "afd":
             raise ConfigError(f"stream.frames={self.stream.frames} needs method=afd, got method={self.method}")
 

@@ -161,6 +161,40 @@ def test_out(backend, recipe, dtype):
     assert torch.equal(torch.autograd.grad(3 * loss, inputs["v"])[0], run(inputs, 3.0, recipe=recipe)[1])
 
 
+ALIASES = {
+    "an input": lambda i: i["noise"],
+    "v": lambda i: i["v"].detach(),
+    "part of an input": lambda i: i["x0"].view(-1).as_strided((2, 70), (70, 1)),
+    "one sample over another": lambda i: torch.empty(70).expand(2, 70),
+    "overlapping samples": lambda i: torch.empty(140).as_strided((2, 70), (35, 1)),
+    "gaps in a sample": lambda i: torch.empty(2, 140)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_out_that_could_be_wrong_is_refused(backend, alias):
+    inputs = make((2, 70))
+    with pytest.raises(ValueError, match="out must"):
+        afd_fast.nft_loss(**inputs, out=ALIASES[alias](inputs))
+
+
+def test_out_of_packed_samples_has_no_gaps(backend):
+    inputs = make((6, 70)) | {"r": torch.rand(2), "t": 0.5, "cu_seqlens": torch.tensor([0, 2, 6])}
+    with pytest.raises(ValueError, match="out must have v's memory layout"):
+        afd_fast.nft_loss(**inputs, out=torch.empty(6, 140)[:, :70])
+
+
+def test_one_buffer_for_two_losses_is_noticed(backend):
+    inputs, out = make((2, 70)), torch.empty(2, 70)
+    first, second = (afd_fast.nft_loss(**inputs, out=out) for _ in range(2))
+    second.backward()
+    with pytest.raises(RuntimeError, match="out= buffer was written after the forward pass"):
+        first.backward()
+    if inputs["v"].grad.data_ptr() == out.data_ptr():  # handed over as the leaf's gradient
+        with pytest.raises(ValueError, match=r"shares memory with an input or v\.grad"):
+            afd_fast.nft_loss(**inputs, out=out)
+
+
 @pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64])
 def default_dtype(request):
     """torch.set_default_dtype inside the test, which is called to switch it on."""

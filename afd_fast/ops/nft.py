@@ -14,6 +14,7 @@ from afd_kernels.layout import COEFFICIENTS, Row, Total, rows_contiguous
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import increment_version
 from typing_extensions import Unpack
 
 from afd_fast.ops import native
@@ -114,6 +115,11 @@ def _cpu_redo(grad_output: Tensor, rows: Tensor, *args: Any) -> None:
         grad.copy_(_gradient(grad_output, i))
 
 
+def _version(buffer: Tensor | None) -> int | None:
+    """How often the buffer was written; None where that is not counted."""
+    return None if buffer is None or buffer.is_inference() else buffer._version
+
+
 def _empty_gradient(v: Tensor) -> Tensor:
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
@@ -163,11 +169,16 @@ class _NFTLoss(Function):
 
     @staticmethod
     def forward(buffer: Tensor | None, *args: Any) -> Sums:
-        return _loss(*args) if buffer is None else _loss_with_grad(*args, buffer)
+        if buffer is None:
+            return _loss(*args)
+        if not buffer.is_inference():
+            increment_version(buffer)  # an earlier loss that still needs this buffer will notice
+        return _loss_with_grad(*args, buffer)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sums) -> None:
         ctx.grad, *args = inputs
+        ctx.version = _version(ctx.grad)
         _, totals, rows = output
         ctx.save_for_backward(rows, *(x if isinstance(x, Tensor) else None for x in args))
         ctx.plain = [None if isinstance(x, Tensor) else x for x in args]
@@ -178,6 +189,11 @@ class _NFTLoss(Function):
         rows, *tensors = ctx.saved_tensors
         args = [a if b is None else b for a, b in zip(ctx.plain, tensors)]
         grad, ctx.grad = ctx.grad, None  # handed over once; a second backward computes a new one
+        if _version(grad) != ctx.version and grad is not None:
+            raise RuntimeError(
+                "afd_fast.nft_loss: its out= buffer was written after the forward pass. Give every loss a separate buffer "
+                "until its backward has run"
+            )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True, or torch.func
             grad = _NFTGradient.apply(grad_output, rows, *args)
         else:
@@ -296,7 +312,7 @@ def nft_loss(
         "cu_seqlens": cu_seqlens, "check_nan": check_nan,
     })  # fmt: skip
     noise, seed, x_t = reference.choose_source(noise, seed, x_t, recipe)
-    _check_out(out, v)
+    _check_out(out, v, (x0, r, t, noise, x_t, v_old, v_ref, sigma, sample_mask, ref_mask, element_mask, cu_seqlens))
     if "x0" not in (recipe.space, recipe.ref_space):
         sigma = None
     order = None
@@ -313,8 +329,8 @@ def nft_loss(
         noise, x_t, v_old, v_ref, mask, out = (
             None if x is None else x.permute(order) for x in (noise, x_t, v_old, v_ref, mask, out)
         )
-    if out is not None and not rows_contiguous(out):
-        raise ValueError("out must have v's memory layout: every sample contiguous")
+    if out is not None and not (out.is_contiguous() if cu_seqlens is not None else _is_own(out)):
+        raise ValueError("out must have v's memory layout: every sample contiguous, and none over another")
     v_old, v_ref = (None if x is None else x.detach() for x in (v_old, v_ref))
     compiling, transformed = torch.compiler.is_compiling(), under_func()
     if compiling and transformed:  # dynamo would trace past the autograd.Function, to a gradient of zero
@@ -336,7 +352,8 @@ def nft_loss(
     return loss, NFTStats(policy_loss=policy, prior_loss=prior, signal=signal, **named)
 
 
-def _check_out(out: Tensor | None, v: Tensor) -> None:
+def _check_out(out: Tensor | None, v: Tensor, inputs: tuple[Tensor | float | None, ...]) -> None:
+    """ValueError for a buffer that could give a wrong gradient."""
     if out is None:
         return
     if torch.compiler.is_compiling() or under_func():
@@ -347,8 +364,30 @@ def _check_out(out: Tensor | None, v: Tensor) -> None:
         raise ValueError(
             f"out must be like v: {tuple(v.shape)} {v.dtype} on {v.device}, got {tuple(out.shape)} {out.dtype}"
         )
-    if out.requires_grad or out.data_ptr() == v.data_ptr() != 0:
-        raise ValueError("out must be a separate buffer without requires_grad")
+    held = v.grad if v.is_leaf else None
+    if out.requires_grad or any(isinstance(x, Tensor) and _overlap(out, x) for x in (v, held, *inputs)):
+        raise ValueError(
+            "out must be a separate buffer without requires_grad: it shares memory with an input or v.grad"
+        )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory from the first to the last element of a and b meets."""
+    if not (a.numel() and b.numel()) or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    (a_first, a_end), (b_first, b_end) = _span(a), _span(b)
+    return a_first < b_end and b_first < a_end
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and of the one after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.itemsize
+
+
+def _is_own(out: Tensor) -> bool:
+    """Whether every sample is contiguous and no two overlap."""
+    return rows_contiguous(out) and (out.shape[0] < 2 or out.stride(0) >= out[0].numel())
 
 
 class _Walk(NamedTuple):

@@ -151,7 +151,9 @@ def check_settings(student: StudentModule, settings: Mapping[str, str]) -> None:
     kind = type(student)
     for name, setting in settings.items():
         if getattr(kind, name) is getattr(StudentModule, name):
-            raise ConfigError(f"{setting} needs {name}, which the student {kind.__name__} does not define: leave it out")
+            raise ConfigError(
+                f"{setting} needs {name}, which the student {kind.__name__} does not define: leave it out"
+            )
 
 
 class VAE(Protocol):
@@ -243,9 +245,7 @@ class StudentConfig:
         unused = [f.name for f in fields(self) if f.name not in ("name", "lora_rank", *entry(self.name).keys)]
         for name in unused:
             if getattr(self, name) != getattr(StudentConfig, name):
-                raise ConfigError(
-                    f"{name} has no meaning for the student {self.name!r}: leave it out"
-                )
+                raise ConfigError(f"{name} has no meaning for the student {self.name!r}: leave it out")
 
 
 class FamilyEntry(NamedTuple):
