@@ -29,27 +29,25 @@ from afd_fast.discriminators.videoalign.model import (
     VideoReward,
     qwen2_vl_2b,
 )
-from afd_fast.ops.attention import resolve_backend
-from benchmarks.rollout import CUDA, DEVICE, Rows
-
-DTYPE = torch.bfloat16 if CUDA else torch.float32
+from afd_fast.ops.attention import BACKENDS, resolve_backend
+from benchmarks.rows import CUDA, DEVICE, DTYPE, Row, Table, append_rows, timed
 
 
 class Words:
     """A tokenizer with made-up ids, one per word; the special tokens are the last of the vocabulary."""
 
-    def __init__(self, vocab: int):
+    def __init__(self, vocab: int) -> None:
         self.special = {VIDEO_TOKEN: vocab - 4} | {t: vocab - 3 + i for i, t in enumerate(REWARD_TOKENS)}
         self.split = re.compile("|".join(map(re.escape, self.special)) + r"|[^\s<]+|<")
 
-    def __call__(self, text, add_special_tokens=False):
+    def __call__(self, text: str, add_special_tokens: bool = False) -> "Words":
         self.input_ids = [self.special.get(w) or 1 + hash(w) % 200 for w in self.split.findall(text)]
         return self
 
-    def convert_tokens_to_ids(self, token):
+    def convert_tokens_to_ids(self, token: str) -> int:
         return self.special[token]
 
-    def get_vocab(self):
+    def get_vocab(self) -> dict[str, int]:
         return self.special
 
     get_added_vocab = get_vocab
@@ -77,15 +75,15 @@ def tiny() -> Qwen2VLConfig:
 class Bench:
     """A model with random weights, a batch of pairs, and the ways to score and train them."""
 
-    def __init__(self, size: str, pairs: int, attention: str):
+    def __init__(self, size: str, pairs: int, attention: str) -> None:
         torch.manual_seed(0)
         big = size == "2b"
         config = qwen2_vl_2b() if big else tiny()
         settings = RewardSettings() if big else RewardSettings(min_pixels=56 * 56, max_pixels=112 * 112)
         with torch.device(DEVICE):
-            words = Words(config.text_config.vocab_size)
-            text = template(780 if big else 60)
-            self.model = VideoReward(config, words, text, settings, RewardOptions(attention=attention), DTYPE)
+            words = Words(config.get_text_config().vocab_size)
+            prompt = template(780 if big else 60)
+            self.model = VideoReward(config, words, prompt, settings, RewardOptions(attention=attention), DTYPE)
             self.model.add_lora(64, 128)
         self.model.to(DEVICE)
         shape = (pairs, 3, 81, 480, 832) if big else (pairs, 3, 33, 96, 160)
@@ -131,27 +129,76 @@ class Bench:
 
     def _padded(self, videos: Tensor, s: RewardSettings) -> Tensor:
         model, lm = self.model, self.model.backbone.language_model
+        prompts: Any = model.prompts  # ids come from a tokenizer, which has no types
         with torch.no_grad():
             x, grid = to_patches(videos, clip_fps=16.0, fps=s.fps, min_pixels=s.min_pixels, max_pixels=s.max_pixels)
             grids = torch.tensor([grid] * len(videos), device=DEVICE)
             seen = model.backbone.visual(x.flatten(0, 1).to(DTYPE), grid_thw=grids).pooler_output
-        mark, pad = model.prompts.video_id, 0
-        rows = [
-            [*model.prompts.prefix, *[mark] * (len(seen) // len(videos)), *model.prompts.suffix(p)]
-            for p in self.prompts
-        ]
+        mark, pad = prompts.video_id, 0
+        rows = [[*prompts.prefix, *[mark] * (len(seen) // len(videos)), *prompts.suffix(p)] for p in self.prompts]
         longest = max(map(len, rows))
         ids = torch.tensor([r + [pad] * (longest - len(r)) for r in rows], device=DEVICE)
         mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=DEVICE)
         embeds = lm.embed_tokens(ids)
-        embeds = embeds.masked_scatter((ids == mark)[..., None], seen.to(embeds))
+        embeds = embeds.masked_scatter(ids.eq(mark)[..., None], seen.to(embeds))
         with model._autocast():
             hidden = lm(
                 inputs_embeds=embeds, attention_mask=mask, use_cache=False,
                 position_ids=torch.arange(longest, device=DEVICE).expand(3, len(rows), -1),
             ).last_hidden_state  # fmt: skip
-        states = torch.stack([h[[r.index(i) for i in model.prompts.reward_ids]] for h, r in zip(hidden, rows)])
+        states = torch.stack([h[[r.index(i) for i in prompts.reward_ids]] for h, r in zip(hidden, rows)])
         return model.logits(states).sum(1)
+
+
+class Report:
+    """Rows of a bench's batch of pairs, with pairs per second."""
+
+    def __init__(self, bench: Bench, repeats: int) -> None:
+        self.bench, self.repeats, self.table = bench, repeats, Table()
+
+    def add(
+        self, name: str, variant: str, call: Callable[[], Any], kind: str = "forward", error: float | None = None
+    ) -> None:
+        pairs = len(self.bench.prompts)
+        shape = f"{pairs} pairs, {self.bench.tokens} tok"
+        row = Row(f"discriminator_{name}", variant, shape, timed(call, self.repeats), kind, max_err=error)
+        self.table.add(row)
+        peak = "" if row.times.peak_mib is None else f", peak {row.times.peak_mib:.0f} MiB"
+        print(f"{'':42s} {pairs / row.times.ms * 1e3:.2f} pairs/s{peak}", flush=True)
+
+
+def measure(b: Bench, repeats: int, error: float) -> list[Row]:
+    """Every row. error: of the packed scores against the padded ones."""
+    report, settings = Report(b, repeats), b.model.settings
+
+    def preprocess() -> Any:
+        return to_patches(
+            b.student, clip_fps=16.0, fps=2.0, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels
+        )
+
+    with torch.no_grad():
+        report.add("preprocess", "device", preprocess)
+        report.add("encode", "packed", lambda: b.model.encode(b.student))
+        report.add("score", "packed", b.every, error=error)
+        report.add("score", "cached", b.cached)
+        with b.plain_attention():
+            report.add("score", "padded", b.padded)
+    report.add("train", "packed", lambda: b.train(b.every), "train")
+    report.add("train", "cached", lambda: b.train(b.cached), "train")
+    with b.plain_attention():
+        report.add("train", "padded", lambda: b.train(b.padded), "train")
+    return report.table.rows
+
+
+@torch.no_grad()
+def checked_error(b: Bench) -> float:
+    """The largest difference of packed and padded scores. SystemExit where they disagree."""
+    with b.plain_attention():
+        padded = torch.cat(b.padded())
+    error = (torch.cat(b.every()) - padded).abs().max().item()
+    if error > (0.1 if CUDA else 1e-4):
+        raise SystemExit(f"packed and padded scores differ by {error:g}: nothing is timed")
+    return error
 
 
 def main() -> None:
@@ -159,46 +206,18 @@ def main() -> None:
     parser.add_argument("--size", choices=("tiny", "2b"), default="2b" if CUDA else "tiny")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--attention", choices=("auto", *BACKENDS), default="auto")
     parser.add_argument("--csv", type=Path, help="append the rows here")
     args = parser.parse_args()
-    b, rows = Bench(args.size, args.pairs, args.attention), Rows(args.repeats)
-    rows.common["dtype"] = str(DTYPE).removeprefix("torch.")
-    model, device = b.model, b.teacher.device
-    heads = {m: resolve_backend(args.attention, device, DTYPE, without="fa3" if m % 64 else "") for m in (80, 128)}
-    print(
-        f"attention: {heads[80]} (tower), {heads[128]} (language model); {b.tokens} tokens, padding would be {b.padding}"
+    b = Bench(args.size, args.pairs, args.attention)
+    tower, text = (
+        resolve_backend(args.attention, b.teacher.device, DTYPE, without="fa3" if width % 64 else "")
+        for width in (80, 128)
     )
-
-    with torch.no_grad(), b.plain_attention():
-        padded = torch.cat(b.padded())
-    with torch.no_grad():
-        packed = torch.cat(b.every())
-    error = (packed - padded).abs().max().item()
-    if error > (0.1 if CUDA else 1e-4):
-        raise SystemExit(f"packed and padded scores differ by {error:g}: nothing is timed")
-    shape = f"{args.pairs} pairs, {b.tokens} tok"
-
-    def add(name: str, variant: str, call: Callable[[], Any], which: str = "forward", **options: Any) -> None:
-        rows.add(f"discriminator_{name}", variant, shape, call, **options)
-        row = rows.rows[-1]
-        row["pass"] = which
-        print(f"{'':42s} {args.pairs / float(row['ms']) * 1e3:.2f} pairs/s, peak {row['peak_mib']} MiB", flush=True)
-
-    limits = dict(clip_fps=16.0, fps=2.0, min_pixels=model.settings.min_pixels, max_pixels=model.settings.max_pixels)
-    with torch.no_grad():
-        add("preprocess", "device", lambda: to_patches(b.student, **limits))
-        add("encode", "packed", lambda: model.encode(b.student))
-        add("score", "packed", b.every, error=error)
-        add("score", "cached", b.cached)
-        with b.plain_attention():
-            add("score", "padded", b.padded)
-    add("train", "packed", lambda: b.train(b.every), "train")
-    add("train", "cached", lambda: b.train(b.cached), "train")
-    with b.plain_attention():
-        add("train", "padded", lambda: b.train(b.padded), "train")
+    print(f"attention: {tower} (tower), {text} (language model); {b.tokens} tokens, padding would be {b.padding}")
+    rows = measure(b, args.repeats, checked_error(b))
     if args.csv:
-        rows.append_to(args.csv)
+        append_rows(args.csv, rows)
 
 
 if __name__ == "__main__":

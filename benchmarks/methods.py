@@ -7,8 +7,6 @@ FLOPs by torch's counter; medians of one interleaved run after a warm-up; memory
 """
 
 import argparse
-import statistics
-import time
 from dataclasses import dataclass, field
 
 import torch
@@ -24,24 +22,24 @@ from afd_fast.training.loop import train_step
 from afd_fast.training.methods import METHODS
 from afd_fast.training.run import Run
 from afd_fast.training.state import new_state
+from benchmarks.rows import CUDA, Times, clocked, device_name
 from benchmarks.step import SIZES, build, config_of
 from benchmarks.update import CPU_FLASH, saved_bytes
 
 
 @dataclass
 class Costs:
-    """Of one method's iteration; peaks: bytes above what was allocated before it, on a GPU."""
+    """Of one method's iteration. kept: bytes for backward."""
 
-    flops: int = 0
-    kept: int = 0
-    seconds: list[float] = field(default_factory=list)
-    peaks: list[int] = field(default_factory=list)
+    flops: int
+    kept: int
+    times: Times = field(default_factory=Times)
 
 
 class Prepared:
     """A run of one method past its warm-up, with one iteration's shards."""
 
-    def __init__(self, size: str, method: str, device: str):
+    def __init__(self, size: str, method: str, device: str) -> None:
         if size == "demo":
             config, family = runs.demo(), of_student(shipped.load())
         else:
@@ -66,41 +64,32 @@ class Prepared:
 
 def measure(prepared: dict[str, Prepared], iterations: int, device: str) -> dict[str, Costs]:
     """Costs by method; the timed iterations take turns."""
-    costs = {method: Costs() for method in prepared}
+    costs: dict[str, Costs] = {}
     for method, one in prepared.items():
         with FlopCounterMode(display=False, custom_mapping=CPU_FLASH) as counter:
             one.step()
-        costs[method].flops = counter.get_total_flops()
-        costs[method].kept = saved_bytes(one.step)
+        costs[method] = Costs(counter.get_total_flops(), saved_bytes(one.step))
     for _ in range(iterations):
         for method, one in prepared.items():
-            before = 0
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            start = time.perf_counter()
-            one.step()
-            costs[method].seconds.append(time.perf_counter() - start)
-            if device == "cuda":
-                costs[method].peaks.append(torch.cuda.max_memory_allocated() - before)
+            with clocked(costs[method].times, device == "cuda"):
+                one.step()
     return costs
 
 
 def main() -> None:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("demo", *SIZES), default="demo")
     parser.add_argument("--iterations", type=int, default=5)
     args = parser.parse_args()
-    device = "cuda" if cuda and args.size != "demo" else "cpu"
+    device = "cuda" if CUDA and args.size != "demo" else "cpu"
     prepared = {method: Prepared(args.size, method, device) for method in METHODS}
     costs = measure(prepared, args.iterations, device)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    name = device_name(device) if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"an iteration, {args.size}, {name}, median of {args.iterations}")
     print(f"{'method':12}{'GFLOP':>12}{'ms':>12}{'MB kept':>12}" + (f"{'peak MB':>12}" if device == "cuda" else ""))
     for method, c in costs.items():
-        ms, peak = statistics.median(c.seconds) * 1e3, f"{max(c.peaks) / 1e6:12.0f}" if c.peaks else ""
-        print(f"{method:12}{c.flops / 1e9:12.1f}{ms:12.0f}{c.kept / 1e6:12.1f}{peak}")
+        peak = "" if c.times.peak_mib is None else f"{c.times.peak_mib * 2**20 / 1e6:12.0f}"
+        print(f"{method:12}{c.flops / 1e9:12.1f}{c.times.ms:12.0f}{c.kept / 1e6:12.1f}{peak}")
 
 
 if __name__ == "__main__":

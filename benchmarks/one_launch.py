@@ -9,14 +9,16 @@ from pathlib import Path
 
 import afd_kernels
 import torch
+from afd_kernels.layout import Row, Total
 from torch import Tensor
 
 from afd_fast.ops import native
-from afd_fast.ops.nft import Inputs
+from afd_fast.ops.inputs import Inputs
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
+    """None where it was not built."""
     path = next((p for p in (Path(place) / "libafd_cuda.so" for place in afd_kernels.__path__) if p.exists()), None)
     if path is None:
         return None
@@ -32,18 +34,17 @@ def _ticket(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)  # counts samples, and is back at zero after every call
 
 
-def nft_loss_with_grad(i: Inputs, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, totals, rows) and the gradient for grad_output 1 into `grad`. RuntimeError for what it does not serve."""
+def gradient(i: Inputs, grad: Tensor) -> Tensor:
+    """The gradient for grad_output 1, written into `grad` next to the loss and its statistics. RuntimeError for a call
+    that the kernel does not handle."""
+    lib, samples = library(), i.r.shape[0]
+    assert lib is not None, "cases.py asks for the library first"
     f = native._fill(i, grad)
-    new = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype, device=i.v.device)
-    loss, totals, rows = new(), new(3), new(native.ROWS, i.r.shape[0])
-    for field, x in (("loss", loss), ("totals", totals), ("rows", rows)):
-        f.point(field, x)
-    terms = new(i.r.shape[0], 3, dtype=torch.float64)
+    for field, size in (("loss", ()), ("totals", (len(Total),)), ("rows", (len(Row), samples))):
+        f.point(field, torch.zeros(size, device=i.v.device))
+    terms = torch.zeros(samples, 3, dtype=torch.float64, device=i.v.device)
     stream = ctypes.c_void_p(torch.cuda.current_stream(i.v.device).cuda_stream)
-    code = library().afd_cuda_nft_loss(
-        ctypes.byref(f.c), ctypes.c_void_p(terms.data_ptr()), ctypes.c_void_p(_ticket(i.v.device).data_ptr()), stream
-    )
-    if code:
-        raise RuntimeError(library().afd_cuda_error(code).decode())
-    return loss, totals, rows
+    pointers = (ctypes.c_void_p(x.data_ptr()) for x in (terms, _ticket(i.v.device)))
+    if code := lib.afd_cuda_nft_loss(ctypes.byref(f.c), *pointers, stream):
+        raise RuntimeError(lib.afd_cuda_error(code).decode())
+    return grad

@@ -5,130 +5,117 @@ Nothing is timed whose gradient is wrong.
 """
 
 import argparse
-import csv
-import datetime
-import statistics
-import subprocess
+import itertools
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from benchmarks.cases import CASES, DTYPES, SHAPES
+from benchmarks.cases import CASES, DTYPES, SHAPES, Case, Setting
+from benchmarks.rows import DEVICE, Row, Times, append_rows, cell, device_name
 
-COLUMNS = ("case,variant,pass,shape,dtype,ms,ms_p20,ms_p80,peak_mib,gb_s,tflop_s,of_peak,max_err,eager_err,"
-           "device,torch,triton,commit,date").split(",")  # fmt: skip
-
-
-def sample(f, device: str, flush) -> float:
-    """Seconds of one call."""
-    if device == "cpu":
-        start = time.perf_counter()
-        f()
-        return time.perf_counter() - start
-    flush.zero_()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    f()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+OURS = ("fused", "one_launch")
 
 
-def copy_of(size: int, device: str):
-    source, target = (torch.ones(size // 2, dtype=torch.uint8, device=device) for _ in range(2))
-    return lambda: target.copy_(source)
+class Clock:
+    """Times single calls on one device."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device != "cpu"
+        self.flush = torch.empty(256 << 20 if self.cuda else 0, dtype=torch.uint8, device=device)
+
+    def ms(self, call: Callable[[], Tensor]) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        self.flush.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def peak_mib(self, call: Callable[[], Tensor]) -> float | None:
+        """What a call allocates at its peak; None on a CPU."""
+        if not self.cuda:
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def error(result, exact) -> float:
-    """Relative to the largest exact value."""
-    if exact is None:
-        return float("nan")
-    return ((result[: len(exact)].double() - exact).abs().max() / exact.abs().max().clamp(min=1e-300)).item()
+def error(case: Case, variant: str) -> float | None:
+    """Of a variant's result, relative to the largest exact value; None where there is none."""
+    if case.exact is None or (case.drawn and variant != "fused"):
+        return None
+    result = case.variants[variant]()[: len(case.exact)].double()
+    return ((result - case.exact).abs().max() / case.exact.abs().max().clamp(min=1e-300)).item()
 
 
-def measure(name, shape, dtype, device, variants, seconds) -> list[dict]:
+def measure(name: str, setting: Setting, variants: Sequence[str], seconds: float) -> list[Row]:
     """Rows of one case; the first is the copy of the bytes that the case moves."""
-    check = shape[0] * torch.Size(shape[1:]).numel() <= 1 << 25
-    case = CASES[name](shape, DTYPES[dtype], device, check)
-    copy = copy_of(case.bytes_moved, device)
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device != "cpu" else None
-    eager_err = (
-        error(case.variants["eager"](), case.exact)
-        if case.exact is not None and name != "forward_noise"
-        else float("nan")
-    )
-    copies, rows = [], []
+    case, clock = CASES[name](setting), Clock(setting.device)
+    source, target = (torch.ones(case.bytes_moved // 2, dtype=torch.uint8, device=setting.device) for _ in range(2))
+    eager_err = error(case, "eager")
+    bound = 2 * (eager_err or 0.0) + 2 * torch.finfo(setting.dtype).eps
+    device = device_name() if clock.cuda else f"cpu x{torch.get_num_threads()}"
+    shape = "x".join(map(str, setting.shape))
+    dtype = next(short for short, dtype in DTYPES.items() if dtype == setting.dtype)
+    kind = "noise" if name == "forward_noise" else "loss+grad"
+    copies, rows = Times(), []
     for variant in [v for v in variants if v in case.variants]:
-        f = case.variants[variant]
-        err = error(f(), case.exact) if not (name == "forward_noise" and variant != "fused") else float("nan")
-        bound = 2 * (eager_err if eager_err == eager_err else 0) + 2 * torch.finfo(DTYPES[dtype]).eps
-        if variant != "eager" and err > bound:
+        err = error(case, variant)
+        if variant != "eager" and err is not None and not err <= bound:
             red = f"{name}/{variant} {shape} {dtype}: error {err:.2e} above {bound:.2e}; nothing is timed on a red test"
-            if variant in ("fused", "one_launch"):
+            if variant in OURS:
                 raise SystemExit(red)
             print(red)  # somebody else's arithmetic: left out
             continue
-        peak = float("nan")
-        if device != "cpu":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            f()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        times, stop = [], time.perf_counter() + seconds
-        while len(times) < 5 or (time.perf_counter() < stop and len(times) < 200):
-            copies.append(sample(copy, device, flush))
-            times.append(sample(f, device, flush))
-        rows.append(row(name, variant, shape, dtype, times, case.bytes_moved, peak, err, eager_err, device))
-    rows.insert(0, row(name, "copy", shape, dtype, copies, case.bytes_moved, float("nan"), 0.0, float("nan"), device))
-    for r in rows:
-        r["of_peak"] = round(rows[0]["ms"] / r["ms"], 4)
+        call = case.variants[variant]
+        call()
+        times, stop = Times(peak_mib=clock.peak_mib(call)), time.perf_counter() + seconds
+        while len(times.samples) < 5 or (time.perf_counter() < stop and len(times.samples) < 200):
+            copies.samples.append(clock.ms(lambda: target.copy_(source)))
+            times.samples.append(clock.ms(call))
+        rows.append(
+            Row(name, variant, shape, times, kind, dtype, device, case.bytes_moved, max_err=err, eager_err=eager_err)
+        )
+    if not rows:
+        return []
+    rows.insert(0, Row(name, "copy", shape, copies, kind, dtype, device, case.bytes_moved, max_err=0.0))
+    for row in rows:
+        row.of_peak = copies.ms / row.times.ms
     return rows
 
 
-def row(name, variant, shape, dtype, times, size, peak, err, eager_err, device) -> dict:
-    q = statistics.quantiles(times, n=10)
-    middle = statistics.median(times)
-    try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        version = ""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    where = torch.cuda.get_device_name() if device != "cpu" else f"cpu x{torch.get_num_threads()}"
-    values = (name, variant, "noise" if name == "forward_noise" else "loss+grad", "x".join(map(str, shape)), dtype,
-              f"{middle * 1e3:.4f}", f"{q[1] * 1e3:.4f}", f"{q[7] * 1e3:.4f}", f"{peak:.1f}", f"{size / middle / 1e9:.1f}", "", 0,
-              f"{err:.2e}", f"{eager_err:.2e}", where, torch.__version__, version, commit, datetime.date.today())  # fmt: skip
-    return dict(zip(COLUMNS, values)) | {"ms": round(middle * 1e3, 4)}
-
-
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--case", nargs="*", default=list(CASES), choices=CASES)
     p.add_argument("--shape", nargs="*", default=list(SHAPES), choices=SHAPES)
     p.add_argument("--batch", nargs="*", type=int, default=[1, 16])
     p.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
-    p.add_argument("--variant", nargs="*", default=["fused", "one_launch", "compile", "reference", "eager"])
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--seconds", type=float, default=1.0, help="for each variant")
-    p.add_argument("--csv", type=Path)
+    p.add_argument("--variant", nargs="*", default=[*OURS, "compile", "reference", "eager"])
+    p.add_argument("--device", default=DEVICE)
+    p.add_argument("--seconds", type=float, default=1.0, help="per variant")
+    p.add_argument("--csv", type=Path, help="append the rows here")
     a = p.parse_args()
-    print(
+    header = (
         f"{'case':18}{'variant':11}{'shape':20}{'dtype':6}{'ms':>10}{'GB/s':>9}{'of copy':>9}{'max err':>10}{'MiB':>9}"
     )
-    for name, shape, batch, dtype in ((n, s, b, d) for n in a.case for s in a.shape for b in a.batch for d in a.dtype):
-        rows = measure(name, (batch, *SHAPES[shape]), dtype, a.device, a.variant, a.seconds)
+    print(header)
+    for name, shape, batch, dtype in itertools.product(a.case, a.shape, a.batch, a.dtype):
+        rows = measure(name, Setting((batch, *SHAPES[shape]), DTYPES[dtype], a.device), a.variant, a.seconds)
         for r in rows:
-            print(f"{r['case']:18}{r['variant']:11}{r['shape']:20}{r['dtype']:6}{r['ms']:10.3f}{r['gb_s']:>9}{r['of_peak']:9.3f}"
-                  f"{r['max_err']:>10}{r['peak_mib']:>9}", flush=True)  # fmt: skip
+            print(f"{r.case:18}{r.variant:11}{r.shape:20}{r.dtype:6}{r.times.ms:10.3f}{cell(r.gb_s, '.1f'):>9}"
+                  f"{cell(r.of_peak, '.3f'):>9}{cell(r.max_err, '.2e'):>10}{cell(r.times.peak_mib, '.1f'):>9}", flush=True)  # fmt: skip
         if a.csv:
-            new = not a.csv.exists()
-            with a.csv.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader() if new else None
-                writer.writerows(rows)
+            append_rows(a.csv, rows)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ is floor / time. The discriminator is the toy one (VideoReward: benchmarks.discr
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +30,7 @@ from afd_fast.training.run import Metrics, Run
 from afd_fast.training.state import new_state
 from afd_fast.training.trainer import batch_plan
 from afd_fast.video_io import VideoFormat, write_video
-from benchmarks.rollout import FIELDS, Rows
+from benchmarks.rows import CUDA, DEVICE, Row, Times, append_rows, device_name
 
 PHASES = {  # rows of the table: the phases of `train_step` that each adds up
     "rollout": ["rollout"],
@@ -63,6 +63,7 @@ def build(config: TrainConfig, device: str) -> Family:
     from diffusers import AutoencoderKLWan
 
     family = wan_family(replace(config.student, name="tiny"))
+    assert isinstance(family.vae, WanDecoder)
     if config.student.name == "tiny":
         family.student.to(device)
         family.vae = WanDecoder(family.vae.vae.to(device))
@@ -70,12 +71,12 @@ def build(config: TrainConfig, device: str) -> Family:
     frames = config.student.frames or 21
     with torch.device(device):
         student = CausalWan(CausalWanConfig.wan_1_3b()).bfloat16().requires_grad_(False)
-        vae = AutoencoderKLWan().bfloat16()
+        vae: Any = AutoencoderKLWan()
     return replace(
         family,
         student=student,
         text=HashText(student.config.text_dim, student.config.text_len),
-        vae=WanDecoder(vae),
+        vae=WanDecoder(vae.bfloat16()),
         latents=family.latents._replace(frames=frames, height=60, width=104),
         video=VideoFormat(4 * frames - 3, 480, 832, family.video.fps),
     )
@@ -94,8 +95,16 @@ def untracked(items: Sequence, description: str) -> Iterable:
     return items
 
 
-def iterations(config: TrainConfig, device: str, count: int) -> dict[str, list[float]]:
-    """Milliseconds of every phase in `count` iterations after the first."""
+@dataclass
+class Measured:
+    """Milliseconds of every phase of `PHASES`, one sample per iteration, and the peak in MiB (CUDA)."""
+
+    phases: dict[str, list[float]]
+    peak_mib: float | None
+
+
+def measure(config: TrainConfig, device: str, count: int) -> Measured:
+    """`count` iterations after a first one."""
     family = build(config, device)
     with tempfile.TemporaryDirectory() as folder:
         noise_videos(Path(folder), family.video)
@@ -114,59 +123,57 @@ def iterations(config: TrainConfig, device: str, count: int) -> dict[str, list[f
         if iteration:
             for name, seconds in took.items():
                 samples[name].append(seconds * 1e3)
-    return samples
+    samples["all"] = [sum(parts) for parts in zip(*samples.values())]
+    return Measured(samples, torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None)
 
 
-def report(config: TrainConfig, size: str, samples: dict[str, list[float]], device: str) -> Rows:
-    """Print the table; its rows."""
-    count = len(samples["teacher"])
-    samples = samples | {"all": [sum(parts) for parts in zip(*samples.values())]}
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+def floors(config: TrainConfig, name: str) -> dict[str, float]:
+    """The least milliseconds of every phase on a device, and the estimated peak printed; nothing for unknown devices."""
     gpu = next((GPUS[key] for key, mark in DEVICES.items() if mark in name), None)
-    found = estimate(config) if gpu else None
-    peak = f"{torch.cuda.max_memory_allocated() / 2**20:.0f}" if device == "cuda" else ""
-    s, rows = config.student, Rows(count)
+    if gpu is None:
+        return {}
+    found = estimate(config)
+    elsewhere = next(n for what, n, _ in found.memory if what.startswith("text encoder"))
+    print(f"estimated peak: at least {(found.peak[0] - elsewhere) / 2**20:.0f} MiB, in {found.peak[1]}")
+    least = {phase: work.seconds(gpu) * 1e3 for phase, work in found.phases.items() if phase != "prompts"}
+    return least | {"all": sum(least.values())}
+
+
+def report(config: TrainConfig, size: str, measured: Measured, device: str) -> list[Row]:
+    """Print the table; its rows."""
+    s, name, peak = config.student, device_name(device), measured.peak_mib
     shape = f"B{config.prompts_per_step * config.rollouts_per_prompt} F{s.frames} {s.height or 60}x{s.width or 104}"
-    common = rows.common | {"device": name, "pass": "train", "dtype": "bfloat16" if size == "1.3b" else "float32"}
-    print(f"step {size}, {shape}, {name}, {count} iterations" + (f", peak {peak} MiB" if peak else ""))
-    floors: dict[str, float] = {}
-    if found and gpu:
-        elsewhere = next(n for what, n, _ in found.memory if what.startswith("text encoder"))
-        print(f"estimated peak: at least {(found.peak[0] - elsewhere) / 2**20:.0f} MiB, in {found.peak[1]}")
-        floors = {phase: w.seconds(gpu) * 1e3 for phase, w in found.phases.items() if phase != "prompts"}
-        floors["all"] = sum(floors.values())
+    memory = "" if peak is None else f", peak {peak:.0f} MiB"
+    print(f"step {size}, {shape}, {name}, {len(measured.phases['all'])} iterations{memory}")
+    least, whole, rows = floors(config, name), Times(measured.phases["all"]).ms, []
     print(f"{'phase':15}{'ms':>12}{'p20':>12}{'p80':>12}{'share':>8}{'floor ms':>12}{'floor/ms':>10}")
-    whole = statistics.median(samples["all"])
-    for phase, unsorted in samples.items():
-        times, ms = sorted(unsorted), statistics.median(unsorted)
-        p20, p80 = (times[min(len(times) - 1, int(q * len(times)))] for q in (0.2, 0.8))
-        floor = floors.get(phase)
-        last = f"{floor:12.3f}{floor / ms:10.3f}" if floor else ""
-        print(f"{phase:15}{ms:12.3f}{p20:12.3f}{p80:12.3f}{ms / whole:8.1%}{last}")
-        row = dict.fromkeys(FIELDS, "") | common
-        row |= {"case": f"step_{size}", "variant": phase, "shape": shape, "ms": f"{ms:.4f}", "ms_p20": f"{p20:.4f}",
-                "ms_p80": f"{p80:.4f}", "peak_mib": peak, "of_peak": f"{floor / ms:.4f}" if floor else ""}  # fmt: skip
-        rows.rows.append(row)
+    for phase, samples in measured.phases.items():
+        times, floor = Times(samples, peak), least.get(phase)
+        row = Row(f"step_{size}", phase, shape, times, "train", "bfloat16" if size == "1.3b" else "float32", name)
+        row.of_peak = floor / times.ms if floor else None
+        last = f"{floor:12.3f}{row.of_peak:10.3f}" if floor else ""
+        p20, p80 = times.quantile(0.2), times.quantile(0.8)
+        print(f"{phase:15}{times.ms:12.3f}{p20:12.3f}{p80:12.3f}{times.ms / whole:8.1%}{last}")
+        rows.append(row)
     return rows
 
 
 def main() -> None:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--csv", type=Path, help="append the rows here")
     args = parser.parse_args()
     if args.iterations < 1:
-        parser.error("--iterations must be at least 1")
-    if args.device == "cuda" and not cuda:
-        parser.error("there is no CUDA device here")
+        parser.error(f"--iterations must be at least 1, got {args.iterations}")
+    if args.device == "cuda" and not CUDA:
+        parser.error("--device cuda needs a CUDA device, and there is none: use --device cpu")
     torch.manual_seed(0)
     config = config_of(args.size)
-    rows = report(config, args.size, iterations(config, args.device, args.iterations), args.device)
+    rows = report(config, args.size, measure(config, args.device, args.iterations), args.device)
     if args.csv:
-        rows.append_to(args.csv)
+        append_rows(args.csv, rows)
 
 
 if __name__ == "__main__":

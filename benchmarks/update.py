@@ -7,9 +7,8 @@ one interleaved run; memory is the peak above the weights (CUDA). Gradients are 
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from afd_fast import nft_loss, nft_recipe
 from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.training.velocity import Chunking, LossInputs, nft_backward
+from benchmarks.rows import CUDA, DEVICE, DTYPE, Times, clocked
 
 aten = torch.ops.aten
 CPU_FLASH = {  # which the counter does not know
@@ -33,7 +33,7 @@ class Kept:
 
     live = peak = 0
 
-    def __init__(self, x: Tensor):
+    def __init__(self, x: Tensor) -> None:
         self.x = x
         Kept.live += x.nbytes
         Kept.peak = max(Kept.peak, Kept.live)
@@ -55,16 +55,22 @@ def small() -> CausalWanConfig:
 
 
 SIZES = {"small": (small, (16, 24)), "1.3b": (CausalWanConfig.wan_1_3b, (60, 104))}
-CUDA = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 CHUNK = 3
 LABELS = {"detached": "KV-detached, chunk by chunk", "forced": "teacher forcing + checkpointing"}
+
+
+@dataclass
+class Counted:
+    """FLOPs, and the gradient of the head's weight: no path to it leads through the history, so both ways agree."""
+
+    flops: int
+    gradient: Tensor
 
 
 class Update:
     """A student with random weights and one sample's loss, to be differentiated in two ways."""
 
-    def __init__(self, size: str, frames: int):
+    def __init__(self, size: str, frames: int) -> None:
         make, (height, width) = SIZES[size]
         config = make()
         with torch.device(DEVICE):
@@ -87,31 +93,14 @@ class Update:
         v = self.model.forward_teacher_forcing(i.x_t, i.t * 1000, text, i.x0, chunk=CHUNK)
         nft_loss(v, i.x0, i.r[:, 0], i.t, noise=i.noise, v_ref=i.v_ref, recipe=i.recipe, frame_dim=2).backward()
 
-    def counted(self, call: Callable[[], None]) -> tuple[int, Tensor]:
-        """FLOPs, and the gradient of the head's weight: no path to it leads through the history, so both agree."""
+    def counted(self, call: Callable[[], None]) -> Counted:
         with FlopCounterMode(display=False, custom_mapping=CPU_FLASH) as counter:
             call()
         weight = self.model.head.head.weight
         assert weight.grad is not None
         gradient = weight.grad.double().clone()
         self.model.zero_grad()
-        return counter.get_total_flops(), gradient
-
-    def timed(self, call: Callable[[], None]) -> tuple[float, float]:
-        """Seconds, and GiB above what was allocated before (0 on a CPU)."""
-        before = peak = 0.0
-        if CUDA:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        start = time.perf_counter()
-        call()
-        if CUDA:
-            torch.cuda.synchronize()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-        seconds = time.perf_counter() - start
-        self.model.zero_grad()
-        return seconds, peak
+        return Counted(counter.get_total_flops(), gradient)
 
 
 def main() -> None:
@@ -121,30 +110,30 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=5)
     a = p.parse_args()
     if a.frames < CHUNK or a.frames % CHUNK or a.repeats < 1:
-        p.error(f"--frames must be a multiple of {CHUNK} and --repeats at least 1")
+        p.error(f"--frames must be a multiple of {CHUNK} and --repeats at least 1, got {a.frames} and {a.repeats}")
     update = Update(a.size, a.frames)
     calls = {"detached": update.detached, "forced": update.forced}
     counts = {name: update.counted(call) for name, call in calls.items()}
-    detached, forced = counts["detached"][1], counts["forced"][1]
-    error = ((detached - forced).norm() / forced.norm()).item()
+    detached, forced = counts["detached"], counts["forced"]
+    error = ((detached.gradient - forced.gradient).norm() / forced.gradient.norm()).item()
     if error > (2e-2 if CUDA else 1e-4):
         raise SystemExit(f"gradients of the head differ by {error:.1e}; nothing is timed on a red test")
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    peaks: dict[str, float] = {}
+    times = {name: Times() for name in calls}
     for _ in range(a.repeats):
         for name, call in calls.items():
-            seconds, peaks[name] = update.timed(call)
-            times[name].append(seconds)
+            with clocked(times[name]):
+                call()
+            update.model.zero_grad()
     size = "x".join(map(str, SIZES[a.size][1]))
     print(
         f"update {a.size}, {a.frames} latent frames of {size}, {DEVICE} {DTYPE}, head gradients differ by {error:.1e}"
     )
     for name, label in LABELS.items():
-        memory = f"{peaks[name]:8.2f} GiB" if CUDA else ""
-        ms = statistics.median(times[name]) * 1e3
-        print(f"{label:34}{counts[name][0] / 1e12:10.3f} TFLOP{ms:12.1f} ms{memory}")
-    ratio = statistics.median(times["forced"]) / statistics.median(times["detached"])
-    print(f"{'ratio':34}{counts['forced'][0] / counts['detached'][0]:10.2f}      {ratio:12.2f}")
+        peak = times[name].peak_mib
+        memory = "" if peak is None else f"{peak / 1024:8.2f} GiB"
+        print(f"{label:34}{counts[name].flops / 1e12:10.3f} TFLOP{times[name].ms:12.1f} ms{memory}")
+    ratio = times["forced"].ms / times["detached"].ms
+    print(f"{'ratio':34}{forced.flops / detached.flops:10.2f}      {ratio:12.2f}")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def cases() -> Iterator[Inputs]:
     yield draw.inputs((2, 5000), nft_recipe("astrolabe", ref_coef=0.3), "noise", frames=5, inner=100,
                       sigma=draw.levels(2, 5), element_mask=draw.uniform(2, 5000) > 0.4)  # fmt: skip
     packed = nft_recipe("diffusionnft", ref_coef=0.3, batch_reduction="mean")
-    yield draw.inputs((900, 13), packed, "x_t", cu_seqlens=torch.tensor([0, 3, 3, 640, 900]))
+    yield draw.inputs((900, 13), packed, "x_t", cu_seqlens=torch.tensor([0, 3, 3, 640, 880, 900]))
     yield draw.inputs((2, 70), gardo, "seed", ref_mask=mask(0, 0), v_old=None)
     yield draw.inputs((3, 70), gardo, "x_t", sample_mask=some, ref_mask=others)
     yield draw.inputs((3, 70), afd, "x_t", sample_mask=some, ref_mask=others)
@@ -192,7 +192,8 @@ class LossCase(NamedTuple):
 
 
 def noise_cases() -> Iterator[NoiseCase]:
-    t, x0 = Draw().uniform(3, 5), Draw().normal((3, 5000))
+    draw = Draw()
+    t, x0 = draw.uniform(3, 5), draw.normal((3, 5000))
     shaped, levels = x0.view(3, 10, 5, 100), t.view(3, 1, 5, 1)
     yield NoiseCase(x0, t, -9, flow.forward_noise(shaped, levels, seed=-9).view(3, 5000))
     yield NoiseCase(x0, t, None, flow.forward_noise(shaped, levels, noise=shaped).view(3, 5000))
