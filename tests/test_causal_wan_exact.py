@@ -200,7 +200,7 @@ class _Count(TorchDispatchMode):
 
 
 # Self-Forcing 33593df on the same two-layer config and chunk of 3, attention as one call (its flash-attn path
-# takes more): `python benchmarks/peers.py CHECKOUT --count`; 179 at batch 2
+# takes more): `python -m benchmarks.peers CHECKOUT --count`; 179 at batch 2
 OFFICIAL_OPERATORS = 159
 
 

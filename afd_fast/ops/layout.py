@@ -1,6 +1,7 @@
 """Views that let a kernel walk tensors in memory order, and noise levels in the one layout kernels read.
 
-Legend: B samples, F frames; n = position of an element inside its sample; its frame is (n // inner) % F.
+Legend: B samples, F frames, w the working dtype (float32, float64 for float64); n = position of an element inside its
+sample; its frame is (n // inner) % F.
 """
 
 import math
@@ -65,3 +66,34 @@ def same_table(a: FrameTable, b: FrameTable, count: int) -> tuple[FrameTable, Fr
     if b.t.shape[1] == 1:
         return a, FrameTable(b.t.expand(a.t.shape).contiguous(), a.inner)
     return FrameTable(a.spread(count), 1), FrameTable(b.spread(count), 1)
+
+
+class Walk(NamedTuple):
+    """How the kernels go through the elements."""
+
+    v: Tensor
+    frame_dim: int | None
+    order: list[int] | None  # of v's axes
+    cu_seqlens: Tensor | None
+
+
+def _per_sample(x: Tensor | float, walk: Walk, samples: int) -> Tensor:
+    """One value per packed sample [B, 1], w."""
+    wide = torch.promote_types(walk.v.dtype, torch.float32)
+    if isinstance(x, Tensor):
+        return x.to(walk.v.device, wide).reshape(-1, 1).expand(samples, 1).contiguous()
+    return walk.v.new_full((samples, 1), float(x), dtype=wide)
+
+
+def noise_levels(t: Tensor | float, sigma: Tensor | float | None, walk: Walk) -> tuple[FrameTable, Tensor | None]:
+    """The table of t, and sigma [B, F] with the same F and inner, or None for t."""
+    if walk.cu_seqlens is not None:
+        samples = len(walk.cu_seqlens) - 1
+        table = FrameTable(_per_sample(t, walk, samples), 1)
+        return table, None if sigma is None else _per_sample(sigma, walk, samples)
+    table = frame_table(t, walk.v, walk.frame_dim, walk.order)
+    if sigma is None:
+        return table, None
+    other = frame_table(sigma, walk.v, walk.frame_dim, walk.order)
+    table, other = same_table(table, other, walk.v[0].numel() if len(walk.v) else 0)
+    return table, other.t

@@ -7,7 +7,7 @@ dL/dv = s [(c+ - c-) a + (c+ + c-) d] + c_ref m (v - v_ref), see kernels/csrc/af
 
 import functools
 import inspect
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from afd_kernels.layout import COEFFICIENTS, Row, Total, rows_contiguous
@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 from afd_fast.ops import native
 from afd_fast.ops._register import operator
 from afd_fast.ops.inputs import SCHEMA, Inputs
-from afd_fast.ops.layout import FrameTable, frame_table, memory_order, same_table
+from afd_fast.ops.layout import Walk, memory_order, noise_levels
 from afd_fast.ops.noise import wrap_seed
 from afd_fast.reference import nft as reference
 from afd_fast.reference.flow import check_t
@@ -320,7 +320,7 @@ def nft_loss(
         reference.check_packed(t, sigma, cu_seqlens, seed, frame_dim)
     elif seed is None:  # the elements of a seed's noise are numbered in logical order
         order = memory_order(v)
-    levels, coefficients = _levels(t, sigma, _Walk(v, frame_dim, order, cu_seqlens))
+    levels, coefficients = noise_levels(t, sigma, Walk(v, frame_dim, order, cu_seqlens))
     check_t(levels.t)
     reference.check_target(levels.t, x_t, recipe)
     mask = None if element_mask is None else reference.expand_mask(element_mask, v)
@@ -388,34 +388,3 @@ def _span(x: Tensor) -> tuple[int, int]:
 def _is_own(out: Tensor) -> bool:
     """Whether every sample is contiguous and no two overlap."""
     return rows_contiguous(out) and (out.shape[0] < 2 or out.stride(0) >= out[0].numel())
-
-
-class _Walk(NamedTuple):
-    """How the kernels go through the elements."""
-
-    v: Tensor
-    frame_dim: int | None
-    order: list[int] | None  # of v's axes
-    cu_seqlens: Tensor | None
-
-
-def _per_sample(x: Tensor | float, walk: _Walk, samples: int) -> Tensor:
-    """One value per packed sample [B, 1], w."""
-    wide = torch.promote_types(walk.v.dtype, torch.float32)
-    if isinstance(x, Tensor):
-        return x.to(walk.v.device, wide).reshape(-1, 1).expand(samples, 1).contiguous()
-    return walk.v.new_full((samples, 1), float(x), dtype=wide)
-
-
-def _levels(t: Tensor | float, sigma: Tensor | float | None, walk: _Walk) -> tuple[FrameTable, Tensor | None]:
-    """The table of t, and sigma [B, F] with the same F and inner, or None for t."""
-    if walk.cu_seqlens is not None:
-        samples = len(walk.cu_seqlens) - 1
-        table = FrameTable(_per_sample(t, walk, samples), 1)
-        return table, None if sigma is None else _per_sample(sigma, walk, samples)
-    table = frame_table(t, walk.v, walk.frame_dim, walk.order)
-    if sigma is None:
-        return table, None
-    other = frame_table(sigma, walk.v, walk.frame_dim, walk.order)
-    table, other = same_table(table, other, walk.v[0].numel() if len(walk.v) else 0)
-    return table, other.t
