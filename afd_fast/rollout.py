@@ -162,7 +162,7 @@ class _Sampler:
 
     def forward(self, x: Tensor, time: float, start: int, grad: bool) -> Tensor:
         if grad:  # the tables hold no graph
-            t = torch.full((self.batch, x.shape[2]), time, device=x.device)
+            t = torch.full((self.batch, x.shape[2]), time, device=x.device, dtype=torch.float32)
         else:
             t = self.at(time, x.shape[2])
         with torch.set_grad_enabled(grad):
@@ -190,7 +190,7 @@ class _Sampler:
     def fused_first_step(self, previous: Tensor, x: Tensor, time: float, start: int) -> Tensor:
         sizes = (previous.shape[2], x.shape[2])
         times = [float(self.config.context_noise)] * sizes[0] + [time] * sizes[1]
-        t = torch.tensor([times], device=x.device).expand(self.batch, -1)
+        t = torch.tensor([times], device=x.device, dtype=torch.float32).expand(self.batch, -1)
         both = torch.cat([previous.detach(), x], 2)
         model: Any = self.model  # blocks= is a CausalWan's
         with torch.no_grad():

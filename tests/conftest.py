@@ -46,3 +46,11 @@ def folder_teacher(tmp_path_factory):
     rows += ["a short one,short.mp4", "a broken one,broken.mp4"]
     (folder / "manifest.csv").write_text("\n".join(rows))
     return folder
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64])
+def default_dtype(request):
+    """torch.set_default_dtype inside the test, which is called to switch it on."""
+    before = torch.get_default_dtype()
+    yield lambda: torch.set_default_dtype(request.param)
+    torch.set_default_dtype(before)

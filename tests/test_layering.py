@@ -132,6 +132,28 @@ def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
+DEFAULTING = ("empty", "zeros", "ones", "full", "linspace", "eye", "rand", "randn")
+
+
+def undecided(path):
+    """Lines that allocate in torch's default dtype, which a user may have set to bfloat16; parameters, by convention, do."""
+    tree = ast.parse(path.read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    parameters = {id(inner) for node in calls if ast.unparse(node.func) == "nn.Parameter" for inner in ast.walk(node)}
+    return [
+        f"{path.name}:{node.lineno}"
+        for node in calls
+        if ast.unparse(node.func) in [f"torch.{name}" for name in DEFAULTING]
+        and id(node) not in parameters
+        and all(keyword.arg != "dtype" for keyword in node.keywords)
+    ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_allocations_name_their_dtype(path):
+    assert undecided(path) == []
+
+
 def test_import_is_light():
     code = "import sys, afd_fast; print([m for m in ('transformers', 'diffusers', 'peft', 'av') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

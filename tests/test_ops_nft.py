@@ -195,14 +195,6 @@ def test_one_buffer_for_two_losses_is_noticed(backend):
             afd_fast.nft_loss(**inputs, out=out)
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64])
-def default_dtype(request):
-    """torch.set_default_dtype inside the test, which is called to switch it on."""
-    before = torch.get_default_dtype()
-    yield lambda: torch.set_default_dtype(request.param)
-    torch.set_default_dtype(before)
-
-
 @pytest.mark.parametrize("recipe", ["afd", "diffusionnft", "astrolabe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_default_dtype_changes_nothing(backend, default_dtype, recipe, dtype):

@@ -201,6 +201,26 @@ def test_grad_of_the_last_step_only(model):
     )
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_default_dtype_changes_nothing(model, default_dtype, grad):
+    """t = 937.5 rounded to bfloat16 is another noise level."""
+    noise, text = inputs(model)
+    toy = ToyStudent(ToyConfig(frames=6))
+    toy_noise = torch.randn(1, 3, 6, 16, 16)
+
+    def results():
+        config = RolloutConfig(steps=(1000, 937.5, 625))
+        wan = rollout(model, text, noise, config, generator=generators(1, 2), grad_last_step=grad)
+        drawn = toy.encode_text(tokenize(["a ball"]))
+        with torch.no_grad():
+            return wan.detach(), rollout(toy, drawn, toy_noise, RolloutConfig(), generator=generators(3))
+
+    expected = results()
+    default_dtype()
+    for found, want in zip(results(), expected):
+        assert found.dtype == want.dtype and torch.equal(found, want)
+
+
 def test_toy_student_still_rolls_out():
     torch.manual_seed(0)
     toy = ToyStudent(ToyConfig(frames=6))

@@ -57,7 +57,7 @@ def shake(clips: Clips, sigma: float, rng: torch.Generator | None = None) -> Cli
 
 def _noisy(x: Tensor, sigma: float, rng: torch.Generator | None) -> Tensor:
     device = x.device if rng is None else rng.device
-    return x + sigma * torch.randn(x.shape, generator=rng, device=device).to(x)
+    return x + sigma * torch.randn(x.shape, generator=rng, device=device, dtype=torch.float32).to(x)
 
 
 def check_counts(prompts: Sequence[str], **clips: Clips | Sequence[Tensor]) -> None:

@@ -58,7 +58,7 @@ class ToyDiscriminator(Discriminator):
             return videos
         if any(a < b for a, b in zip(found, size)):
             raise ValueError(f"videos of {found} frames x height x width are smaller than this discriminator's {size}")
-        index = torch.linspace(0, found[0] - 1, c.frames).round().long().to(videos.device)
+        index = torch.linspace(0, found[0] - 1, c.frames, dtype=torch.float32).round().long().to(videos.device)
         x = videos.index_select(2, index).transpose(1, 2)
         return F.interpolate(x.flatten(0, 1), size[1:], mode="area").view(*x.shape[:3], *size[1:]).transpose(1, 2)
 

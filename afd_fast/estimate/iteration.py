@@ -206,7 +206,7 @@ def toy_judge(config: TrainConfig, family: Family, b: int) -> Judge:
     video = family.video
 
     def clips(n: int) -> Tensor:
-        return torch.empty(n, 3, video.frames, video.height, video.width, device="meta")
+        return torch.empty(n, 3, video.frames, video.height, video.width, device="meta", dtype=torch.float32)
 
     calls = 2 if config.discriminator.r1 else 1
     with (kept := Kept(model)):
@@ -275,7 +275,7 @@ def estimate(config: TrainConfig) -> Estimate:
     judge = (toy_judge if config.discriminator.name == "toy" else reward_judge)(config, family, b)
     decode, vae, vae_needs = Work(), 0, 0  # the toy's latents are pixels
     if decoder is not None:
-        stream, latents = decoder.stream(), torch.empty(1, *family.latents, device="meta")
+        stream, latents = decoder.stream(), torch.empty(1, *family.latents, device="meta", dtype=torch.float32)
         with torch.no_grad():
             decode, largest = metered(lambda: stream(latents), net.size)
         vae = sum(p.nbytes for p in decoder.vae.parameters())

@@ -17,8 +17,7 @@ def expand_t(t: Tensor | float, like: Tensor, frame_dim: int | None = None) -> T
     frame_dim: the axis of `like` that t's second axis runs over (2 for [B, C, F, H, W]).
     Half-precision tensors are noised with t in float32. Raises ValueError on any other shape.
     """
-    t = torch.as_tensor(t, device=like.device)
-    t = t.to(torch.promote_types(like.dtype, torch.float32))
+    t = torch.as_tensor(t, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     batch = like.shape[0] if like.ndim else 1
     if t.ndim == 0:
         return t

@@ -103,7 +103,7 @@ class StudentModule(nn.Module):
         raise NotImplementedError
 
     def timestep(self, t: float, batch: int, frames: int) -> Any:
-        return torch.full((batch, frames), t, device=next(self.parameters()).device)
+        return torch.full((batch, frames), t, device=next(self.parameters()).device, dtype=torch.float32)
 
     def forward_teacher_forcing(
         self, x: Tensor, t: Tensor, text: Text, clean: Tensor, chunk: Any, *, window: int | None = None, sink: int = 0

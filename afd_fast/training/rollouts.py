@@ -77,7 +77,7 @@ def sample_policy(
     the family's. history: latents [B or 1, C, F0, H, W] that these continue, not in the result."""
     family, student = run.family, run.family.student
     channels, length, height, width = family.latents
-    noise = torch.randn(len(prompts), channels, frames or length, height, width, generator=rng)
+    noise = torch.randn(len(prompts), channels, frames or length, height, width, generator=rng, dtype=torch.float32)
     noise = noise.to(next(student.parameters()))
     if noise.is_cuda:
         rng = torch.Generator(noise.device).manual_seed(rng.initial_seed())

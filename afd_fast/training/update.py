@@ -245,4 +245,4 @@ def regress(run: Run, targets: Sequence[Targets]) -> Metrics:
 
 def ones(x: Tensor) -> Tensor:
     """r [b, 1] of latents that are all optimal."""
-    return torch.ones(len(x), 1, device=x.device)
+    return torch.ones(len(x), 1, device=x.device, dtype=torch.float32)

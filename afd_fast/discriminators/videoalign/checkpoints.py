@@ -205,7 +205,7 @@ def load_video_reward(
     template = read_template(root) if template is None else template
     tokenizer = _tokenizer(step / "tokenizer") if tokenizer is None else tokenizer
     state, lora = _tensors(step / "model.pth")
-    rows = state.get("language_model.embed_tokens.weight", torch.empty(0)).shape[0]
+    rows = state.get("language_model.embed_tokens.weight", torch.empty(0, dtype=torch.float32)).shape[0]
     config = _config(root, rows)
     with torch.device("meta"):
         model = VideoReward(config, tokenizer, template, settings, options, dtype)

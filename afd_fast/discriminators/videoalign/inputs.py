@@ -61,7 +61,7 @@ def sample_frames(frames: int, clip_fps: float, fps: float = 2.0) -> list[int]:
         raise ValueError(f"got a clip of {frames} frames; a clip needs at least {TEMPORAL} frames")
     most = min(768, frames) // TEMPORAL * TEMPORAL
     n = round(min(max(frames / clip_fps * fps, 4), most) / TEMPORAL) * TEMPORAL
-    return torch.linspace(0, frames - 1, n).round().long().tolist()
+    return torch.linspace(0, frames - 1, n, dtype=torch.float32).round().long().tolist()
 
 
 def smart_size(height: int, width: int, min_pixels: int, max_pixels: int) -> Size:

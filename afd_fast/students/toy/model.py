@@ -191,7 +191,7 @@ class ToyStudent(StudentModule):
     def condition(self, t: Tensor, text: ToyText) -> Tensor:
         """t [B, K] in 0..1000 -> [B, K, D]."""
         half = self.config.dim // 2
-        freq = torch.exp(-math.log(1000.0) * torch.arange(half, device=t.device) / half) / 100
+        freq = torch.exp(-math.log(1000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half) / 100
         angle = t[..., None] * freq.to(text.pooled.dtype)
         return F.silu(self.time(torch.cat([angle.sin(), angle.cos()], -1)) + text.pooled[:, None])
 

@@ -40,7 +40,9 @@ def pretrain(
             group["lr"] = lr * min(1, step / 100) * (0.5 * (1 + np.cos(np.pi * step / steps)) + 0.02)
         pick = torch.randint(0, clips, (batch,))
         x0 = encode_video(data[pick].float() / 255)
-        t = torch.sigmoid(torch.randn(batch, model.chunks) * 1.2 + 0.3).repeat_interleave(model.config.chunk, 1)
+        t = torch.sigmoid(torch.randn(batch, model.chunks, dtype=torch.float32) * 1.2 + 0.3).repeat_interleave(
+            model.config.chunk, 1
+        )
         x_t = forward_noise(x0, t, noise=torch.randn_like(x0), frame_dim=2)
         clean = x0 + 0.03 * torch.randn_like(x0)  # histories will be the student's own, not perfect
         v = model.forward_teacher_forcing(x_t, t * 1000, model.encode_text(ids[pick]), clean)

@@ -54,7 +54,11 @@ class HashText:
         rows = []
         for prompt in prompts:
             g = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-            rows.append(torch.randn(min(self.text_len, len(prompt.split()) + 1), self.text_dim, generator=g))
+            rows.append(
+                torch.randn(
+                    min(self.text_len, len(prompt.split()) + 1), self.text_dim, generator=g, dtype=torch.float32
+                )
+            )
         return rows
 
 

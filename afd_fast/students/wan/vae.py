@@ -31,8 +31,8 @@ class WanDecoder:
         if next(vae.parameters()).device.type == "cuda":
             vae.to(memory_format=torch.channels_last_3d)
         shape = (1, -1, 1, 1, 1)
-        self.mean = torch.tensor(vae.config.latents_mean).view(shape)
-        self.std = torch.tensor(vae.config.latents_std).view(shape)
+        self.mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32).view(shape)
+        self.std = torch.tensor(vae.config.latents_std, dtype=torch.float32).view(shape)
 
     @classmethod
     def from_pretrained(

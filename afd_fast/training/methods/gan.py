@@ -71,7 +71,9 @@ def differentiable_rollout(run: Run, shard: Shard, steps: int) -> Tensor:
     """Latents [b, C, F, H, W] of the student after `steps` of its denoising steps, with the graph of the last one."""
     family, student = run.family, run.family.student
     rng = run.generator("rollout", shard.index)
-    noise = torch.randn(len(shard.prompts), *family.latents, generator=rng).to(next(student.parameters()))
+    noise = torch.randn(len(shard.prompts), *family.latents, generator=rng, dtype=torch.float32).to(
+        next(student.parameters())
+    )
     if noise.is_cuda:
         rng = torch.Generator(noise.device).manual_seed(rng.initial_seed())
     sampler = replace(run.sampler, steps=run.sampler.steps[:steps])
@@ -112,10 +114,10 @@ def generator_loss(run: Run, pair: Pair, prompts: list[str]) -> GeneratorLoss:
 def diffused(pair: Pair, rng: torch.Generator) -> Pair:
     """Both videos [b, 3, F, H, W] at one random noise level per pair, in units of [0, 1] pixels (unclipped)."""
     assert isinstance(pair.teacher, Tensor) and isinstance(pair.student, Tensor)
-    t = torch.rand((len(pair.teacher), 1, 1, 1, 1), generator=rng).to(pair.teacher.device)
+    t = torch.rand((len(pair.teacher), 1, 1, 1, 1), generator=rng, dtype=torch.float32).to(pair.teacher.device)
 
     def noised(x: Tensor) -> Tensor:
-        noise = torch.randn(x.shape, generator=rng).to(x.device)
+        noise = torch.randn(x.shape, generator=rng, dtype=torch.float32).to(x.device)
         return ((1 - t) * (x * 2 - 1) + t * noise + 1) / 2
 
     return Pair(noised(pair.teacher), noised(pair.student))
