@@ -1,6 +1,8 @@
 """nft_loss and forward_noise as operators: dispatch, compile, layouts, sizes, out=, grad_output."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -336,3 +338,11 @@ def test_seed_wraps_to_64_bits():
     assert wrap_seed(2**64 - 1) == -1 and wrap_seed(2**63) == -(2**63) and wrap_seed(5) == 5
     x0, t = torch.zeros(1, 64), torch.ones(1)
     assert torch.equal(afd_fast.forward_noise(x0, t, seed=2**64 - 1), afd_fast.forward_noise(x0, t, seed=-1))
+
+
+@pytest.mark.skipif(native.library() is None, reason="the C++ library is not built")
+def test_the_sanitizers_report_nothing():
+    """`python tests/fuzz_native.py --seconds 300`, for a few seconds."""
+    command = [sys.executable, Path(__file__).parent / "fuzz_native.py", "--seconds", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "no report" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

@@ -92,6 +92,8 @@ class _Filled:
 
 def forward_noise(x0: Tensor, t: Tensor, noise: Tensor | None, seed: int | None, inner: int) -> Tensor:
     """x_t like x0; t [B, F], element n of a sample belongs to frame (n // inner) % F."""
+    _check_sizes(x0.shape, noise)
+    _check_levels(x0.shape[0], inner, t)
     out = torch.empty(x0.shape, dtype=x0.dtype)
     f = _Filled()
     f.rows("x0", "x0", x0)
@@ -105,12 +107,38 @@ def forward_noise(x0: Tensor, t: Tensor, noise: Tensor | None, seed: int | None,
     return out
 
 
+def _check_sizes(shape: torch.Size, *tensors: Tensor | None) -> None:
+    if any(x is not None and x.shape != shape for x in tensors):
+        raise ValueError(
+            f"expected tensors of shape {tuple(shape)}, got {[tuple(x.shape) for x in tensors if x is not None]}"
+        )
+
+
+def _check_levels(samples: int, inner: int, t: Tensor, sigma: Tensor | None = None) -> None:
+    if t.ndim != 2 or t.shape[0] != samples or not t.shape[1] or inner < 1:
+        raise ValueError(f"expected t [{samples}, frames] and inner >= 1, got {tuple(t.shape)} and {inner}")
+    _check_sizes(t.shape, sigma)
+
+
+def _check(i: Inputs, grad: Tensor | None) -> None:
+    """ValueError for what would read or write outside a tensor. `nft_loss` refuses it too, but values only where it can
+    read them: a traced call comes here unchecked, and so does a direct call of the operator."""
+    samples = i.v.shape[0]
+    if i.cu_seqlens is not None:
+        check_offsets(i.v, i.cu_seqlens)
+        samples = len(i.cu_seqlens) - 1
+    _check_sizes(i.v.shape, i.x0, i.noise, i.x_t, i.v_old, i.v_ref, i.element_mask, grad)
+    _check_sizes(torch.Size([samples]), i.r, i.sample_mask, i.ref_mask)
+    _check_levels(samples, i.inner, i.t, i.sigma)
+    if i.noise is None and i.x_t is None and (i.seed is None or i.cu_seqlens is not None):
+        raise ValueError("expected noise or x_t, or a seed for samples that are not packed")
+
+
 def _fill(i: Inputs, grad: Tensor | None) -> _Filled:
     """The call of one operator; scale 1."""
+    _check(i, grad)
     f, recipe = _Filled(), recipe_from_key(i.recipe)
     c, packed = f.c, i.cu_seqlens is not None
-    if i.cu_seqlens is not None:
-        check_offsets(i.v, i.cu_seqlens)  # here too: a traced call reaches the library unchecked
     for field, stem, x in (("v", "v", i.v), ("x0", "x0", i.x0), ("y", "y", i.noise if i.x_t is None else i.x_t),
                            ("v_old", "old", i.v_old), ("v_ref", "ref", i.v_ref), ("grad", "grad", grad)):  # fmt: skip
         f.rows(field, stem, x, contiguous=packed)
@@ -149,7 +177,8 @@ def nft_loss(i: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 def nft_gradient(grad_output: Tensor, rows: Tensor, i: Inputs, grad: Tensor) -> None:
     """grad_output times the gradient into `grad`."""
+    _check_sizes(torch.Size([ROWS, i.r.shape[0]]), rows)
     f = _fill(i, grad)
-    f.point("rows", rows)
+    f.point("rows", rows, torch.float32)
     f.c.scale = float(grad_output)
     _loaded().afd_nft_gradient(ctypes.byref(f.c))

@@ -117,7 +117,8 @@ def _check_packing(v: Tensor, cu_seqlens: Tensor) -> None:
 def check_offsets(v: Tensor, cu_seqlens: Tensor) -> None:
     """ValueError unless cu_seqlens rises from 0 to the rows of v. Reads values."""
     rows = v.shape[0]
-    if int(cu_seqlens[0]) or int(cu_seqlens[-1]) != rows or bool((cu_seqlens.diff() < 0).any()):
+    outside = (cu_seqlens < 0) | (cu_seqlens > rows)  # before diff, which could overflow
+    if int(cu_seqlens[0]) or int(cu_seqlens[-1]) != rows or bool(outside.any()) or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"cu_seqlens must rise from 0 to {rows} = the rows of v, got {cu_seqlens.tolist()}")
 
 

@@ -5,6 +5,7 @@ Sources and commits of the public trainers: docs/nft.md, CHANGELOG.md.
 
 import functools
 import json
+import math
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Literal, TypedDict, get_args
@@ -76,12 +77,12 @@ class NFTRecipe:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
-        if not self.beta > 0:
+        if not 0 < self.beta < math.inf:
             raise ValueError(f"beta must be positive, got {self.beta}: at 0 the loss has no gradient")
-        if self.ref_coef < 0 or self.weight_floor <= 0:
+        if not (0 <= self.ref_coef < math.inf and 0 < self.weight_floor < math.inf):
             raise ValueError(f"ref_coef >= 0 and weight_floor > 0 are needed, got {self.ref_coef}, {self.weight_floor}")
         low, high = self.clip_range
-        if not low < 0 < high:
+        if not -math.inf < low < 0 < high < math.inf:
             raise ValueError(f"adv_clip must span zero, got {self.adv_clip}")
         constants = {name: getattr(self, name) for name in _NAMES} | {"factor": self.factor}
         object.__setattr__(self, "key", json.dumps(constants))  # made here, so that a compiled graph only reads it
