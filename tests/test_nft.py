@@ -1,7 +1,7 @@
 """The loss against the public trainers, against autograd, and against bad input. float64 unless said otherwise."""
 
-import math
 import json
+import math
 from pathlib import Path
 
 import numpy as np
