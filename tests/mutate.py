@@ -217,7 +217,7 @@ def check_reduce(kernels: Kernels) -> None:
     sums = torch.full((slots, 2), float("nan"), dtype=torch.float64)
     with sanitize() as report:
         kernels.nft.reduce_kernel[(2, slots)](
-            PART, sums, PART, 1, 2 * tiles, 2, tiles, SUMS=sum(slot.bit for slot in Slot), PACKED=False, CU_BLOCK=1
+            PART, sums, PART, 1, 2 * tiles, 2, 2, tiles, SUMS=sum(slot.bit for slot in Slot), PACKED=False, CU_BLOCK=1
         )
     report.check()
     torch.testing.assert_close(sums, PART.double().view(slots, 2, tiles).sum(2), rtol=1e-12, atol=1e-12)

@@ -44,7 +44,7 @@ def types(dtype: str) -> dict:
     same = dict.fromkeys((f"{n}_ptr" for n in ("v", "x0", "y", "old", "ref", "grad", "out")), f"*{dtype}")
     floats = dict.fromkeys((f"{n}_ptr" for n in ("part", "t", "sigma", "rows", "go", "r", "loss", "totals")), "*fp32")
     bytes_ = dict.fromkeys(("mask_ptr", "valid_ptr", "chosen_ptr"), "*u8")
-    longs = dict.fromkeys(("seed", "count", "programs"), "i64") | {
+    longs = dict.fromkeys(("seed", "count", "programs", "length"), "i64") | {
         f"{n}_stride": "i64" for n in ("v", "x0", "y", "old", "ref", "mask", "grad")
     }
     rest = dict.fromkeys(("samples", "tiles", "frames", "inner"), "i32")

@@ -133,6 +133,19 @@ def test_packed():
     check(i._replace(cu_seqlens=cu, element_mask=torch.rand(1006, 13) > 0.4))
 
 
+@pytest.mark.parametrize("offsets", [[0, 2, 100_000], [0, -5_000_000, 6], [0, 6, 2], [0, 7, 6], [1, 3, 6], [0, 3, 5], [9, 0, 6],
+                                     [0, 1 << 62, 6], [-(1 << 63), (1 << 63) - 1, 6]])  # fmt: skip
+def test_bad_offsets_stay_inside_and_give_nan(offsets):
+    """No value can be checked on a GPU without waiting for it."""
+    i = make((6, 700), recipe="diffusionnft", r=torch.rand(2), t=0.1 + 0.8 * torch.rand(2, 1), inner=1)
+    i = i._replace(cu_seqlens=torch.tensor(offsets))
+    grad = torch.zeros_like(i.v)
+    with sanitize() as report:  # raises outside of a tensor
+        loss, _, rows = kernels.nft_loss_with_grad(*i, grad)
+        kernels.nft_loss_backward(torch.tensor(1.0), rows, *i)
+    assert loss.isnan() and not report.errors
+
+
 def test_strides():
     """A batch-strided slice is read where it lies; an expanded sample is read through stride 0."""
     wide, i = torch.randn(2, 3, 5000), make()

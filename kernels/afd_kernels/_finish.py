@@ -38,9 +38,18 @@ T_SIGNAL = tl.constexpr(Total.SIGNAL.value)
 
 
 @triton.jit
+def packed_rows(cu_ptr, o, samples, length):
+    """(first row, rows) of each packed sample, inside 0 .. length whatever the offsets are: nobody checked them on a GPU."""
+    start = tl.load(cu_ptr + o, mask=o < samples, other=0).to(tl.int64)
+    stop = tl.load(cu_ptr + o + 1, mask=o < samples, other=0).to(tl.int64)
+    start = tl.minimum(tl.maximum(start, 0), length)
+    return start, tl.maximum(tl.minimum(stop, length) - start, 0)
+
+
+@triton.jit
 def reduce_kernel(
-    part_ptr, sums_ptr, cu_ptr, count: tl.int64, programs: tl.int64, samples: tl.int32, tiles: tl.int32, SUMS: tl.constexpr,
-    PACKED: tl.constexpr, CU_BLOCK: tl.constexpr,
+    part_ptr, sums_ptr, cu_ptr, count: tl.int64, programs: tl.int64, length: tl.int64, samples: tl.int32,
+    tiles: tl.int32, SUMS: tl.constexpr, PACKED: tl.constexpr, CU_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums[slot, sample] = sum of part[slot, tiles of the sample], float64."""
     sample = tl.program_id(0)
@@ -48,11 +57,10 @@ def reduce_kernel(
     if (SUMS >> slot) & 1:
         if PACKED:
             o = tl.arange(0, CU_BLOCK)
-            start = tl.load(cu_ptr + o, mask=o < samples, other=0).to(tl.int64)
-            stop = tl.load(cu_ptr + o + 1, mask=o < samples, other=0).to(tl.int64)
-            each = ((stop - start) * count + 4095) // 4096
+            start, size = packed_rows(cu_ptr, o, samples, length)
+            each = (size * count + 4095) // 4096
             first = tl.sum(tl.where(o < sample, each, 0))
-            size = tl.sum(tl.where(o == sample, each, 0))
+            size = tl.minimum(tl.sum(tl.where(o == sample, each, 0)), programs - first)
         else:
             first = sample.to(tl.int64) * tiles
             size = tiles.to(tl.int64)
@@ -77,7 +85,7 @@ def _sum(sums_ptr, samples, k: tl.constexpr, o, m):
 @triton.jit
 def finish_kernel(
     sums_ptr, r_ptr, valid_ptr, chosen_ptr, cu_ptr, loss_ptr, totals_ptr, rows_ptr, count: tl.int64,
-    samples: tl.int32, beta: tl.float32, ref_coef: tl.float32, factor: tl.float32, floor: tl.float32, ADAPTIVE: tl.constexpr, SAMPLE_MEAN: tl.constexpr, BATCH_MEAN: tl.constexpr,
+    length: tl.int64, samples: tl.int32, beta: tl.float32, ref_coef: tl.float32, factor: tl.float32, floor: tl.float32, ADAPTIVE: tl.constexpr, SAMPLE_MEAN: tl.constexpr, BATCH_MEAN: tl.constexpr,
     BY_R: tl.constexpr, EMPTY_ALL: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_CHOSEN: tl.constexpr, HAS_MASK: tl.constexpr, SUMS: tl.constexpr,
     STATS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -103,8 +111,12 @@ def finish_kernel(
         rho = rho * r
     kept = tl.zeros((BLOCK,), tl.float64) + count
     if PACKED:
-        start = tl.load(cu_ptr + o, mask=m, other=0).to(tl.int64)
-        kept = ((tl.load(cu_ptr + o + 1, mask=m, other=0).to(tl.int64) - start) * count).to(tl.float64)
+        start, size = packed_rows(cu_ptr, o, samples, length)
+        kept = (size * count).to(tl.float64)
+        stop = tl.load(cu_ptr + o + 1, mask=m, other=0).to(tl.int64)
+        # offsets that do not rise from 0 to length leave gaps or overlap: the loss and its gradient are NaN
+        if (tl.sum(size) != length) | (tl.sum((m & (stop != start + size)).to(tl.int32)) > 0):
+            factor = float("nan")
     if HAS_MASK:
         kept = tl.zeros((BLOCK,), tl.float64)
         if BIT_KEPT & SUMS:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afd_kernels._finish import R_DIFFERENCE, R_REFERENCE, R_SUM, finish_kernel, reduce_kernel
+from afd_kernels._finish import R_DIFFERENCE, R_REFERENCE, R_SUM, finish_kernel, packed_rows, reduce_kernel
 from afd_kernels._launch import WARPS, check_size, on, rows
 from afd_kernels.layout import TILE, Row, Slot, Source, Total
 from afd_kernels.noise import level, normal4
@@ -26,17 +26,18 @@ X_T = tl.constexpr(Source.X_T.value)
 
 
 @triton.jit
-def _place(cu_ptr, pid, tiles, samples, width: tl.int64, PACKED: tl.constexpr, CU_BLOCK: tl.constexpr):
+def _place(
+    cu_ptr, pid, tiles, samples, width: tl.int64, length: tl.int64, PACKED: tl.constexpr, CU_BLOCK: tl.constexpr
+):
     """(sample, its tile, first row, rows) of program pid; a program past the last tile gets 0 rows."""
     if PACKED:
         o = tl.arange(0, CU_BLOCK)
-        start = tl.load(cu_ptr + o, mask=o < samples, other=0).to(tl.int64)
-        stop = tl.load(cu_ptr + o + 1, mask=o < samples, other=0).to(tl.int64)
-        each = ((stop - start) * width + 4095) // 4096
+        start, count = packed_rows(cu_ptr, o, samples, length)
+        each = (count * width + 4095) // 4096
         sample = tl.sum((tl.cumsum(each) <= pid).to(tl.int32))
         tile = pid - tl.sum(tl.where(o < sample, each, 0))
         first = tl.sum(tl.where(o == sample, start, 0))
-        size = tl.sum(tl.where(o == sample, stop - start, 0))
+        size = tl.sum(tl.where(o == sample, count, 0))
         return tl.minimum(sample, samples - 1).to(tl.int64), tile, first, size
     else:
         sample = (pid // tiles).to(tl.int64)
@@ -126,7 +127,7 @@ def _plus(a, b):
 @triton.jit(do_not_specialize=["seed"])
 def sweep_kernel(
     v_ptr, x0_ptr, y_ptr, old_ptr, ref_ptr, mask_ptr, grad_ptr, part_ptr, t_ptr, sigma_ptr, rows_ptr, go_ptr, cu_ptr,
-    seed: tl.int64, count: tl.int64, v_stride: tl.int64, x0_stride: tl.int64, y_stride: tl.int64, old_stride: tl.int64,
+    seed: tl.int64, count: tl.int64, length: tl.int64, v_stride: tl.int64, x0_stride: tl.int64, y_stride: tl.int64, old_stride: tl.int64,
     ref_stride: tl.int64, mask_stride: tl.int64, grad_stride: tl.int64, samples: tl.int32, tiles: tl.int32,
     frames: tl.int32, inner: tl.int32, beta: tl.float32,
     X0: tl.constexpr, REF_X0: tl.constexpr, SOURCE: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
@@ -135,7 +136,7 @@ def sweep_kernel(
 ):  # fmt: skip
     """One program = one tile of one sample. SUMS: bit mask of the slots to store. GUARD: do nothing for go = 1."""
     pid = tl.program_id(0)
-    sample, tile, row, size = _place(cu_ptr, pid, tiles, samples, count, PACKED, CU_BLOCK)
+    sample, tile, row, size = _place(cu_ptr, pid, tiles, samples, count, length, PACKED, CU_BLOCK)
     first = tile.to(tl.int64) * 4096
     left = count * size - first
     scale = 1.0
@@ -191,7 +192,7 @@ class _Call:
                  cu_seqlens, inner, recipe, stats):  # fmt: skip
         self.recipe = c = json.loads(recipe)
         self.samples = r.shape[0]
-        self.packed = cu_seqlens is not None
+        self.packed, self.length = cu_seqlens is not None, v.shape[0]
         width = v[0].numel() if v.shape[0] else 0  # of a packed row, or a sample
         self.count, self.tiles = width, triton.cdiv(width, TILE)
         self.programs = v.numel() // TILE + self.samples if self.packed else self.samples * self.tiles
@@ -239,7 +240,7 @@ class _Call:
         target = self.v if grad is None else grad
         sweep_kernel[(self.programs,)](
             *self.tensors, target, self.part, self.t, self.sigma, self.rows, self.t if go is None else go, self.cu,
-            self.seed, self.count, *self.strides, 0 if grad is None else (self.count if self.packed else grad.stride(0)),
+            self.seed, self.count, self.length, *self.strides, 0 if grad is None else (self.count if self.packed else grad.stride(0)),
             self.samples, self.tiles, self.t.shape[1], self.inner, self.recipe["beta"], GRAD=grad is not None,
             SCALED=go is not None, GUARD=guard, SUMS=sums, num_warps=WARPS, enable_fp_fusion=False, **flags,
             **self.place,
@@ -249,13 +250,14 @@ class _Call:
         """Reduce the slots `new`; coefficients, and the loss where the sums `known` are there."""
         if new:
             reduce_kernel[(self.samples, len(Slot))](
-                self.part, self.sums, self.cu, self.count, self.programs, self.samples, self.tiles, SUMS=new,
+                self.part, self.sums, self.cu, self.count, self.programs, self.length, self.samples, self.tiles, SUMS=new,
                 num_warps=WARPS, **self.place,
             )  # fmt: skip
         c = self.recipe
         valid, chosen = (self.r if x is None else x for x in self.masks)
         finish_kernel[(1,)](
-            self.sums, self.r, valid, chosen, self.cu, self.loss, self.totals, self.rows, self.count, self.samples,
+            self.sums, self.r, valid, chosen, self.cu, self.loss, self.totals, self.rows, self.count, self.length,
+            self.samples,
             c["beta"], c["ref_coef"], c["factor"], c["weight_floor"], ADAPTIVE=self.adaptive,
             SAMPLE_MEAN=c["sample_reduction"] == "mean", BATCH_MEAN=c["batch_reduction"] == "mean",
             BY_R=c["ref_weight"] == "r", EMPTY_ALL=c["ref_empty"] == "all", HAS_OLD=self.old, HAS_REF=self.ref,
