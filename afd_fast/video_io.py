@@ -37,7 +37,8 @@ def write_video(
     """Write [3, F, H, W] in [0, 1] (or uint8) as an H.264 mp4.
 
     file: path or binary file. crf: 0..51, lower is better. lossless: RGB, every 8-bit value exact (most
-    browsers do not play that profile). Lossy video is 4:2:0, so H and W must be even. Raises VideoError for odd sizes.
+    browsers do not play that profile). Lossy video is 4:2:0, so H and W must be even. The same pixels give the same
+    bytes. Raises VideoError for odd sizes.
     """
     frames = video if video.dtype == torch.uint8 else to_uint8(video)
     array = frames.permute(1, 2, 3, 0).cpu().numpy()  # [F, H, W, 3]
@@ -51,7 +52,8 @@ def write_video(
         )
         stream.width, stream.height = width, height
         stream.pix_fmt = "rgb24" if lossless else "yuv420p"
-        stream.options = {"qp": "0"} if lossless else {"crf": str(crf)}
+        # without mbtree: its AVX-512 code reads memory it never wrote, so one video had several encodings (libx264 165)
+        stream.options = {"qp": "0"} if lossless else {"crf": str(crf), "x264-params": "mbtree=0"}
         stream.codec_context.thread_count = 1
         for frame in array:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
