@@ -1,3 +1,6 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers and the processes they start share the cores
 import numpy as np
 import pytest
 import torch

@@ -21,7 +21,7 @@ from afd_fast.training.state import generator, new_state
 from afd_fast.training.velocity import velocity
 from benchmarks.update import saved_bytes
 from tests.runs import changed
-from tests.test_trainer import command, same
+from tests.test_trainer import command, same, wait_for_checkpoint
 from tests.test_wan_training import TINY, teacher  # noqa: F401  (a fixture)
 
 CONFIG = changed(
@@ -155,8 +155,7 @@ def test_command_trains_resumes_and_refuses(tmp_path, teacher):  # noqa: F811
     keys = [*TINY, teacher, "stream.frames=18", "rollout.window=9", "rollout.sink=3", "stream.active_clips=2"]
     run = lambda out, *more: command("train", "afd_table3", *keys, "--out", out, *more)
     whole, stopped = run(tmp_path / "whole"), run(tmp_path / "stopped")
-    while not list((tmp_path / "stopped").glob("checkpoints/step-*.pt")):
-        assert stopped.poll() is None, stopped.stdout.read()
+    wait_for_checkpoint(tmp_path / "stopped", stopped)
     stopped.kill()
     stopped.wait()
     assert whole.wait() == 0, whole.stdout.read()

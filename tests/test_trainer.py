@@ -44,6 +44,12 @@ def wait_for_rows(path, count):
     raise AssertionError(f"{path} never got {count} rows")
 
 
+def wait_for_checkpoint(out, process):
+    while not list(out.glob("checkpoints/step-*.pt")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+
+
 def same(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)

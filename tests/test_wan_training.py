@@ -18,7 +18,7 @@ from afd_fast.training.state import generator
 from afd_fast.training.update import Targets, policy_recipe, student_backward
 from afd_fast.video_io import write_video
 from tests.runs import named_run
-from tests.test_trainer import command, same
+from tests.test_trainer import command, same, wait_for_checkpoint
 
 TINY = [
     "student=tiny", "shards=1", "discriminator=toy", "discriminator.width=8", "student.frames=6", "student.height=6", "student.width=10", "iterations=3", "prompts_per_step=2",
@@ -57,8 +57,7 @@ def test_paper_recipe_trains_resumes_and_exports(tmp_path, teacher):
 
     stopped = tmp_path / "stopped"
     first = run(stopped)
-    while not list(stopped.glob("checkpoints/step-*.pt")):
-        assert first.poll() is None, first.stdout.read()
+    wait_for_checkpoint(stopped, first)
     first.kill()
     first.wait()
     again = run(stopped, "--resume")
