@@ -1,4 +1,16 @@
-"""Errors whose message tells the user what to change. The command prints them as one line and exits with `exit_code`."""
+"""Errors whose message tells the user what to change. The command prints them as one line and exits with `exit_code`.
+
+`check_fields` raises the first of them for a setting of the wrong type.
+"""
+
+import math
+import numbers
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
 
 
 class AFDError(Exception):
@@ -37,3 +49,57 @@ class Interrupted(AFDError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved itself."""
 
     exit_code = 130
+
+
+def field_types(settings: type) -> dict[str, Any]:
+    """The type of every field of a dataclass that its caller sets."""
+    kinds = typing.get_type_hints(settings)
+    return {f.name: kinds[f.name] for f in fields(settings) if f.init}
+
+
+def in_words(kind: Any) -> str:
+    """A field's type as a user would say it."""
+    options = typing.get_args(kind)
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return " or ".join(in_words(option) for option in options)
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(f'"{option}"' for option in options)
+    if typing.get_origin(kind) is tuple:
+        return "numbers with commas between them" if Ellipsis in options else "two numbers"
+    if is_dataclass(kind):
+        return f"a {getattr(kind, '__name__', kind)}"
+    words = {
+        int: "a whole number",
+        float: "a finite number",
+        bool: "true or false",
+        str: "text",
+        types.NoneType: "none",
+    }
+    return words[kind]
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    options = typing.get_args(kind)
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return any(_is_a(value, option) for option in options)
+    if typing.get_origin(kind) is typing.Literal:
+        return isinstance(value, str) and value in options
+    if typing.get_origin(kind) is tuple:
+        length = Ellipsis in options or (isinstance(value, tuple) and len(value) == len(options))
+        return isinstance(value, tuple) and length and all(_is_a(item, options[0]) for item in value)
+    if kind is float:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def check_fields(settings: Any) -> None:
+    """ConfigError unless every field of a dataclass holds its declared type, numbers finite. Lists become tuples, and
+    NumPy's numbers Python's, which JSON takes."""
+    for name, kind in field_types(type(settings)).items():
+        given = getattr(settings, name)
+        value = tuple(given) if isinstance(given, list) else given.item() if isinstance(given, np.generic) else given
+        if not _is_a(value, kind):
+            raise ConfigError(f"{name} must be {in_words(kind)}, got {given!r}")
+        object.__setattr__(settings, name, value)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, check_fields
 from afd_fast.reference.flow import shift_sigma
 from afd_fast.reference.transformer import split_blocks
 from afd_fast.students.lora import merged_lora
@@ -57,12 +57,13 @@ class RolloutConfig:
     graphs: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_steps("steps", self.steps)
         if self.first_chunk_steps is not None:
             _check_steps("first_chunk_steps", self.first_chunk_steps)
         if not 0 <= self.context_noise <= 1000:
             raise ConfigError(f"context_noise must lie in 0..1000, got {self.context_noise}")
-        if not 0 < self.shift < float("inf"):
+        if self.shift <= 0:
             raise ConfigError(f"shift must be a positive number, got {self.shift}")
         if self.chunk < 1:
             raise ConfigError(f"chunk must be at least 1, got {self.chunk}")

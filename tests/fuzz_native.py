@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "-std=c++17 -O1 -g -march=native -ffp-contract=off -fopenmp -fPIC -shared -fno-omit-frame-pointer -Wno-psabi"
@@ -139,12 +139,17 @@ class Case:
         return make() if self.rng.random() < chance else None
 
     def recipe(self):
-        from afd_fast.reference.recipes import _CHOICES, RECIPES, NFTRecipe
+        from afd_fast.errors import field_types
+        from afd_fast.reference.recipes import RECIPES, NFTRecipe
 
         rng = self.rng
         if rng.random() < 0.4:
             return RECIPES[rng.choice(list(RECIPES))]
-        chosen = {name: rng.choice(get_args(choices)) for name, choices in _CHOICES.items()}
+        chosen = {
+            name: rng.choice(get_args(kind))
+            for name, kind in field_types(NFTRecipe).items()
+            if get_origin(kind) is Literal
+        }
         return NFTRecipe(
             **chosen, beta=rng.choice([0.1, 1.0, 3.0]), ref_coef=rng.choice([0.0, 1e-4, 0.5]),
             weight_floor=rng.choice([1e-5, 0.7]), divide_by_beta=rng.random() < 0.5,

@@ -189,7 +189,7 @@ def test_bad_input(change, error, message):
 
 
 @pytest.mark.parametrize("overrides,message", [
-    ({"betta": 1.0}, "did you mean 'beta'"), ({"beta": 0.0}, "beta must be positive"), ({"space": "x"}, "space must be one of"),
+    ({"betta": 1.0}, "did you mean 'beta'"), ({"beta": 0.0}, "beta must be positive"), ({"space": "x"}, 'space must be "v" or "x0"'),
     ({"adv_clip": (1, 5)}, "adv_clip must span zero"), ({"ref_coef": -1.0}, "ref_coef"),
     ({"beta": math.nan}, "beta"), ({"beta": math.inf}, "beta"), ({"ref_coef": math.nan}, "ref_coef"),
     ({"weight_floor": math.nan}, "weight_floor"), ({"adv_clip": math.inf}, "adv_clip"), ({"adv_clip": math.nan}, "adv_clip"),

@@ -37,7 +37,7 @@ class DiscriminatorConfig(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.lr < float("inf"):
+        if self.lr < 0:
             raise ConfigError(f"lr must be at least 0, got {self.lr}")
         if self.steps < 1:
             raise ConfigError(f"steps must be at least 1, got {self.steps}")

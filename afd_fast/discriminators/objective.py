@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, check_fields
 from afd_fast.reference.adversarial import bt_loss, centring_penalty, gan_loss
 
 
@@ -32,16 +32,15 @@ class Objective:
     instance_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.loss not in ("bt", "gan"):
-            raise ConfigError(f'loss must be "bt" or "gan", got {self.loss!r}')
+        check_fields(self)
         if not 0 <= self.smoothing < 0.5:
             raise ConfigError(f"smoothing must be in [0, 0.5), got {self.smoothing}")
         if self.smoothing and self.loss == "gan":
             raise ConfigError('smoothing belongs to loss="bt"')
         for name in ("centring", "r1", "instance_noise"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 < self.r1_sigma < float("inf"):
+        if self.r1_sigma <= 0:
             raise ConfigError(f"r1_sigma must be positive, got {self.r1_sigma}")
 
     def __call__(self, score_teacher: Tensor, score_student: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ Sources and commits of the public trainers: docs/nft.md, CHANGELOG.md.
 
 import functools
 import json
-import math
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Literal, TypedDict, get_args
+from typing import Literal, TypedDict
 
 from typing_extensions import Unpack
+
+from afd_fast.errors import check_fields
 
 RecipeName = Literal[
     "afd", "astrolabe", "diffusionnft", "cosmos_rl", "fastvideo", "verl_omni", "flow_factory", "edit_r1", "gardo", "unirl"
@@ -22,11 +23,6 @@ Reduction = Literal["mean", "sum"]
 RefWeight = Literal["r", "uniform"]
 RefEmpty = Literal["all", "zero"]
 AdvClip = float | tuple[float, float]  # c for (-c, c), or (low, high)
-
-_CHOICES = {
-    "space": Space, "weighting": Weighting, "scale": Scale, "sample_reduction": Reduction, "batch_reduction": Reduction,
-    "ref_space": Space, "ref_weight": RefWeight, "ref_empty": RefEmpty,
-}  # fmt: skip
 
 
 def clip_range(clip: AdvClip) -> tuple[float, float]:
@@ -74,15 +70,13 @@ class NFTRecipe:
     key: str = field(init=False, repr=False, compare=False)  # the recipe as text, which an operator's schema can carry
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
-        if not 0 < self.beta < math.inf:
+        check_fields(self)
+        if self.beta <= 0:
             raise ValueError(f"beta must be positive, got {self.beta}: at 0 the loss has no gradient")
-        if not (0 <= self.ref_coef < math.inf and 0 < self.weight_floor < math.inf):
+        if self.ref_coef < 0 or self.weight_floor <= 0:
             raise ValueError(f"ref_coef >= 0 and weight_floor > 0 are needed, got {self.ref_coef}, {self.weight_floor}")
         low, high = self.clip_range
-        if not -math.inf < low < 0 < high < math.inf:
+        if not low < 0 < high:
             raise ValueError(f"adv_clip must span zero, got {self.adv_clip}")
         constants = {name: getattr(self, name) for name in _NAMES} | {"factor": self.factor}
         object.__setattr__(self, "key", json.dumps(constants))  # made here, so that a compiled graph only reads it

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, check_fields
 from afd_fast.video_io import VideoFormat
 
 Context = Any  # what a family's text encoder returns for B prompts: a tensor [B, ...] or a list of B tensors
@@ -236,6 +236,7 @@ class StudentConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("frames", "height", "width"):
             value = getattr(self, name)
             if value is not None and value < 1:
