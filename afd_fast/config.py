@@ -9,20 +9,13 @@ from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, cast
 
 from afd_fast.discriminators.config import DiscriminatorConfig
-from afd_fast.errors import ConfigError, check_fields, field_types, in_words
+from afd_fast.errors import ConfigError, check_at_least, check_fields, field_types, in_words
 from afd_fast.reference.nft import NFTRecipe, RecipeName, nft_recipe
 from afd_fast.rollout import RolloutConfig
 from afd_fast.students.student import StudentConfig, entry
 
 # method -> whether it uses a discriminator; training.methods registers more
 METHOD_NAMES: dict[str, bool] = {"afd": True, "sft": False, "gan": True, "dmd": True, "rejection": True}
-
-
-def _at_least(config: Any, minimum: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise ConfigError(f"{name} must be at least {minimum}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -56,8 +49,8 @@ class UpdateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _at_least(self, 1, "ref_every", "batch")
-        _at_least(self, 0, "lr", "weight_decay")
+        check_at_least(self, 1, "ref_every", "batch")
+        check_at_least(self, 0, "lr", "weight_decay")
         if not 0 < self.grad_norm:
             raise ConfigError(f"grad_norm must be positive, got {self.grad_norm}")
         if not 0 <= self.ema < 1:
@@ -79,7 +72,7 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _at_least(self, 1, "frames", "active_clips")
+        check_at_least(self, 1, "frames", "active_clips")
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _at_least(self, 1, "every", "rollouts", "batch")
+        check_at_least(self, 1, "every", "rollouts", "batch")
 
 
 @dataclass(frozen=True)
@@ -146,8 +139,8 @@ class TrainConfig:
         check_fields(self)
         if self.method not in METHOD_NAMES:
             raise ConfigError(f"method must be {' or '.join(METHOD_NAMES)}, got {self.method!r}")
-        _at_least(self, 1, "iterations", "teacher_clips", "prompts_per_step", "shards", "checkpoint_every")
-        _at_least(self, 0, "seed")
+        check_at_least(self, 1, "iterations", "teacher_clips", "prompts_per_step", "shards", "checkpoint_every")
+        check_at_least(self, 0, "seed")
         if self.rollouts_per_prompt < 2:
             raise ConfigError("rollouts_per_prompt must be at least 2: a single rollout has advantage 0")
         if self.prompts_per_step % self.shards:

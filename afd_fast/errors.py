@@ -103,3 +103,11 @@ def check_fields(settings: Any) -> None:
         if not _is_a(value, kind):
             raise ConfigError(f"{name} must be {in_words(kind)}, got {given!r}")
         object.__setattr__(settings, name, value)
+
+
+def check_at_least(settings: Any, minimum: float, *names: str) -> None:
+    """ConfigError for a field below the minimum; None is no number."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < minimum:
+            raise ConfigError(f"{name} must be at least {minimum}, got {value}")

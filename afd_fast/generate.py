@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, check_at_least, check_fields
 from afd_fast.rollout import RolloutConfig, stream
 from afd_fast.students.wan.family import Networks
 from afd_fast.students.wan.model import CausalWan
@@ -101,10 +101,9 @@ class GenerateOptions:
     batch: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.fps > 0:
+        check_fields(self)
+        check_at_least(self, 1, "frames", "height", "width", "batch")
+        if self.fps <= 0:
             raise ConfigError(f"fps must be positive, got {self.fps}")
 
 

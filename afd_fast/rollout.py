@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from afd_fast.errors import ConfigError, check_fields
+from afd_fast.errors import ConfigError, check_at_least, check_fields
 from afd_fast.reference.flow import shift_sigma
 from afd_fast.reference.transformer import split_blocks
 from afd_fast.students.lora import merged_lora
@@ -65,8 +65,7 @@ class RolloutConfig:
             raise ConfigError(f"context_noise must lie in 0..1000, got {self.context_noise}")
         if self.shift <= 0:
             raise ConfigError(f"shift must be a positive number, got {self.shift}")
-        if self.chunk < 1:
-            raise ConfigError(f"chunk must be at least 1, got {self.chunk}")
+        check_at_least(self, 1, "chunk")
         if self.window is None and self.sink:
             raise ConfigError(f"sink={self.sink} needs a window larger than it: set window")
         if self.window is not None and not 0 <= self.sink < self.window:

@@ -8,7 +8,7 @@ import torch
 
 from afd_fast.discriminators.discriminator import Discriminator, check_discriminator
 from afd_fast.discriminators.objective import Objective
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, check_at_least
 from afd_fast.video_io import VideoFormat
 
 
@@ -37,12 +37,8 @@ class DiscriminatorConfig(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lr < 0:
-            raise ConfigError(f"lr must be at least 0, got {self.lr}")
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}")
-        if self.warmup < 0:
-            raise ConfigError(f"warmup must be at least 0, got {self.warmup}")
+        check_at_least(self, 0, "lr", "warmup")
+        check_at_least(self, 1, "steps")
         if self.device is not None:
             try:
                 torch.device(self.device)
@@ -50,11 +46,9 @@ class DiscriminatorConfig(Objective):
                 raise ConfigError(f"device must be one of PyTorch's, such as cuda:1, got {self.device!r}") from None
         used = entry(self.name).keys
         for name in ("width", "lora_rank"):
-            value = getattr(self, name)
-            if value is not None and name not in used:
+            if getattr(self, name) is not None and name not in used:
                 raise ConfigError(f"{name} has no meaning for the discriminator {self.name!r}: leave it out")
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+        check_at_least(self, 1, "width", "lora_rank")
 
     @property
     def objective(self) -> Objective:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from afd_fast.errors import ConfigError, check_fields
+from afd_fast.errors import ConfigError, check_at_least, check_fields
 from afd_fast.reference.adversarial import bt_loss, centring_penalty, gan_loss
 
 
@@ -37,9 +37,7 @@ class Objective:
             raise ConfigError(f"smoothing must be in [0, 0.5), got {self.smoothing}")
         if self.smoothing and self.loss == "gan":
             raise ConfigError('smoothing belongs to loss="bt"')
-        for name in ("centring", "r1", "instance_noise"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_at_least(self, 0, "centring", "r1", "instance_noise")
         if self.r1_sigma <= 0:
             raise ConfigError(f"r1_sigma must be positive, got {self.r1_sigma}")
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from afd_fast.errors import ConfigError, check_fields
+from afd_fast.errors import ConfigError, check_at_least, check_fields
 from afd_fast.video_io import VideoFormat
 
 Context = Any  # what a family's text encoder returns for B prompts: a tensor [B, ...] or a list of B tensors
@@ -237,12 +237,8 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("frames", "height", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
-        if self.lora_rank < 0:
-            raise ConfigError(f"lora_rank must be at least 0, got {self.lora_rank}")
+        check_at_least(self, 1, "frames", "height", "width")
+        check_at_least(self, 0, "lora_rank")
         unused = [f.name for f in fields(self) if f.name not in ("name", "lora_rank", *entry(self.name).keys)]
         for name in unused:
             if getattr(self, name) != getattr(StudentConfig, name):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afd_fast.errors import ConfigError, check_at_least, check_fields, field_types
 from afd_fast.students.student import ShardPlan, StudentModule
 from afd_fast.students.toy.text import PromptEmbedding
 
@@ -36,6 +37,13 @@ class ToyConfig:
     layers: int = 4
     hidden: int = 256
     text_len: int = 12
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_at_least(self, 1, *field_types(type(self)))
+        for whole, part in (("frames", "chunk"), ("height", "patch"), ("width", "patch"), ("dim", "heads")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ConfigError(f"{whole} must be a multiple of {part}, got {self}")
 
 
 def encode_video(video: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 
+from afd_fast.errors import ConfigError, check_at_least, check_fields, field_types
 from afd_fast.ops import transformer as ops
 from afd_fast.ops.attention import attention
 from afd_fast.students.wan.cache import KeysValues
@@ -36,8 +37,12 @@ class CausalWanConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_at_least(self, 1, *(name for name in field_types(type(self)) if name != "eps"))
+        if self.eps <= 0:
+            raise ConfigError(f"eps must be positive, got {self.eps}")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.freq_dim % 2:
-            raise ValueError(f"got {self}; dim / num_heads and freq_dim must be even integers")
+            raise ConfigError(f"got {self}; dim / num_heads and freq_dim must be even integers")
 
     @classmethod
     def wan_1_3b(cls) -> "CausalWanConfig":

@@ -1,0 +1,193 @@
+"""Bad values for everything public: each must raise one clear error, from this library, that names what is wrong.
+
+The cases are made from the signatures and dataclasses themselves, so a new field or argument is tried without a new test.
+"""
+
+import math
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import afd_fast
+from afd_fast.config import TrainConfig, keys, with_overrides
+from afd_fast.errors import field_types
+from afd_fast.generate import GenerateOptions
+from afd_fast.students import CausalWanConfig
+from afd_fast.students.toy.model import ToyConfig
+from afd_fast.training import runs
+
+ROOT = Path(__file__).parent.parent
+HERE = [str(ROOT / "afd_fast"), str(ROOT / "kernels")]
+
+
+class Case(NamedTuple):
+    """A call that must fail with an error that holds `name`."""
+
+    name: str
+    call: Callable[[], Any]
+    value: Any
+
+    def __str__(self) -> str:
+        shown = (
+            f"{type(self.value).__name__}{tuple(self.value.shape)}"
+            if hasattr(self.value, "shape")
+            else repr(self.value)
+        )
+        return f"{self.name}={shown[:40]}"
+
+
+def fault_of(case: Case) -> str:
+    """What is wrong with how the call fails; empty where nothing is."""
+    try:
+        case.call()
+    except (ValueError, TypeError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        text = str(error)
+        if not where.startswith(tuple(HERE)):
+            return f"raised by {where}: {text}"
+        if case.name.rpartition(".")[2] not in text or "\n" in text:
+            return f"not one line that names it: {text}"
+        return ""
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def options(kind: Any) -> tuple[Any, ...]:
+    """The alternatives of a type."""
+    union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if union else (kind,)
+
+
+NEVER = [{}, b"x", object, 1j]  # no setting has such a value
+
+
+def bad_values(kind: Any) -> Iterator[Any]:
+    """Values that no field of this type may have."""
+    kinds = options(kind)
+    yield from NEVER
+    if types.NoneType not in kinds:
+        yield None
+    if int in kinds or float in kinds:
+        yield from (math.nan, math.inf, -math.inf, -1, np.float32("nan"))
+    if int in kinds:
+        yield from (0.5, 1e300)
+    if bool not in kinds and (int in kinds or float in kinds):
+        yield True
+    if str not in kinds:
+        yield from ("nonesuch", "", "3")
+    if bool in kinds:
+        yield from (1, 0, "true")
+    if any(typing.get_origin(k) is tuple for k in kinds):
+        yield from ((), (math.nan,), ("a",), (1, math.inf), [None], (-1, -2))
+    if str in kinds or any(typing.get_origin(k) is typing.Literal for k in kinds):
+        yield from (3, 1.5, ("a",))
+
+
+SETTINGS = [
+    TrainConfig(), *(getattr(TrainConfig(), f.name) for f in fields(TrainConfig) if is_dataclass(getattr(TrainConfig(), f.name))),
+    afd_fast.nft_recipe("afd"), GenerateOptions(), CausalWanConfig.tiny(), ToyConfig(),
+]  # fmt: skip
+ALLOWED = {("name", "")}  # (field, value) that look bad and are not
+
+
+def settings() -> Iterator[Case]:
+    for part in SETTINGS:
+        for name, kind in field_types(type(part)).items():
+            for value in bad_values(kind):
+                yield Case(name, partial(replace, part, **{name: value}), value)
+
+
+TEXTS = ["nan", "inf", "-inf", "-1", "", "abc", "1e999", "1,2,x", "none", "true", "0x10"]
+
+
+def overrides() -> Iterator[Case]:
+    """`key=text` for every key and text that its type does not allow."""
+    for config in (runs.get("demo"), runs.get("afd_table3")):
+        for key in keys(config):
+            kinds = options(key.kind)
+            if str in kinds:
+                continue
+            for text in TEXTS:
+                if (text == "none" and types.NoneType in kinds) or (text == "true" and bool in kinds):
+                    continue
+                yield Case(key.name, partial(with_overrides, config, [f"{key.name}={text}"]), text)
+
+
+def arguments() -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+    x = lambda: torch.randn(3, 2, 4, generator=g)
+    return {"v": x(), "x0": x(), "r": torch.rand(3, generator=g), "t": torch.rand(3, generator=g), "noise": x()}
+
+
+def tensors() -> Iterator[Case]:
+    """Every tensor argument of the loss and of forward_noise as another type, shape, dtype and device."""
+    like = torch.zeros(3, 2, 4)
+    wrong = {
+        "sample": [1.0, "x", [1.0], like.numpy(), like.int(), like[:2], like[..., :3], like[None], like.to("meta"), like + 0j],
+        "row": ["x", [1.0], like[:, 0, 0].numpy(), torch.zeros(2), torch.zeros(3, 1), torch.zeros(3, device="meta"),
+                torch.zeros(3).int(), torch.full((3,), math.nan), torch.full((3,), 1.5), torch.full((3,), -0.1), torch.zeros(3) + 0j],
+        "level": ["x", {}, torch.zeros(2), torch.zeros(3, 2), torch.full((3,), math.nan), torch.full((3,), 1.1), -0.1, 2.0,
+                  math.nan, torch.zeros(3, 2, 5), torch.zeros(3) + 0j],
+        "mask": ["x", 3, [True] * 3, torch.ones(2) > 0, torch.ones(3, 1) > 0, (torch.ones(3) > 0).to("meta")],
+        "elements": ["x", 3, torch.ones(2, 2, 4) > 0, torch.ones(3, 2, 5) > 0, torch.ones(3) > 0, like, (like > 0).to("meta")],
+        "seed": ["x", 1.5, True, like, None],
+        "offsets": ["x", [0, 3], torch.tensor([0.0, 3.0]), torch.tensor([0, 2]), torch.tensor([1, 3]), torch.tensor([0, 4]),
+                    torch.tensor([3]), torch.tensor([[0, 3]]), torch.tensor([0, 2, 1, 3]), torch.tensor([0, -1, 3])],
+        "recipe": ["x", "", None, 3, {}],
+        "axis": ["x", 1.5, 0, 7, -9],
+        "out": ["x", like[:2], like.double(), like.to("meta"), like.int(), like.clone().requires_grad_()],
+    }  # fmt: skip
+    loss = {"v": "sample", "x0": "sample", "r": "row", "t": "level", "noise": "sample", "x_t": "sample", "v_old": "sample",
+            "v_ref": "sample", "sigma": "level", "sample_mask": "mask", "ref_mask": "mask", "element_mask": "elements",
+            "seed": "seed", "cu_seqlens": "offsets", "recipe": "recipe", "frame_dim": "axis", "out": "out"}  # fmt: skip
+    unread = {"sigma": [-0.1, 2.0], "x_t": [], "frame_dim": []}  # sigma's range is the scheduler's
+    for name, kind in loss.items():
+        for value in wrong[kind]:
+            given = arguments()
+            if name in ("seed", "x_t"):
+                del given["noise"]
+            if name == "frame_dim":
+                given["t"] = torch.rand(3, 2)
+            if name == "cu_seqlens":
+                given["r"], given["t"] = torch.rand(1), 0.5
+            if any(value is x for x in unread.get(name, ())):
+                continue
+            space = "astrolabe" if name in ("sigma", "x_t") else "afd"
+            call = partial(afd_fast.nft_loss, **{"recipe": space} | given | {name: value})
+            yield Case({"seed": "seed" if value is not None else "noise"}.get(name, name), call, value)
+    for name, kind in {"x0": "sample", "t": "level", "noise": "sample", "seed": "seed"}.items():
+        for value in wrong[kind]:
+            given = {k: x for k, x in arguments().items() if k in ("x0", "t", "noise")}
+            if name == "seed":
+                del given["noise"]
+            yield Case(name, partial(afd_fast.forward_noise, **given | {name: value}), value)
+
+
+def scores() -> Iterator[Case]:
+    bad = ["x", [1.0], torch.zeros(2, 2), torch.zeros(3).int(), np.zeros(3), torch.zeros(0)]
+    for value in bad:
+        yield Case("score", partial(afd_fast.bt_loss, value, torch.zeros(3)), value)
+        yield Case("score", partial(afd_fast.bt_loss, torch.zeros(3), value), value)
+    for value in (-0.1, 0.5, math.nan, "x"):
+        yield Case("smoothing", partial(afd_fast.bt_loss, torch.zeros(3), torch.zeros(3), smoothing=value), value)
+    for value in ("x", None, torch.zeros(2, 2), torch.tensor([math.nan, 0.0])):
+        yield Case("advantage", partial(afd_fast.reward_to_r, value), value)
+    for value in (0, -1.0, math.nan, math.inf, "x", (1, 2), (1, 2, 3)):
+        yield Case("adv_clip", partial(afd_fast.reward_to_r, torch.zeros(3), adv_clip=value), value)
+
+
+@pytest.mark.parametrize("cases", [settings, overrides, tensors, scores])
+def test_every_bad_value_is_refused(cases):
+    tried = list(cases())
+    faults = [f"{case}: {fault}" for case in tried if (fault := fault_of(case))]
+    assert not faults, f"{len(faults)} of {len(tried)}\n" + "\n".join(faults)
