@@ -95,7 +95,7 @@ def test_forward_noise_layouts_and_gradient():
     ({"x0": torch.ones(())}, ValueError, "batch axis"),
     ({"seed": 1}, ValueError, "exactly one"), ({"noise": None}, ValueError, "exactly one"),
     ({"noise": None, "seed": 0.5}, TypeError, "integer"), ({"noise": torch.ones(2, 4)}, ValueError, "x0's shape"),
-    ({"noise": torch.ones(2, 3, dtype=torch.long)}, TypeError, "floating point"),
+    ({"noise": torch.ones(2, 3, dtype=torch.long)}, TypeError, "floating-point"),
     ({"noise": torch.ones(2, 3, device="meta")}, ValueError, "noise is on meta"),
     ({"t": 1.1}, ValueError, "divide network timesteps by 1000"), ({"t": torch.tensor([0.1, float("nan")])}, ValueError, "t must lie"),
     ({"t": torch.rand(3)}, ValueError, "3 values for a batch of 2"), ({"t": torch.rand(2, 2), "frame_dim": 1}, ValueError, "frame_dim"),

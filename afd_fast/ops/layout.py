@@ -11,7 +11,7 @@ import torch
 from afd_kernels.layout import rows_contiguous
 from torch import Tensor
 
-from afd_fast.reference.flow import expand_t
+from afd_fast.reference.flow import check_frame_dim, check_level, expand_t
 
 
 def memory_order(x: Tensor) -> list[int] | None:
@@ -34,17 +34,21 @@ class FrameTable(NamedTuple):
         return self.t.repeat_interleave(self.inner, 1).repeat(1, count // (self.t.shape[1] * self.inner))
 
 
-def frame_table(t: Tensor | float, like: Tensor, frame_dim: int | None, order: list[int] | None) -> FrameTable:
+def frame_table(
+    t: Tensor | float, like: Tensor, frame_dim: int | None, order: list[int] | None, name: str = "t"
+) -> FrameTable:
     """The table of t for `like` walked in `order`, in like's dtype or float32, whichever is wider.
 
     F is 1 for one level per sample; a t that varies along several axes becomes one value per element.
     """
     batch = like.shape[0]
     count = like[0].numel() if batch else 0
+    check_level(name, t)
+    check_frame_dim(frame_dim, like.ndim)
     if not isinstance(t, Tensor):
         full = like.new_full((batch, 1), float(t), dtype=torch.promote_types(like.dtype, torch.float32))
         return FrameTable(full, max(count, 1))
-    t = expand_t(t, like, frame_dim)
+    t = expand_t(t, like, frame_dim, name)
     if t.ndim == 0:
         return FrameTable(t.expand(batch, 1).contiguous(), max(count, 1))
     if order is not None:
@@ -94,6 +98,6 @@ def noise_levels(t: Tensor | float, sigma: Tensor | float | None, walk: Walk) ->
     table = frame_table(t, walk.v, walk.frame_dim, walk.order)
     if sigma is None:
         return table, None
-    other = frame_table(sigma, walk.v, walk.frame_dim, walk.order)
+    other = frame_table(sigma, walk.v, walk.frame_dim, walk.order, "sigma")
     table, other = same_table(table, other, walk.v[0].numel() if len(walk.v) else 0)
     return table, other.t

@@ -23,7 +23,7 @@ from afd_fast.ops.inputs import SCHEMA, Inputs
 from afd_fast.ops.layout import Walk, memory_order, noise_levels
 from afd_fast.ops.noise import wrap_seed
 from afd_fast.reference import nft as reference
-from afd_fast.reference.flow import check_t
+from afd_fast.reference.flow import check_sigma, check_t
 from afd_fast.reference.nft import NFTInputs, NFTStats
 from afd_fast.reference.recipes import NFTRecipe, RecipeName, as_recipe, recipe_from_key
 from afd_fast.reference.transforms import under_func
@@ -322,6 +322,8 @@ def nft_loss(
         order = memory_order(v)
     levels, coefficients = noise_levels(t, sigma, Walk(v, frame_dim, order, cu_seqlens))
     check_t(levels.t)
+    if coefficients is not None:
+        check_sigma(coefficients)
     reference.check_target(levels.t, x_t, recipe)
     mask = None if element_mask is None else reference.expand_mask(element_mask, v)
     if order is not None:
@@ -360,6 +362,8 @@ def _check_out(out: Tensor | None, v: Tensor, inputs: tuple[Tensor | float | Non
         raise ValueError(
             "out= is for eager calls: torch.compile and torch.func plan their memory themselves. Leave it out"
         )
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor like v, got {type(out).__name__}")
     if out.shape != v.shape or out.dtype != v.dtype or out.device != v.device:
         raise ValueError(
             f"out must be like v: {tuple(v.shape)} {v.dtype} on {v.device}, got {tuple(out.shape)} {out.dtype}"

@@ -1,6 +1,7 @@
 """Rewards -> per-prompt advantages -> r in [0, 1] ("Global Std with Per-Prompt Tracking", AFD Table 3;
 DiffusionNFT `flow_grpo/stat_tracking.py` and `train_nft_sd3.py:910-929`)."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args, overload
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.reference.recipes import AdvClip, clip_range
+from afd_fast.reference.transforms import readable
 
 CreditMode = Literal["continuous", "positive_only", "negative_only", "one_only", "binary"]
 MODES: tuple[CreditMode, ...] = get_args(CreditMode)
@@ -29,13 +31,17 @@ def reward_to_r(
     (low, high): "continuous" leaves it; "positive_only" and "negative_only" drop the other sign; "one_only" gives 1 for
     A > 0, else 0; "binary" gives the sign. At clip 5, r of the last two lies in {0.5, 0.6} and {0.4, 0.5, 0.6}.
     """
+    if not isinstance(advantage, (Tensor, np.ndarray)):
+        raise TypeError(f"advantage must be a tensor or an array, got {type(advantage).__name__}")
     low, high = clip_range(clip)
-    if not low < 0 < high:
-        raise ValueError(f"clip must span zero, got {clip}")
+    if not -math.inf < low < 0 < high < math.inf:
+        raise ValueError(f"clip must span zero and be finite, got {clip}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     if isinstance(advantage, np.ndarray):
         return reward_to_r(torch.from_numpy(advantage.copy()), clip=clip, mode=mode).numpy()
+    if readable(advantage) and bool(advantage.isnan().any()):
+        raise ValueError("advantage has NaN: a reward is missing or not finite")
     a = advantage.clamp(low, high)
     if mode == "positive_only":
         a = a.clamp(min=0)

@@ -17,6 +17,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _margin(score_teacher: Tensor, score_student: Tensor) -> Tensor:
+    for name, scores in (("score_teacher", score_teacher), ("score_student", score_student)):
+        if not isinstance(scores, Tensor) or not scores.is_floating_point() or not scores.numel():
+            kind = type(scores).__name__ if not isinstance(scores, Tensor) else f"{scores.dtype} {tuple(scores.shape)}"
+            raise ValueError(f"{name} must be a floating-point tensor [B] of at least one score, got {kind}")
     if score_teacher.shape != score_student.shape:
         raise ValueError(
             f"scores are paired by prompt: shapes {tuple(score_teacher.shape)} and {tuple(score_student.shape)} differ"
@@ -32,6 +36,8 @@ def bt_loss(score_teacher: Tensor, score_student: Tensor, *, smoothing: float = 
     so that pair_r stays in [s, 1 - s].
     Plain PyTorch: every derivative, torch.func and torch.compile work.
     """
+    if not isinstance(smoothing, (int, float)) or not 0 <= smoothing < 0.5:
+        raise ValueError(f"smoothing must be a number in [0, 0.5), got {smoothing!r}")
     m = _margin(score_teacher, score_student)
     loss = -F.logsigmoid(m)
     return (loss + smoothing * m if smoothing else loss).mean()  # logsigmoid(-m) = logsigmoid(m) - m

@@ -4,6 +4,8 @@ x_t = (1 - t) x0 + t eps, target velocity v* = eps - x0, so x0 = x_t - t v and e
 Legend: B samples, F frames.
 """
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -11,35 +13,54 @@ from afd_fast.reference.noise import normal_noise
 from afd_fast.reference.transforms import readable, within
 
 
-def expand_t(t: Tensor | float, like: Tensor, frame_dim: int | None = None) -> Tensor:
+def check_level(name: str, t: Tensor | float | None) -> None:
+    """TypeError unless t is a real number or tensor, or None."""
+    known = isinstance(t, (Tensor, numbers.Real, torch.SymFloat, type(None)))
+    if not known or (isinstance(t, Tensor) and t.is_complex()):
+        raise TypeError(f"{name} must be a number or a real tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+
+
+def check_frame_dim(frame_dim: int | None, ndim: int) -> None:
+    """TypeError or ValueError unless frame_dim is None or one of the axes after the batch's."""
+    if frame_dim is None:
+        return
+    if isinstance(frame_dim, bool) or not isinstance(frame_dim, int):
+        raise TypeError(f"frame_dim must be an integer, got {type(frame_dim).__name__}")
+    if not -ndim < frame_dim < ndim or not frame_dim:
+        raise ValueError(f"frame_dim must be an axis after the batch's, 1 .. {ndim - 1}, got {frame_dim}")
+
+
+def expand_t(t: Tensor | float, like: Tensor, frame_dim: int | None = None, name: str = "t") -> Tensor:
     """Broadcast t (a number, [B], [B, F] with `frame_dim`, or already like.ndim axes) against `like`.
 
-    frame_dim: the axis of `like` that t's second axis runs over (2 for [B, C, F, H, W]).
-    Half-precision tensors are noised with t in float32. Raises ValueError on any other shape.
+    frame_dim: the axis of `like` that t's second axis runs over (2 for [B, C, F, H, W]). name: of t in errors.
+    Half-precision tensors are noised with t in float32. Raises ValueError on any other shape, TypeError for no number.
     """
+    check_level(name, t)
+    check_frame_dim(frame_dim, like.ndim)
     t = torch.as_tensor(t, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     batch = like.shape[0] if like.ndim else 1
     if t.ndim == 0:
         return t
     if t.ndim == like.ndim and t.ndim > 1 and frame_dim is None:
         if any(a not in (1, b) for a, b in zip(t.shape, like.shape)):
-            raise ValueError(f"t of shape {tuple(t.shape)} does not broadcast against {tuple(like.shape)}")
+            raise ValueError(f"{name} of shape {tuple(t.shape)} does not broadcast against {tuple(like.shape)}")
         return t
     if t.ndim == 1:
         if t.shape[0] not in (1, batch):
-            raise ValueError(f"t has {t.shape[0]} values for a batch of {batch}")
+            raise ValueError(f"{name} has {t.shape[0]} values for a batch of {batch}")
         return t.view(-1, *[1] * (like.ndim - 1))
     if t.ndim == 2 and frame_dim is not None:
         axis = frame_dim % like.ndim
         if tuple(t.shape) != (batch, like.shape[axis]):
             raise ValueError(
-                f"t must be [batch, frames] = {(batch, like.shape[axis])} for frame_dim={frame_dim}, got {tuple(t.shape)}"
+                f"{name} must be [batch, frames] = {(batch, like.shape[axis])} for frame_dim={frame_dim}, got {tuple(t.shape)}"
             )
         shape = [1] * like.ndim
         shape[0], shape[axis] = t.shape
         return t.view(shape)
     raise ValueError(
-        f"t of shape {tuple(t.shape)} does not fit {tuple(like.shape)}: give a number, [B], or [B, F] with frame_dim="
+        f"{name} of shape {tuple(t.shape)} does not fit {tuple(like.shape)}: give a number, [B], or [B, F] with frame_dim="
     )
 
 
@@ -47,6 +68,12 @@ def check_t(t: Tensor) -> None:
     """ValueError when any t lies outside [0, 1]; no check where values cannot be read (a GPU, a trace, vmap)."""
     if readable(t) and not within(t, 0, 1):
         raise ValueError(f"t must lie in [0, 1] (divide network timesteps by 1000), got {t.min():g} .. {t.max():g}")
+
+
+def check_sigma(sigma: Tensor) -> None:
+    """ValueError for a sigma that is negative or not finite; no check where values cannot be read."""
+    if readable(sigma) and not within(sigma, 0, torch.finfo(sigma.dtype).max):
+        raise ValueError(f"sigma must be finite and at least 0, got {sigma.min():g} .. {sigma.max():g}")
 
 
 def check_noise(x0: Tensor, noise: Tensor | None, seed: int | None) -> None:
@@ -57,8 +84,8 @@ def check_noise(x0: Tensor, noise: Tensor | None, seed: int | None) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
         return
-    if not noise.is_floating_point():
-        raise TypeError(f"noise must be floating point, got {noise.dtype}")
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        raise TypeError(f"noise must be a floating-point tensor, got {getattr(noise, 'dtype', type(noise).__name__)}")
     if noise.shape != x0.shape:
         raise ValueError(f"noise must have x0's shape {tuple(x0.shape)}, got {tuple(noise.shape)}")
     if noise.device != x0.device:

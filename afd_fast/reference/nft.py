@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from afd_fast.reference.flow import check_t, expand_t, resolve_noise
+from afd_fast.reference.flow import check_level, check_sigma, check_t, expand_t, resolve_noise
 from afd_fast.reference.recipes import (
     RECIPES,
     NFTRecipe,
@@ -139,8 +139,8 @@ def check_nft(v: Tensor, x0: Tensor, r: Tensor, inputs: NFTInputs) -> None:
             f"r must be [B] = ({batch},), got {tuple(r.shape)}: a [B, 1] r broadcasts to [B, B] and loses the credit"
         )
     for name, x in (("r", r), ("sample_mask", inputs.get("sample_mask")), ("ref_mask", inputs.get("ref_mask"))):
-        if x is not None and x.shape != r.shape:
-            raise ValueError(f"{name} must be [B] = ({batch},), got {tuple(x.shape)}")
+        if x is not None and (not isinstance(x, Tensor) or x.shape != r.shape):
+            raise ValueError(f"{name} must be [B] = ({batch},), got {getattr(x, 'shape', type(x).__name__)}")
         if x is not None and x.device != v.device:
             raise ValueError(f"{name} is on {x.device}, v on {v.device}")
     if readable(r) and not within(r, 0, 1):
@@ -232,7 +232,10 @@ def prepare(v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, recipe: NFTReci
     check_t(t)
     t = t.to(work)
     check_target(t, source.x_t, recipe)
-    coefficient = t if sigma is None else expand_t(sigma, x0, frame_dim).to(work)
+    coefficient = t
+    if sigma is not None:
+        coefficient = expand_t(sigma, x0, frame_dim, "sigma").to(work)
+        check_sigma(coefficient)
     target = _target(x0, t, source, recipe)
     v_old, v_ref = inputs.get("v_old"), inputs.get("v_ref")
     wide, clean, old = v.to(work), x0.to(work), (v if v_old is None else v_old).detach().to(work)
@@ -253,6 +256,8 @@ def prepare(v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, recipe: NFTReci
 
 def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
     """element_mask as a boolean view of like's shape."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"element_mask must be a tensor, got {type(mask).__name__}")
     if mask.device != like.device:
         raise ValueError(f"element_mask is on {mask.device}, v on {like.device}")
     if mask.ndim != like.ndim or any(a not in (1, b) for a, b in zip(mask.shape, like.shape)):
@@ -272,6 +277,7 @@ def check_packed(
         )
     batch = len(cu_seqlens) - 1
     for name, x in (("t", t), ("sigma", sigma)):
+        check_level(name, x)
         if isinstance(x, Tensor) and x.ndim and x.shape != (batch,):
             raise ValueError(f"{name} must be a number or [B] = ({batch},) with cu_seqlens=, got {tuple(x.shape)}")
 

@@ -29,6 +29,8 @@ def clip_range(clip: AdvClip) -> tuple[float, float]:
     """(low, high) of a clip of advantages."""
     if isinstance(clip, (int, float)):
         return -clip, clip
+    if not isinstance(clip, (tuple, list)) or len(clip) != 2:
+        raise ValueError(f"clip must be a number or (low, high), got {clip!r}")
     low, high = clip
     return low, high
 
@@ -152,6 +154,8 @@ def nft_recipe(name: RecipeName, **overrides: Unpack[RecipeFields]) -> NFTRecipe
 
 def as_recipe(recipe: RecipeName | NFTRecipe) -> NFTRecipe:
     """The recipe itself, or the one of that name."""
+    if not isinstance(recipe, (str, NFTRecipe)):
+        raise TypeError(f"recipe must be a name or an NFTRecipe, got {type(recipe).__name__}")
     return nft_recipe(recipe) if isinstance(recipe, str) else recipe
 
 

@@ -41,7 +41,7 @@ class ToyConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_at_least(self, 1, *field_types(type(self)))
-        for whole, part in (("frames", "chunk"), ("height", "patch"), ("width", "patch"), ("dim", "heads")):
+        for whole, part in (("height", "patch"), ("width", "patch"), ("dim", "heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ConfigError(f"{whole} must be a multiple of {part}, got {self}")
 
