@@ -150,3 +150,29 @@ def test_forked_rollouts_equal_separate_ones():
     expected = model(x, t, text, cache=separate, start_frame=3)
     assert (out - expected).abs().max() < 1e-12 and (read_only - expected).abs().max() < 1e-12
     assert cache.slot_frames[3] is None and cache.batch == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [None, (1, 2)])
+def test_a_failed_forward_leaves_its_frames_unheld(blocks):
+    """The frames that a forward was writing when it failed are not there, whether they were before or not."""
+    torch.manual_seed(0)
+    model = CausalWan(CausalWanConfig.tiny())
+    text = model.encode_text(torch.randn(1, 12, 24))
+    x, t = torch.randn(1, 16, 3, 4, 6), torch.full((1, 3), 625.0)
+    cache = model.new_cache(1, 9, 4, 6)
+    model(x, t, text, cache=cache)
+    model(x, t, text, cache=cache, start_frame=3)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for start in (6, 3):  # new frames, and frames written again
+        failing = model.blocks[-1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(x, t, text, cache=cache, start_frame=start, blocks=blocks)
+        failing.remove()
+        with pytest.raises(ValueError, match=f"does not hold frame {start}"):
+            model(x[:, :, :1], t[:, :1], text, cache=cache, start_frame=start + 2)
+        model(x, t, text, cache=cache, start_frame=start, blocks=blocks)
+        assert cache.slot_frames[: start + 3] == list(range(start + 3))

@@ -123,6 +123,13 @@ class Cached(_Roped):
         for start, end in blocks:  # each block attends to what the earlier ones will have written
             history = cache.history(start, end)
             self.steps.append(_Step(start, end, history, cache.mark(start, end) if write else 0))
+        if write:
+            cache.withhold(self.first, self.steps[-1].end)
+
+    def finish(self) -> None:
+        """Every layer is through: the cache holds the frames."""
+        if self.write:
+            self.cache.mark(self.first, self.steps[-1].end)
 
     def __call__(self, layer: int, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs, tokens = [], self.cache.tokens

@@ -138,6 +138,10 @@ class KVCache:
             self.slot_frames[self._slot(frame)] = frame
         return min(end, self.slots)
 
+    def withhold(self, start: int, end: int) -> None:
+        """Take frames [start, end) back: a forward is about to write them, and may fail before every layer has."""
+        self.slot_frames = [None if f is not None and start <= f < end else f for f in self.slot_frames]
+
     def writable(self, layer: int) -> KeysValues:
         """The layer's buffers [B, S * N, H, d] to write into; copied first if another cache shares them."""
         storage, repeat = self._layers[layer], self._repeats[layer]

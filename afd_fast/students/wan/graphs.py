@@ -147,7 +147,8 @@ class GraphedStudent:
             forward = partial(self.model, static, t, text, cache=cache, start_frame=start_frame)
             rope = self.model.rope(start_frame, end, cache.height, cache.width)
             self._graphs[key] = Recording(*self.recorder.record(forward), rope)
-        cache.mark(start_frame, end)  # and its bookkeeping
         recording = self._graphs[key]
+        cache.withhold(start_frame, end)
         recording.replay()
+        cache.mark(start_frame, end)  # and its bookkeeping
         return recording.out.clone()

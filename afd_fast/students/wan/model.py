@@ -188,11 +188,13 @@ class CausalWan(StudentModule):
             if blocks is not None or start_frame:
                 raise ValueError("blocks and start_frame need a cache; see forward_block_causal")
             pattern: Pattern = Bidirectional(*rope)
-        else:
-            self._check_cache(cache, x)
-            ranges = split_blocks(frames, blocks if blocks is not None else (frames,))
-            pattern = Cached(*rope, cache, [(start_frame + a, start_frame + b) for a, b in ranges], write)
-        return self._unpatchify(self._transform(self._patchify(x), self._times(t, x), text, pattern), x)
+            return self._unpatchify(self._transform(self._patchify(x), self._times(t, x), text, pattern), x)
+        self._check_cache(cache, x)
+        ranges = split_blocks(frames, blocks if blocks is not None else (frames,))
+        cached = Cached(*rope, cache, [(start_frame + a, start_frame + b) for a, b in ranges], write)
+        out = self._unpatchify(self._transform(self._patchify(x), self._times(t, x), text, cached), x)
+        cached.finish()
+        return out
 
     def forward_block_causal(
         self, x: Tensor, t: Tensor, text: WanText, chunk: int | tuple[int, ...] = 3,
