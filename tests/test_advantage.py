@@ -68,6 +68,22 @@ def test_reward_to_r(mode, expected):
     torch.testing.assert_close(afd_fast.reward_to_r(A, mode=mode), torch.tensor(expected, dtype=torch.float64))
 
 
+def test_rewards_of_any_dtype_become_r():
+    """From the tracker straight to r: bfloat16 tensors, and NumPy arrays, also read-only and reversed ones."""
+    rewards = torch.tensor([1.0, 3.0, -2.0, 0.5], dtype=torch.bfloat16, requires_grad=True)
+    prompts, tracker = ["a", "a", "b", "b"], afd_fast.PerPromptStatTracker()
+    of_tensor = tracker.update(prompts, rewards)
+    tracker.clear()
+    of_array = tracker.update(prompts, rewards.detach().float().numpy())
+    assert of_tensor.dtype == torch.float64 and np.array_equal(of_tensor.numpy(), of_array)
+    r = afd_fast.reward_to_r(of_array)
+    assert isinstance(r, np.ndarray) and np.array_equal(r, afd_fast.reward_to_r(of_tensor).numpy())
+    of_array.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(afd_fast.reward_to_r(of_array[::-1]), r[::-1])
+
+
 def test_reward_to_r_asymmetric_clip_and_errors():
     r = afd_fast.reward_to_r(A, clip=(-2.0, 4.0))  # cosmos-rl: clamp to (low, high), divide by high
     torch.testing.assert_close(r, (A.clamp(-2, 4) / 4 / 2 + 0.5).clamp(0, 1))

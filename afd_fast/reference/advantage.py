@@ -16,8 +16,14 @@ CreditMode = Literal["continuous", "positive_only", "negative_only", "one_only",
 MODES: tuple[CreditMode, ...] = get_args(CreditMode)
 
 
-def reward_to_r(advantage: Tensor, *, clip: AdvClip = 5.0, mode: CreditMode = "continuous") -> Tensor:
-    """Advantages -> optimality r = clamp(f(A) / high / 2 + 1/2, 0, 1), same shape.
+@overload
+def reward_to_r(advantage: Tensor, *, clip: AdvClip = 5.0, mode: CreditMode = "continuous") -> Tensor: ...
+@overload
+def reward_to_r(advantage: np.ndarray, *, clip: AdvClip = 5.0, mode: CreditMode = "continuous") -> np.ndarray: ...
+def reward_to_r(
+    advantage: Tensor | np.ndarray, *, clip: AdvClip = 5.0, mode: CreditMode = "continuous"
+) -> Tensor | np.ndarray:
+    """Advantages -> optimality r = clamp(f(A) / high / 2 + 1/2, 0, 1), same shape and type: what the tracker returns.
 
     clip: number c for (-c, c), or (low, high) with low < 0 < high. mode: what f does with A clipped to
     (low, high): "continuous" leaves it; "positive_only" and "negative_only" drop the other sign; "one_only" gives 1 for
@@ -28,6 +34,8 @@ def reward_to_r(advantage: Tensor, *, clip: AdvClip = 5.0, mode: CreditMode = "c
         raise ValueError(f"clip must span zero, got {clip}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    if isinstance(advantage, np.ndarray):
+        return reward_to_r(torch.from_numpy(advantage.copy()), clip=clip, mode=mode).numpy()
     a = advantage.clamp(low, high)
     if mode == "positive_only":
         a = a.clamp(min=0)
@@ -61,7 +69,10 @@ class PerPromptStatTracker:
 
         A prompt with a single reward gets advantage 0, and the first one a warning: it cannot be compared.
         """
-        values = np.asarray(rewards.detach().cpu() if isinstance(rewards, Tensor) else rewards, dtype=np.float64)
+        if isinstance(rewards, Tensor):
+            values = rewards.detach().cpu().double().numpy()  # NumPy has no bfloat16
+        else:
+            values = np.asarray(rewards, dtype=np.float64)
         if len(prompts) != len(values) or values.ndim not in (1, 2):
             raise ValueError(f"{len(prompts)} prompts for rewards of shape {values.shape}: expected one row per prompt")
         names = np.asarray(prompts)
