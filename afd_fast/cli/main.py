@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(evaluation, name="eval")
-console = Console()
+console = Console(emoji=False)  # a path may hold ":x:"
 
 Out = Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run folder if it exists")]
@@ -155,7 +155,9 @@ def _key_table(config: "TrainConfig") -> Table:
     """Every key as it is typed, `key=default`, with its meaning."""
     from afd_fast.config import keys
 
-    table = Table("key=default", "meaning", title=f"keys of {config.name}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        "key=default", "meaning", title=escape(f"keys of {config.name}"), title_justify="left", box=SIMPLE_HEAD
+    )
     table.columns[0].overflow, table.columns[0].min_width, table.columns[0].max_width = "fold", 38, 44
     for key in keys(config):
         if isinstance(key.value, tuple):
@@ -241,7 +243,7 @@ def estimate(
 
     device, config = arithmetic.gpu_of(gpu), with_overrides(runs.get(run), overrides or [])
     found = arithmetic.estimate(config)
-    console.print(*arithmetic.tables(found, device), *found.about, sep="\n")
+    console.print(*arithmetic.tables(found, device), *map(escape, found.about), sep="\n")
 
 
 @app.command(name="runs")
@@ -338,7 +340,7 @@ def env() -> None:
 
     table = Table(show_header=False)
     for key, value in environment().items():
-        table.add_row(key, str(value))
+        table.add_row(key, escape(str(value)))
     for name, where in ops.backends().items():
         table.add_row(f"operator {name}", where)
     console.print(table)
@@ -351,6 +353,6 @@ def main() -> None:
         app()
     except (AFDError, OSError) as error:
         text = str(error) if isinstance(error, AFDError) else f"{error.filename or ''}: {error.strerror or error}"
-        line = Console(stderr=True, soft_wrap=True)
+        line = Console(stderr=True, soft_wrap=True, emoji=False)
         line.print(f"[red]error:[/] {escape(text.lstrip(': '))}", highlight=False)
         sys.exit(error.exit_code if isinstance(error, AFDError) else 1)
