@@ -45,9 +45,11 @@ class DiscriminatorConfig(Objective):
             raise ConfigError(f"warmup must be at least 0, got {self.warmup}")
         if self.device is not None:
             try:
-                torch.device(self.device)
+                found = torch.device(self.device).type
             except RuntimeError:
-                raise ConfigError(f"device must be one of PyTorch's, such as cuda:1, got {self.device!r}") from None
+                found = "meta"
+            if found == "meta":  # which holds no numbers
+                raise ConfigError(f"device must be one of PyTorch's, such as cuda:1, got {self.device!r}")
         used = entry(self.name).keys
         for name in ("width", "lora_rank"):
             value = getattr(self, name)
