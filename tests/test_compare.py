@@ -14,7 +14,7 @@ from afd_fast.config import to_dict, with_overrides, with_values
 from afd_fast.errors import ConfigError
 from afd_fast.training import runs as named
 from afd_fast.training.compare import ABLATIONS, compare, log_of, methods, runs
-from afd_fast.training.lock import COMPARISON, check_unused, locked
+from afd_fast.training.lock import COMPARISON, RUN, check_unused, locked
 from afd_fast.training.methods import METHODS
 from afd_fast.training.run_folder import finished, make_folder
 from tests.runs import QUIET
@@ -80,8 +80,16 @@ def test_every_method_and_setting_is_a_valid_configuration(tmp_path):
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "afd-0").mkdir()
     (tmp_path / "afd-0/thesis.txt").write_text("years of work")
+    planned = lambda: runs(named.demo(), methods(named.demo(), ["afd"]), 1, tmp_path)
     with pytest.raises(ConfigError, match="not a run folder"):
-        runs(named.demo(), methods(named.demo(), ["afd"]), 1, tmp_path)
+        planned()
+    (tmp_path / "afd-0/thesis.txt").unlink()
+    for name in (RUN, "config.part"):  # what a run leaves that is killed as it makes its folder
+        (tmp_path / "afd-0" / name).touch()
+    planned()
+    (tmp_path / "afd-0/checkpoints").mkdir()  # its config.json is lost
+    with pytest.raises(ConfigError, match="choose another --out"):
+        planned()
 
 
 def test_the_orphan_of_a_killed_comparison_is_found(tmp_path):

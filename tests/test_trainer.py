@@ -264,6 +264,23 @@ def test_what_looks_like_markup_is_printed_as_it_is(monkeypatch, capfd, argument
     assert end.value.code == code and ("[/x]" in seen or arguments[0] == "estimate")
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["pretrain", "--out", "{0}/file/x.safetensors"], "Not a directory|File exists"),
+        (["demo", "--from-scratch", "--out", "{0}"], "exists; continue it with --resume"),
+        (["demo", "--from-scratch", "--out", "{0}/file/v1.5"], "Not a directory|File exists"),
+    ],
+)
+def test_ten_minutes_of_pretraining_start_only_where_they_can_be_kept(tmp_path, monkeypatch, capfd, arguments, message):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["afd-fast", *(a.format(tmp_path) for a in arguments)])
+    monkeypatch.setattr(shipped.pretrain, "pretrain", lambda *a, **k: pytest.fail("it started"))
+    with pytest.raises(SystemExit):
+        main()
+    assert re.search(message, capfd.readouterr().err)
+
+
 def test_empty_prompt_list(tmp_path):
     (tmp_path / "manifest.csv").write_text("prompt,video\n")
     process = command("demo", "--teacher", f"folder:{tmp_path}", "--out", tmp_path / "run")

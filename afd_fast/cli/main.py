@@ -106,10 +106,13 @@ def demo(
     if from_scratch:
         from afd_fast.students.toy import family as toy
         from afd_fast.students.toy import shipped
+        from afd_fast.training.run_folder import check_folder
 
-        weights = (out or Path("runs") / config.name).with_suffix(".base.safetensors")
+        out = out or Path("runs") / config.name
+        check_folder(out, config, overwrite=overwrite, resume=resume)
+        weights = out.with_name(f"{out.name}.base.safetensors")
         if not weights.exists():
-            weights.parent.mkdir(parents=True, exist_ok=True)
+            _check_writable(weights)
             shipped.make(console, weights)
         family = toy.of_student(shipped.load(weights))
     _run(config, out, overwrite, resume, family)
@@ -268,7 +271,15 @@ def pretrain(
         raise ConfigError(f"{out} exists; choose another --out")
     if frames < 3 or frames % 3:
         raise ConfigError(f"--frames must be a multiple of 3, got {frames}")
+    _check_writable(out)
     shipped.make(console, out, seed=seed, frames=frames)
+
+
+def _check_writable(path: Path) -> None:
+    """OSError now, not after the ten minutes that make the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    path.unlink()
 
 
 @app.command()

@@ -106,10 +106,8 @@ def runs(config: TrainConfig, variants: list[Variant], seeds: int, out: Path) ->
             keys = {**v.keys, "seed": seed, "name": f"{config.name} {v.label}"}
             planned[out / f"{v.label}-{seed}"] = with_values(config, keys)
     for folder, wanted in planned.items():
-        if (folder / "config.json").exists():
-            check_folder(folder, wanted, overwrite=False, resume=True)
-        elif folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} exists and is not a run folder: choose another --out")
+        started = (folder / "config.json").exists()  # else it may have been killed as it was making its folder
+        check_folder(folder, wanted, overwrite=not (folder / "checkpoints").exists(), resume=started)
     return planned
 
 
@@ -121,9 +119,9 @@ def log_of(folder: Path) -> Path:
 def _start(run: str, folder: Path, config: TrainConfig, jobs: int) -> "subprocess.Popen[bytes]":
     default = to_dict(named.get(run))
     overrides = [f"{k}={_text(v)}" for k, v in to_dict(config).items() if v != default[k]]
-    resume = ["--resume"] if (folder / "config.json").exists() else []
+    how = "--resume" if (folder / "config.json").exists() else "--overwrite"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "afd_fast", "train", run, *overrides, "--out", str(folder), *resume]
+    command = [sys.executable, "-m", "afd_fast", "train", run, *overrides, "--out", str(folder), how]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     with log_of(folder).open("ab") as log:
         return subprocess.Popen(

@@ -96,6 +96,7 @@ class Trainer:
                 self.evaluator = Evaluator(run, self.data, self._track)
         for problem in self.data.problems:
             console.print(f"[yellow]left out:[/] {escape(problem)}")
+        ranks.wait()  # a rank may take much longer than another to read the videos
         self.watch = Watch(run, console)
         self.journal = Journal(out, console, lead=ranks.lead)
         self._stop = False
