@@ -152,6 +152,10 @@ class TrainConfig:
                 f"discriminator.warmup={self.discriminator.warmup} leaves none of iterations={self.iterations} to the "
                 f"student: set discriminator.warmup below {self.iterations}"
             )
+        if not self.name.strip():
+            raise ConfigError("name must not be empty: the run's folder is named after it")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed must be below 2**63, got {self.seed}")
         self._check_family()
         if self.stream.frames is not None and self.rollout.graphs:
             raise ConfigError(

@@ -70,6 +70,13 @@ class RolloutConfig:
             raise ConfigError(f"sink={self.sink} needs a window larger than it: set window")
         if self.window is not None and not 0 <= self.sink < self.window:
             raise ConfigError(f"sink={self.sink} must be at least 0 and below window={self.window}")
+        for steps in (self.steps, self.first_chunk_steps or self.steps):
+            sigmas = [step.sigma for step in step_table(steps, self.shift)]
+            if not all(a > b for a, b in itertools.pairwise([*sigmas, 0.0])):
+                raise ConfigError(
+                    f"shift={self.shift} gives the steps {steps} the noise levels {sigmas}: they must fall and stay above 0; "
+                    "set steps to different whole numbers from 1000 to 1, or shift closer to 1"
+                )
 
 
 class Step(NamedTuple):

@@ -238,6 +238,7 @@ def test_refusals():
     refuse(ValueError, "even", lambda: model.new_cache(1, 6, 5, 6))
     refuse(ValueError, "t must be", lambda: model(x, t[:, :2], text))
     refuse(ValueError, "0..1000", lambda: model(x, t + 900, text))
+    refuse(ValueError, "0..1000", lambda: model(x, t * float("nan"), text))
     refuse(TypeError, "float64", lambda: model(x.double(), t, text))
     refuse(TypeError, "encode it again", lambda: model(x, t, text.map(torch.Tensor.double)))
     refuse(TypeError, "cache is", lambda: model.double()(x.double(), t, text.map(torch.Tensor.double), cache=cache))

@@ -1,20 +1,24 @@
 """`afd-fast compare` and `ablate`: real runs as child processes, stopped and gone on with, and what is refused."""
 
 import json
+import os
 import re
 import signal
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 
-from afd_fast.config import with_overrides
+from afd_fast.config import to_dict, with_overrides, with_values
 from afd_fast.errors import ConfigError
 from afd_fast.training import runs as named
 from afd_fast.training.compare import ABLATIONS, compare, log_of, methods, runs
+from afd_fast.training.lock import COMPARISON, RUN, check_unused, locked
 from afd_fast.training.methods import METHODS
+from afd_fast.training.run_folder import finished, make_folder
 from tests.runs import QUIET
-from tests.test_trainer import TINY, command
+from tests.test_trainer import TINY, command, wait_for_rows
 
 
 def test_comparison_stops_goes_on_and_reports(tmp_path):
@@ -76,5 +80,55 @@ def test_every_method_and_setting_is_a_valid_configuration(tmp_path):
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "afd-0").mkdir()
     (tmp_path / "afd-0/thesis.txt").write_text("years of work")
+    planned = lambda: runs(named.demo(), methods(named.demo(), ["afd"]), 1, tmp_path)
     with pytest.raises(ConfigError, match="not a run folder"):
-        runs(named.demo(), methods(named.demo(), ["afd"]), 1, tmp_path)
+        planned()
+    (tmp_path / "afd-0/thesis.txt").unlink()
+    for name in (RUN, "config.part"):  # what a run leaves that is killed as it makes its folder
+        (tmp_path / "afd-0" / name).touch()
+    planned()
+    (tmp_path / "afd-0/checkpoints").mkdir()  # its config.json is lost
+    with pytest.raises(ConfigError, match="choose another --out"):
+        planned()
+
+
+def test_the_orphan_of_a_killed_comparison_is_found(tmp_path):
+    """Its trainer goes on without it; the same command names it instead of starting a second one."""
+    out = tmp_path / "cmp"
+    start = lambda: command(
+        "compare", "demo", *TINY[1:], "iterations=3000", "--methods", "sft", "--seeds", "1", "--out", out
+    )
+    first = start()
+    wait_for_rows(out / "sft-0/metrics.jsonl", 1)
+    first.kill()
+    first.wait()
+    again = start()
+    output = " ".join(again.communicate()[0].split())
+    orphan = int(re.search(r"sft-0 is in use by process (\d+) on", output)[1])
+    try:
+        assert again.returncode == 2 and "stop it with kill" in output
+        assert b"train" in Path(f"/proc/{orphan}/cmdline").read_bytes()
+    finally:
+        os.kill(orphan, signal.SIGTERM)
+    while Path(f"/proc/{orphan}/cmdline").exists() and Path(f"/proc/{orphan}/cmdline").read_bytes():
+        time.sleep(0.05)
+    check_unused(out / "sft-0")
+
+
+def test_a_comparison_with_more_iterations_extends_its_runs(tmp_path):
+    """A run is done when it has the iterations that are wanted; fewer than it has are refused."""
+    config = with_values(named.demo(), {"iterations": 30})
+    planned = runs(config, methods(config, ["afd"]), 1, tmp_path)
+    ((folder, wanted),) = planned.items()
+    make_folder(folder, wanted)
+    (folder / "result.json").write_text(json.dumps({"config": to_dict(wanted)}))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints/step-000030.pt").touch()
+    more = with_values(config, {"iterations": 40})
+    ((folder, longer),) = runs(more, methods(more, ["afd"]), 1, tmp_path).items()
+    assert finished(folder, wanted) and not finished(folder, longer)
+    fewer = with_values(config, {"iterations": 25})
+    with pytest.raises(ConfigError, match="set iterations=30 or more, got 25"):
+        runs(fewer, methods(fewer, ["afd"]), 1, tmp_path)
+    with locked(tmp_path, COMPARISON), pytest.raises(ConfigError, match="in use by process"):
+        compare("demo", ["iterations=40"], lambda c: methods(c, ["afd"]), 1, tmp_path, console=QUIET)

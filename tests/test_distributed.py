@@ -75,6 +75,42 @@ def test_alone_nothing_is_exchanged():
     )
 
 
+PATIENT = """
+import datetime, sys, time
+import torch.distributed.distributed_c10d as c10d
+c10d._get_default_timeout = lambda backend: datetime.timedelta(seconds=3)  # gloo's 30 minutes, NCCL's 10, scaled down
+from afd_fast.errors import AFDError
+from afd_fast.training.distributed import job
+with job() as ranks:
+    work = lambda: ranks.lead and time.sleep(5)
+    with ranks.lead_first():
+        work()
+    with ranks.led():
+        work()
+    work()
+    ranks.wait()
+    print("alive", ranks.rank, ranks.any(ranks.rank == 1), flush=True)
+    try:
+        with ranks.led():
+            assert not ranks.lead, "out of paper"
+    except (AFDError, AssertionError) as error:
+        print(type(error).__name__, error, flush=True)
+"""
+
+
+def test_ranks_wait_for_rank_0_beyond_the_timeout_and_hear_of_its_failure(tmp_path):
+    (tmp_path / "child.py").write_text(PATIENT)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(tmp_path / "child.py")], capture_output=True, text=True, timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [
+        "AssertionError out of paper", "TrainingError rank 0 stopped: out of paper", "alive 0 True", "alive 1 True"
+    ]  # fmt: skip
+
+
 def test_every_shard_draws_its_own_numbers(monkeypatch):
     seen = []
     for place, name in ((rollouts, "sample_policy"), (Discriminator, "paired_loss"), (update, "student_backward")):

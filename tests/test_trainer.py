@@ -13,13 +13,15 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from afd_fast.cli.main import main
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.errors import CheckpointError, ConfigError, TrainingError
 from afd_fast.reports.run import write_report
 from afd_fast.students.lora import trainable
 from afd_fast.students.toy import shipped
-from afd_fast.training import checkpoint, run_folder, train
+from afd_fast.training import checkpoint, lock, run_folder, train
 from afd_fast.training.watch import Watch
 from tests.runs import QUIET, changed, toy_run, trainer
 
@@ -128,8 +130,11 @@ def test_existing_folder_is_never_replaced_silently(tmp_path, tiny_config):
     with pytest.raises(ConfigError, match="not a run folder"):
         check(out, overwrite=True)
     assert (out / "thesis.txt").read_text() == "years of work"
-    (out / "environment.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"another configuration \(seed"):
+    (out / "environment.json").write_text("{}")  # and others may have this one
+    with pytest.raises(ConfigError, match="not a run folder"):
+        check(out, overwrite=True)
+    (out / lock.RUN).touch()
+    with pytest.raises(ConfigError, match=r"another configuration \(seed=0 there and 9 here\)"):
         check(out, changed(tiny_config, seed=9), resume=True)
     check(out, overwrite=True)
     assert (out / "thesis.txt").exists()  # checking touches nothing
@@ -152,7 +157,9 @@ def test_run_on_physics_writes_everything(tmp_path, tiny_config, few_prompts):
     assert -1 <= result["rows"]["student"]["reward_physics_correlation"] <= 1
     assert [r["step"] for r in run_folder.read_rows(run / "metrics.jsonl")] == [0, 1, 2, 3]
     assert [r["step"] for r in run_folder.read_rows(run / "evaluations.jsonl")] == [0, 2, 4]
-    assert list((run / "tensorboard").iterdir())
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("train/reward")] == [1, 2, 3, 4]
+    assert [e.step for e in events.Images("held_out/sample")] == [0, 2, 4]
     html = write_report(run).read_text()
     assert "correlate at" in html and "physics residual" in html and html.count("<svg") == 2
     before, after = shipped.load(), shipped.load(run / "student.safetensors")
@@ -241,6 +248,43 @@ def test_bad_input_is_one_line(tmp_path, arguments, message):
     process = command(*arguments, cwd=tmp_path)
     output = process.communicate()[0]
     assert process.returncode == 2 and message in output and "Traceback" not in output, output
+
+
+@pytest.mark.parametrize(
+    "arguments, code",
+    [
+        (["train", "demo", "name=[/x]", "--help-keys"], 0),
+        (["estimate", "demo", "name=[/x]", "teacher=[/x]"], 0),
+        (["keys", "[/x]"], 2),
+        (["report", "[/x]"], 2),
+        (["rollout", "--config", "tiny", "--prompts", "[/x]", "--out", "[/y]"], 2),
+        (["eval", "collect", "[/x]"], 2),
+        (["compare", "demo", "--methods", "[/x]"], 2),
+    ],
+)
+def test_what_looks_like_markup_is_printed_as_it_is(monkeypatch, capfd, arguments, code):
+    monkeypatch.setattr(sys, "argv", ["afd-fast", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    seen = "".join(capfd.readouterr())
+    assert end.value.code == code and ("[/x]" in seen or arguments[0] == "estimate")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["pretrain", "--out", "{0}/file/x.safetensors"], "Not a directory|File exists"),
+        (["demo", "--from-scratch", "--out", "{0}"], "exists; continue it with --resume"),
+        (["demo", "--from-scratch", "--out", "{0}/file/v1.5"], "Not a directory|File exists"),
+    ],
+)
+def test_ten_minutes_of_pretraining_start_only_where_they_can_be_kept(tmp_path, monkeypatch, capfd, arguments, message):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["afd-fast", *(a.format(tmp_path) for a in arguments)])
+    monkeypatch.setattr(shipped.pretrain, "pretrain", lambda *a, **k: pytest.fail("it started"))
+    with pytest.raises(SystemExit):
+        main()
+    assert re.search(message, capfd.readouterr().err)
 
 
 def test_empty_prompt_list(tmp_path):

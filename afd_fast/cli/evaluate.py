@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from afd_fast.students.wan.family import Networks
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
-console = Console()
+console = Console(emoji=False)
 
 Folder = Annotated[Path, typer.Argument(help="the evaluation's folder", show_default=False)]
 FPS = 16.0  # of a Wan video; VBench's dynamic degree takes every round(fps / 8)-th frame
@@ -81,7 +82,9 @@ def export(
 
         _generate(out, todo, load_networks(student, base, seed), _size(student, frames, batch), sampler)
         todo = folder.missing(out, clips)
-    console.print(f"{len(clips) - len(todo)} of {len(clips)} videos are in {out / 'videos'}; names: manifest.csv")
+    console.print(
+        f"{len(clips) - len(todo)} of {len(clips)} videos are in {escape(str(out / 'videos'))}; names: manifest.csv"
+    )
 
 
 def _listed(prompts: Path, n: int, seed: int) -> "list[Clip]":
@@ -171,7 +174,9 @@ def collect(out: Folder) -> None:
     table = Table("", "score", "95 % interval", "videos", "")
     for row in rows:
         digits = _digits(row.name, row.value)
-        table.add_row(row.name, f"{row.value:{digits}}", _between(row, digits), str(row.videos), row.note)
+        table.add_row(
+            escape(row.name), f"{row.value:{digits}}", _between(row, digits), str(row.videos), escape(row.note)
+        )
     console.print(table)
 
 
@@ -185,13 +190,13 @@ def compare(
     rows = scores.differences(base, out)
     names = [field.name for field in fields(scores.Difference)]
     folder.write_csv(out / "differences.csv", names, map(astuple, rows))
-    table = Table("", base.name, out.name, "difference", "95 % interval", "prompts", "")
+    table = Table("", escape(base.name), escape(out.name), "difference", "95 % interval", "prompts", "")
     for row in rows:
         digits = _digits(row.name, row.base)
         clear = "[bold]" if row.low > 0 or row.high < 0 else ""
         table.add_row(
-            row.name, f"{row.base:{digits}}", f"{row.other:{digits}}", f"{clear}{row.difference:+{digits}}",
-            _between(row, "+" + digits), str(row.prompts), row.note,
+            escape(row.name), f"{row.base:{digits}}", f"{row.other:{digits}}", f"{clear}{row.difference:+{digits}}",
+            _between(row, "+" + digits), str(row.prompts), escape(row.note),
         )  # fmt: skip
     console.print(table)
 

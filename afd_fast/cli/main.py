@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(evaluation, name="eval")
-console = Console()
+console = Console(emoji=False)  # a path may hold ":x:"
 
 Out = Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run folder if it exists")]
@@ -106,10 +106,13 @@ def demo(
     if from_scratch:
         from afd_fast.students.toy import family as toy
         from afd_fast.students.toy import shipped
+        from afd_fast.training.run_folder import check_folder
 
-        weights = (out or Path("runs") / config.name).with_suffix(".base.safetensors")
+        out = out or Path("runs") / config.name
+        check_folder(out, config, overwrite=overwrite, resume=resume)
+        weights = out.with_name(f"{out.name}.base.safetensors")
         if not weights.exists():
-            weights.parent.mkdir(parents=True, exist_ok=True)
+            _check_writable(weights)
             shipped.make(console, weights)
         family = toy.of_student(shipped.load(weights))
     _run(config, out, overwrite, resume, family)
@@ -155,7 +158,9 @@ def _key_table(config: "TrainConfig") -> Table:
     """Every key as it is typed, `key=default`, with its meaning."""
     from afd_fast.config import keys
 
-    table = Table("key=default", "meaning", title=f"keys of {config.name}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        "key=default", "meaning", title=escape(f"keys of {config.name}"), title_justify="left", box=SIMPLE_HEAD
+    )
     table.columns[0].overflow, table.columns[0].min_width, table.columns[0].max_width = "fold", 38, 44
     for key in keys(config):
         if isinstance(key.value, tuple):
@@ -241,7 +246,7 @@ def estimate(
 
     device, config = arithmetic.gpu_of(gpu), with_overrides(runs.get(run), overrides or [])
     found = arithmetic.estimate(config)
-    console.print(*arithmetic.tables(found, device), *found.about, sep="\n")
+    console.print(*arithmetic.tables(found, device), *map(escape, found.about), sep="\n")
 
 
 @app.command(name="runs")
@@ -266,7 +271,15 @@ def pretrain(
         raise ConfigError(f"{out} exists; choose another --out")
     if frames < 3 or frames % 3:
         raise ConfigError(f"--frames must be a multiple of 3, got {frames}")
+    _check_writable(out)
     shipped.make(console, out, seed=seed, frames=frames)
+
+
+def _check_writable(path: Path) -> None:
+    """OSError now, not after the ten minutes that make the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    path.unlink()
 
 
 @app.command()
@@ -338,7 +351,7 @@ def env() -> None:
 
     table = Table(show_header=False)
     for key, value in environment().items():
-        table.add_row(key, str(value))
+        table.add_row(key, escape(str(value)))
     for name, where in ops.backends().items():
         table.add_row(f"operator {name}", where)
     console.print(table)
@@ -351,6 +364,6 @@ def main() -> None:
         app()
     except (AFDError, OSError) as error:
         text = str(error) if isinstance(error, AFDError) else f"{error.filename or ''}: {error.strerror or error}"
-        line = Console(stderr=True, soft_wrap=True)
+        line = Console(stderr=True, soft_wrap=True, emoji=False)
         line.print(f"[red]error:[/] {escape(text.lstrip(': '))}", highlight=False)
         sys.exit(error.exit_code if isinstance(error, AFDError) else 1)

@@ -41,9 +41,11 @@ class DiscriminatorConfig(Objective):
         check_at_least(self, 1, "steps")
         if self.device is not None:
             try:
-                torch.device(self.device)
+                found = torch.device(self.device).type
             except RuntimeError:
-                raise ConfigError(f"device must be one of PyTorch's, such as cuda:1, got {self.device!r}") from None
+                found = "meta"
+            if found == "meta":  # which holds no numbers
+                raise ConfigError(f"device must be one of PyTorch's, such as cuda:1, got {self.device!r}")
         used = entry(self.name).keys
         for name in ("width", "lora_rank"):
             if getattr(self, name) is not None and name not in used:

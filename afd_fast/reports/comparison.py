@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
+from rich.markup import escape
 from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
@@ -55,7 +56,7 @@ def console_table(comparison: Mapping[str, Any]) -> Table:
     )
     shown.add_column("score")
     for label, _ in rows:
-        shown.add_column(label, justify="right")
+        shown.add_column(escape(label), justify="right")
     for index, title in enumerate(titles):
         shown.add_row(title, *(cells[index] for _, cells in rows))
     return shown
@@ -73,7 +74,10 @@ def curves(comparison: Mapping[str, Any], out: Path) -> str:
         folders = [out / run for run in comparison["runs"] if run.rpartition("-")[0] == label]
         color = f"C{index}"
         evaluations = [read_rows(f / "evaluations.jsonl") for f in folders]
-        steps = [e["step"] for e in evaluations[0]]
+        steps = sorted(
+            set.intersection(*({e["step"] for e in run} for run in evaluations))
+        )  # damaged rows are left out
+        evaluations = [[e for e in run if e["step"] in steps] for run in evaluations]
         for axis, key in zip(axes[0], keys):
             values = np.array([[e[key] for e in run] for run in evaluations])
             axis.plot(steps, values.mean(0), "o-", color=color, ms=3, lw=1.4, label=name(label))

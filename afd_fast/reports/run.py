@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from afd_fast.judges.physics import track
+from afd_fast.students.files import read_json
 from afd_fast.training.run_folder import read_rows
 from afd_fast.video_io import write_video
 
@@ -128,7 +129,7 @@ def curves(
         style(axis, title)
     at = [e["step"] for e in evaluations]
     if "held_out_accuracy" in evaluations[-1]:
-        held_out = [e["held_out_accuracy"] for e in evaluations]
+        held_out = [e.get("held_out_accuracy", math.nan) for e in evaluations]
         axes[0, 2].plot(at, held_out, "o--", color="#d97706", ms=4, lw=1, label="held-out prompts")
         axes[0, 2].axhline(0.5, color="#999", lw=0.8, ls=":")
         axes[0, 2].legend(fontsize=8, frameon=False)
@@ -167,7 +168,7 @@ def side_by_side(panels: list[Tensor], fps: float, zoom: int = 10) -> str:
 def write_report(run: str | Path) -> Path:
     """report.html of a finished run folder."""
     run = Path(run)
-    result = json.loads((run / "result.json").read_text())
+    result = read_json(run / "result.json")
     with safe_open(run / "samples.safetensors", "pt") as file:
         prompts = json.loads(file.metadata()["prompts"])
         clips = {name: file.get_tensor(name) for name in ("base", "student", "teacher")}  # [n, P, 3, F, H, W]

@@ -7,6 +7,7 @@ import contextlib
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,16 @@ def local_copy(source: str | Path, patterns: list[str] | None = None) -> Path:
         ) from None
 
 
+def check_sums(path: Path) -> None:
+    """Raises BadZipFile when a file of torch.save has changed since it was written: torch.load ignores its checksums."""
+    with path.open("rb") as start:
+        if start.read(2) != b"PK":  # the old format, which has none
+            return
+    with zipfile.ZipFile(path) as file:
+        if (damaged := file.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} has changed since it was written")
+
+
 def read_tensors(path: Path) -> Any:
     """Contents of a checkpoint file, on the CPU. Raises ConfigError for a damaged file and for one that could run code."""
     try:
@@ -76,6 +87,7 @@ def read_tensors(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        check_sums(path)
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the old format, which is not a zip file, has no mmap

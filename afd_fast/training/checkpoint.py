@@ -1,6 +1,11 @@
-"""Checkpoints that are whole or not there: written to a temporary file, fsynced, renamed; the newest is always valid."""
+"""Checkpoints that are whole or not there: written to a temporary file, fsynced, renamed; damage since then is noticed
+when one is read, by checksums."""
 
+import contextlib
+import hashlib
+import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +14,28 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from afd_fast.errors import CheckpointError
+from afd_fast.students.files import check_sums, first_line
+from afd_fast.training.dcp_reader import PlainPlanner, PlainReader
 from afd_fast.training.distributed import Ranks
 
 KEEP = 2
+SUMS = "checksums.json"  # in a .dcp folder: SHA-256 by file; a .pt file has its own checksums
+
+
+def step_of(path: Path) -> int:
+    """The iterations done when a checkpoint was written."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def saved(folder: Path, *suffixes: str) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.stem) and p.suffix in suffixes]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
-    return max([*folder.glob("step-*.pt"), *folder.glob("step-*.dcp")], key=lambda p: p.stem, default=None)
+    return next(iter(saved(folder, ".pt", ".dcp")), None)
 
 
 def _settle(path: Path, partial: Path) -> None:
@@ -27,7 +46,7 @@ def _settle(path: Path, partial: Path) -> None:
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
-    for old in sorted(path.parent.glob(f"step-*{path.suffix}"))[:-KEEP]:
+    for old in saved(path.parent, path.suffix)[KEEP:]:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
@@ -36,17 +55,18 @@ def save(folder: Path, step: int, payload: dict) -> Path:
 
     CheckpointError when the disk refuses; earlier checkpoints are untouched then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}.pt"
     partial = path.with_suffix(".part")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             torch.save(payload, file)
             file.flush()
             os.fsync(file.fileno())
         _settle(path, partial)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise _refused(path, error) from error
     return path
 
@@ -57,38 +77,82 @@ def save_sharded(folder: Path, step: int, payload: dict, ranks: Ranks) -> Path:
     path = folder / f"step-{step:06d}.dcp"
     partial = path.with_suffix(".part")
     try:
-        if ranks.lead and partial.exists():
-            shutil.rmtree(partial)
-        ranks.wait()
+        with ranks.led():
+            if ranks.lead and partial.exists():
+                shutil.rmtree(partial)
         dcp.save(payload, checkpoint_id=partial, no_dist=ranks.world == 1)
-        if ranks.lead:
-            _settle(path, partial)
-        ranks.wait()
+        with ranks.led():
+            if ranks.lead:
+                _write_sums(partial)
+                _settle(path, partial)
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
         raise _refused(path, error) from error
     return path
 
 
 def _refused(path: Path, error: BaseException) -> CheckpointError:
-    valid = latest(path.parent)
-    kept = f"{valid} is still valid" if valid else "no earlier checkpoint exists"
-    return CheckpointError(f"{path} could not be written ({error}); {kept}. Free some space and continue with --resume")
+    reason = f"{path} could not be written ({_reason(error)})"
+    return CheckpointError(f"{reason}; {standing(path.parent)}. Free some space and continue with --resume")
+
+
+def standing(folder: Path) -> str:
+    """What can be resumed from, in words."""
+    valid = latest(folder)
+    return f"{valid} is still valid" if valid else "no earlier checkpoint exists"
+
+
+def _write_sums(folder: Path) -> None:
+    sums = {p.name: _sum(p) for p in sorted(folder.iterdir())}
+    with (folder / SUMS).open("w") as file:
+        json.dump(sums, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sum(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
 
 
 def load(path: Path) -> dict:
-    """Read a checkpoint without running code from it."""
+    """Read a checkpoint without running code from it. CheckpointError when it is damaged."""
     try:
+        check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        raise _unreadable(path, error) from error
 
 
 def load_sharded(path: Path, blank: Callable[[set[str]], dict], ranks: Ranks) -> dict:
-    """Read a `save_sharded` checkpoint into `blank(its keys)`. Its metadata is a pickle: open only your own."""
+    """`load` of a `save_sharded` checkpoint into `blank(its keys)`. Every rank calls it, and checks its share of the files."""
+    damage: Exception | None = None
     try:
-        keys = set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
-        payload = blank(keys)
-        dcp.load(payload, checkpoint_id=path, no_dist=ranks.world == 1)
-        return payload
+        sums: dict[str, str] = json.loads((path / SUMS).read_text())
+        for name in sorted(sums)[ranks.rank :: ranks.world]:
+            if _sum(path / name) != sums[name]:
+                raise ValueError(f"{name} has changed since it was written")
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        damage = error
+    if ranks.any(damage is not None):
+        raise _unreadable(path, damage or ValueError("another rank finds it damaged")) from damage
+    try:
+        reader = PlainReader(path)
+        payload = blank(set(reader.read_metadata().state_dict_metadata))
+        dcp.load(payload, storage_reader=reader, planner=PlainPlanner(), no_dist=ranks.world == 1)
+        return payload
+    except (Exception, dcp.api.CheckpointException) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({_reason(error)})")
+
+
+def _reason(error: BaseException) -> str:
+    """An error in one line; of a CheckpointException, the error of the first rank that had one."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -1,10 +1,9 @@
 """Methods or settings side by side, each over several seeds: child processes, one table, one report.
 
 A comparison folder holds a run folder for each (variant, seed), comparison.json and comparison.html. The same command
-again keeps what is finished, resumes what is not, and adds what is new.
+again keeps what is finished, resumes what is not, and adds what is new, more iterations too.
 """
 
-import json
 import os
 import signal
 import statistics
@@ -21,9 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from afd_fast.config import TrainConfig, to_dict, with_overrides, with_values
 from afd_fast.errors import ConfigError, Interrupted, TrainingError
+from afd_fast.students.files import read_json
 from afd_fast.training import runs as named
+from afd_fast.training.lock import COMPARISON, check_unused, locked
 from afd_fast.training.methods import METHODS
-from afd_fast.training.run_folder import check_folder, write_json
+from afd_fast.training.run_folder import check_folder, finished, write_json
 from afd_fast.training.trainer import on_stop_signal
 
 POLL = 0.5  # seconds
@@ -105,10 +106,8 @@ def runs(config: TrainConfig, variants: list[Variant], seeds: int, out: Path) ->
             keys = {**v.keys, "seed": seed, "name": f"{config.name} {v.label}"}
             planned[out / f"{v.label}-{seed}"] = with_values(config, keys)
     for folder, wanted in planned.items():
-        if (folder / "config.json").exists():
-            check_folder(folder, wanted, overwrite=False, resume=True)
-        elif folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} exists and is not a run folder: choose another --out")
+        started = (folder / "config.json").exists()  # else it may have been killed as it was making its folder
+        check_folder(folder, wanted, overwrite=not (folder / "checkpoints").exists(), resume=started)
     return planned
 
 
@@ -120,9 +119,9 @@ def log_of(folder: Path) -> Path:
 def _start(run: str, folder: Path, config: TrainConfig, jobs: int) -> "subprocess.Popen[bytes]":
     default = to_dict(named.get(run))
     overrides = [f"{k}={_text(v)}" for k, v in to_dict(config).items() if v != default[k]]
-    resume = ["--resume"] if (folder / "config.json").exists() else []
+    how = "--resume" if (folder / "config.json").exists() else "--overwrite"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "afd_fast", "train", run, *overrides, "--out", str(folder), *resume]
+    command = [sys.executable, "-m", "afd_fast", "train", run, *overrides, "--out", str(folder), how]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     with log_of(folder).open("ab") as log:
         return subprocess.Popen(
@@ -133,9 +132,9 @@ def _start(run: str, folder: Path, config: TrainConfig, jobs: int) -> "subproces
 def run_all(run: str, planned: dict[Path, TrainConfig], *, jobs: int, console: Console) -> None:
     """Run what is not finished, `jobs` processes at a time. TrainingError with the log's last line when one fails;
     Interrupted after Ctrl-C or SIGTERM, once every child has saved itself."""
-    waiting = [folder for folder in planned if not (folder / "result.json").exists()]
+    waiting = [folder for folder, config in planned.items() if not finished(folder, config)]
     running: dict[Path, subprocess.Popen] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     asked = []  # a signal in the middle of starting a child must not lose it
     with on_stop_signal(lambda *_: asked.append(True)), Progress(*columns, console=console) as progress:
         whole = progress.add_task("runs", total=len(planned), completed=len(planned) - len(waiting))
@@ -170,7 +169,7 @@ def run_all(run: str, planned: dict[Path, TrainConfig], *, jobs: int, console: C
 def gather(run: str, planned: dict[Path, TrainConfig], variants: list[Variant], out: Path) -> dict[str, Any]:
     """comparison.json's content: for base, every variant and the teacher each score's mean, standard deviation (of a
     sample; None for one seed) and values."""
-    results = {folder: json.loads((folder / "result.json").read_text()) for folder in planned}
+    results = {folder: read_json(folder / "result.json") for folder in planned}
     by_label = {v.label: [r for f, r in results.items() if f.name.rpartition("-")[0] == v.label] for v in variants}
 
     def scores(rows: list[dict[str, float]]) -> dict[str, Any]:
@@ -209,5 +208,8 @@ def compare(
     config = with_overrides(named.get(run), overrides)
     rows = variants(config)
     planned = runs(config, rows, seeds, out)
-    run_all(run, planned, jobs=jobs, console=console)
-    return gather(run, planned, rows, out)
+    with locked(out, COMPARISON):
+        for folder in planned:  # a comparison that was killed leaves its trainers running
+            check_unused(folder)
+        run_all(run, planned, jobs=jobs, console=console)
+        return gather(run, planned, rows, out)

@@ -6,8 +6,9 @@ them bit for bit, with more to the rounding of a sum in another order.
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,16 +16,20 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, TrainingError
 from afd_fast.students.student import StudentModule
+
+PATIENCE = timedelta(days=30)  # for rank 0's work alone; torchrun ends a job whose rank 0 died
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the job; alone by default."""
+    """This process among those of the job; alone by default. patient: a group that waits for PATIENCE where the default
+    one, after 10 or 30 minutes, takes its peers for dead."""
 
     rank: int = 0
     world: int = 1
+    patient: dist.ProcessGroup | None = None
 
     @property
     def lead(self) -> bool:
@@ -65,9 +70,9 @@ class Ranks:
         return dict(zip(values, (total / self.world).tolist()))
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Until every rank is here, however long it takes."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on some rank."""
@@ -75,12 +80,41 @@ class Ranks:
 
     @contextmanager
     def lead_first(self) -> Iterator[None]:
-        """Rank 0 goes through the block alone, then the others."""
+        """Rank 0 goes through the block, then the others, however long it takes. `led`'s errors."""
         if not self.lead:
-            dist.barrier()
-        yield
+            self._hear()
+        with self._telling():
+            yield
+
+    @contextmanager
+    def led(self) -> Iterator[None]:
+        """At the end of the block the others wait for rank 0, which may have work of its own there, however long it
+        takes. Where rank 0 raises, they raise TrainingError with its message."""
+        with self._telling():
+            yield
+        if not self.lead:
+            self._hear()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Rank 0 tells the others how the block ended."""
+        try:
+            yield
+        except BaseException as error:
+            with suppress(RuntimeError):  # a peer may be what failed
+                self._tell(f"rank 0 stopped: {error}")
+            raise
+        self._tell(None)
+
+    def _tell(self, failure: str | None) -> None:
         if self.lead and self.world > 1:
-            dist.barrier()
+            dist.broadcast_object_list([failure], src=0, group=self.patient)
+
+    def _hear(self) -> None:
+        told: list[str | None] = [None]
+        dist.broadcast_object_list(told, src=0, group=self.patient)
+        if told[0] is not None:
+            raise TrainingError(told[0])
 
 
 def shard_parameters(model: StudentModule) -> None:
@@ -129,7 +163,7 @@ def job() -> Iterator[Ranks]:
     """This process's Ranks in the job torchrun started (NCCL with a GPU per process, gloo without); alone otherwise. A
     process group that exists already is used and left alone."""
     if dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield _ranks()
         return
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Ranks()
@@ -138,6 +172,11 @@ def job() -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield _ranks()
     finally:
         dist.destroy_process_group()
+
+
+def _ranks() -> Ranks:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return Ranks(rank, world, dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None)

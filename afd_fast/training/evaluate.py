@@ -3,8 +3,9 @@
 Legend: N clips, n clips per prompt, P prompts, F frames, H x W pixels.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,21 +73,38 @@ class Evaluator:
             videos.append(clip(run, latents, length - family.latents.frames).cpu())
         return torch.cat(videos)
 
-    def evaluate(self) -> Scores:
+    @contextlib.contextmanager
+    def _base_student(self) -> Iterator[None]:
+        """The averaged student is the base student inside the block."""
+        state, trained = self.run.state, self.run.state.ema.shadow
+        if state.reference is not None:
+            state.ema.shadow = {n: p.detach() for n, p in state.reference.named_parameters()}
+        else:
+            state.ema.shadow = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in trained.items()}
+        try:
+            yield
+        finally:
+            state.ema.shadow = trained
+
+    def evaluate(self, *, base: bool = False) -> Scores:
         """The judge's scores on held-out prompts and, of the discriminator, its accuracy there and its agreement with the
-        judge. Empty on ranks other than 0."""
+        judge. Empty on ranks other than 0. base: of the base student, by the judge alone."""
         count, held = self.run.config.evaluation.rollouts, self.data.held_out
-        clips = self.student_clips(count)
-        familiar = self.student_clips(count, self.familiar) if self.familiar else None
+        with self._base_student() if base else contextlib.nullcontext():
+            clips = self.student_clips(count)
+            familiar = self.student_clips(count, self.familiar) if self.familiar else None
         if self.references is None:
             return {}
         self.sample = torch.cat(list(clips[: min(SAMPLE_COLUMNS, len(held))]), -1)  # next to each other
         prompts = held * count
-        row: Scores = {"step": self.run.state.step, **self.judge(clips, prompts, self.references.held_out)}
+        row: Scores = {
+            "step": 0 if base else self.run.state.step,
+            **self.judge(clips, prompts, self.references.held_out),
+        }
         if familiar is not None and self.references.familiar is not None:
             scores = self.judge(familiar, self.familiar * count, self.references.familiar)
             row |= {f"first_{key}": scores[key] for key in ("residual_px", "general", "background")}
-        if METHODS[self.run.config.method].uses_discriminator:
+        if METHODS[self.run.config.method].uses_discriminator and not base:
             row |= self._of_discriminator(clips, prompts)
         return row
 
@@ -134,20 +152,15 @@ class Evaluator:
     def save_samples(self, path: Path) -> None:
         """Clips [n, P, 3, F, H, W] of the first held-out prompts: base student, the trained one from the same noise, and
         the teacher."""
-        count, held, state = SAMPLES_PER_PROMPT, self.data.held_out, self.run.state
+        count, held = SAMPLES_PER_PROMPT, self.data.held_out
         shown = held[:SAMPLE_PROMPTS]
 
         def pick(clips: Tensor) -> Tensor:
             return clips.view(count, len(held), *clips.shape[1:])[:, : len(shown)]
 
         student = pick(self.student_clips(count))
-        trained = state.ema.shadow
-        if state.reference is not None:
-            state.ema.shadow = {n: p.detach() for n, p in state.reference.named_parameters()}
-        else:
-            state.ema.shadow = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in trained.items()}
-        base = pick(self.student_clips(count))
-        state.ema.shadow = trained
+        with self._base_student():
+            base = pick(self.student_clips(count))
         if not self.run.ranks.lead:
             return
         teacher = [

@@ -1,23 +1,25 @@
 """A run's folder: made or refused before anything is touched, and its JSONL files."""
 
 import json
+import logging
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 import afd_fast
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.errors import ConfigError
-from afd_fast.video_io import gif
+from afd_fast.students.files import read_json
+from afd_fast.training.checkpoint import saved, step_of
+from afd_fast.training.lock import RUN
+
+log = logging.getLogger("afd_fast")
 
 
 def environment() -> dict[str, Any]:
@@ -42,16 +44,9 @@ def environment() -> dict[str, Any]:
 def check_folder(out: Path, config: TrainConfig, *, overwrite: bool, resume: bool) -> None:
     """ConfigError for a folder that cannot be used so; nothing is touched."""
     if resume:
-        if not (out / "config.json").exists():
-            raise ConfigError(f"{out} holds no run to resume")
-        saved, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(to_dict(config)))
-        if odd := [key for key in {**now, **saved} if saved.get(key, ...) != now.get(key, ...)]:
-            raise ConfigError(
-                f"{out} was started with another configuration ({', '.join(odd)} differ); resume with the same one"
-            )
-        return
+        return _check_resumable(out, config)
     try:
-        taken = out.exists() and any(out.iterdir())
+        taken = out.exists() and any(path.name != RUN for path in out.iterdir())
     except NotADirectoryError:
         raise ConfigError(f"{out} is a file: choose another --out") from None
     if not taken:
@@ -60,39 +55,66 @@ def check_folder(out: Path, config: TrainConfig, *, overwrite: bool, resume: boo
         raise ConfigError(
             f"{out} exists; continue it with --resume, replace it with --overwrite, or choose another --out"
         )
-    if not (out / "environment.json").exists() or not (out / "config.json").exists():
+    if not (out / RUN).exists():
+        raise ConfigError(f"{out} is not a run folder (no {RUN}): --overwrite will not delete it")
+
+
+def _check_resumable(out: Path, config: TrainConfig) -> None:
+    """ConfigError unless the folder holds this run, with at most as many iterations."""
+    if not (out / "config.json").exists():
+        raise ConfigError(f"{out} holds no run to resume")
+    before, now = read_json(out / "config.json"), json.loads(json.dumps(to_dict(config)))
+    odd = [key for key in {**now, **before} if before.get(key, ...) != now.get(key, ...) and key != "iterations"]
+    if odd:
+        values = ", ".join(f"{key}={before.get(key)} there and {now.get(key)} here" for key in odd)
         raise ConfigError(
-            f"{out} is not a run folder (no config.json and environment.json): --overwrite will not delete it"
+            f"{out} was started with another configuration ({values}); resume with the same one, only iterations may grow"
         )
+    done = max(map(step_of, checkpoints(out, config)), default=0)
+    if done > config.iterations:
+        raise ConfigError(f"{out} has done {done} iterations: set iterations={done} or more, got {config.iterations}")
+
+
+def checkpoints(out: Path, config: TrainConfig) -> list[Path]:
+    """The checkpoints of the run's own kind, newest first."""
+    return saved(out / "checkpoints", ".dcp" if config.fsdp else ".pt")
+
+
+def finished(out: Path, config: TrainConfig) -> bool:
+    """Whether the folder holds the result of all of the iterations."""
+    path = out / "result.json"
+    return path.exists() and read_json(path).get("config", {}).get("iterations") == config.iterations
 
 
 def make_folder(out: Path, config: TrainConfig) -> None:
     """Make the folder of a new run, in place of an earlier run that `check_folder` let through. ConfigError where it
     cannot be written."""
     try:
-        if out.exists():
-            shutil.rmtree(out)
-        out.mkdir(parents=True)
-        (out / "config.json").write_text(json.dumps(to_dict(config), indent=1))
-        (out / "environment.json").write_text(json.dumps(environment(), indent=1))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / RUN).touch()
+        for path in out.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != RUN:
+                path.unlink()
+        write_json(out / "environment.json", environment())
+        write_json(out / "config.json", to_dict(config))
     except OSError as error:
         raise ConfigError(f"{out} cannot be written ({error.strerror}): choose another --out") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """The content as JSON; the file appears whole or not at all."""
+    _write(path, json.dumps(content, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
     partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(content, indent=1))
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
-
-
-def add_video(writer: SummaryWriter, tag: str, video: Tensor, fps: float, step: int) -> None:
-    """Show [3, F, H, W] in [0, 1] under a tag in TensorBoard (its own add_video needs moviepy)."""
-    image = Summary.Image(
-        encoded_image_string=gif(video, fps), height=video.shape[2], width=video.shape[3], colorspace=3
-    )
-    assert writer.file_writer is not None
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
@@ -101,20 +123,35 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def settle(path: Path) -> None:
+    """Have a file that `append` wrote on the disk."""
+    with path.open("a") as file:
+        os.fsync(file.fileno())
+
+
 def read_rows(path: Path, before: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a half-written last line is dropped. before: only rows with step < before."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """Rows of a JSONL file of steps; what a crash left of others is skipped, with a warning. before: only rows with
+    step < before."""
+    rows, torn = [], 0
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line or "{}")
         except json.JSONDecodeError:
-            break
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        elif row != {}:
+            torn += 1
+    if torn:
+        log.warning("%s: %d damaged line%s skipped", path, torn, "s" * (torn > 1))
     return [row for row in rows if before is None or row["step"] < before]
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A JSONL file of these rows alone; it appears whole or not at all."""
+    _write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def rewind(path: Path, before: int) -> None:
     """Drop the rows of a JSONL file from step `before` on."""
-    rows = read_rows(path, before)
-    partial = path.with_suffix(".part")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
+    write_rows(path, read_rows(path, before))

@@ -19,7 +19,7 @@ from afd_fast.errors import CheckpointError, ConfigError
 from afd_fast.reference.advantage import PerPromptStatTracker
 from afd_fast.students.lora import add_lora, trainable
 from afd_fast.students.student import Family, StudentModule
-from afd_fast.training.distributed import shard_parameters
+from afd_fast.training.distributed import local, shard_parameters
 
 DISC_BETAS, DISC_WEIGHT_DECAY = (0.0, 0.99), 1e-3
 
@@ -130,6 +130,18 @@ class TrainState:
         for group in self.disc_optimizer.param_groups:
             group["lr"] = saved["disc_lr"]
         self.step, self.pair_r = saved["step"], list(saved["pair_r"])
+
+    def not_finite(self) -> str | None:
+        """The name of a tensor of this rank that is not finite, None where all are."""
+
+        def walk(name: str, value: Any) -> Iterator[str]:
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    yield from walk(f"{name}.{key}" if name else key, inner)
+            elif isinstance(value, Tensor) and not local(value).isfinite().all():
+                yield name
+
+        return next(walk("", self.state_dict()), None)
 
     def blank(self, keys: set[str]) -> dict[str, Any]:
         """A `state_dict` to read a sharded checkpoint into; keys: its flattened names, which tell which optimiser has

@@ -1,31 +1,32 @@
 """A run in a folder: collect the teacher's videos, train, judge, checkpoint; can be interrupted and resumed without loss.
 
-A run folder holds config.json, environment.json, metrics.jsonl (one row per iteration), evaluations.jsonl,
-tensorboard/, checkpoints/, and at the end result.json, samples.safetensors and the trained student.
+A run folder holds its lock, config.json, environment.json, teacher.json (hashes of the teacher's videos), metrics.jsonl
+(one row per iteration), evaluations.jsonl, notes.jsonl (what differs from a run left alone), tensorboard/, checkpoints/,
+and at the end result.json, samples.safetensors and the trained student.
 """
 
 import contextlib
-import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
+from safetensors import SafetensorError
 
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.discriminators.discriminator import Discriminator, check_discriminator
 from afd_fast.errors import ConfigError, Interrupted, TrainingError
 from afd_fast.judges import Scores
+from afd_fast.students.files import first_line, read_json
 from afd_fast.students.lora import trainable
-from afd_fast.students.student import Family, check_settings
+from afd_fast.students.student import Family, TrainedWeights, check_settings
 from afd_fast.students.student import family as make_family
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.dataset import BatchPlan, TeacherVideos, check_prompts, collect, open_teacher
@@ -33,18 +34,12 @@ from afd_fast.teachers.teacher import Request, Teacher
 from afd_fast.training import checkpoint
 from afd_fast.training.distributed import Ranks, job
 from afd_fast.training.evaluate import Evaluator
+from afd_fast.training.journal import Journal
+from afd_fast.training.lock import check_unused, locked
 from afd_fast.training.loop import train_step
+from afd_fast.training.resume import check_teacher, reopen, restore
 from afd_fast.training.run import Metrics, Run
-from afd_fast.training.run_folder import (
-    add_video,
-    append,
-    check_folder,
-    environment,
-    make_folder,
-    read_rows,
-    rewind,
-    write_json,
-)
+from afd_fast.training.run_folder import check_folder, environment, finished, make_folder, read_rows, write_json
 from afd_fast.training.state import new_state
 from afd_fast.training.watch import Watch
 
@@ -52,12 +47,14 @@ NOTED = ("loss", "reward", "margin", "accuracy")  # shown at the progress bar
 
 
 class RunResult(TypedDict):
-    """The content of result.json: scores of the base student, the trained one and the teacher, and how they were made."""
+    """The content of result.json: scores of the base student, the trained one and the teacher, and how they were made.
+    problems: videos left out. notes: what differs from a run left alone: environments, teachers, damage."""
 
     rows: dict[str, Scores]
     prompts: dict[str, int]
     clips_judged: int
     problems: list[str]
+    notes: list[str]
     seconds: float
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -88,17 +85,20 @@ class Trainer:
         self.plan = batch_plan(config)
         self.lockstep = config.fsdp and ranks.world > 1  # the student runs only when it runs on every rank
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False), console=console,
         )  # fmt: skip
         with self.progress:
             with ranks.lead_first():  # the others then find every video in the cache
                 self.data: TeacherVideos = collect(teacher, config.teacher_clips, config.codec_crf, self._track)
             check_prompts(teacher, self.plan)  # some may have been refused
-            self.evaluator = Evaluator(run, self.data, self._track)
+            with ranks.led():
+                self.evaluator = Evaluator(run, self.data, self._track)
         for problem in self.data.problems:
             console.print(f"[yellow]left out:[/] {escape(problem)}")
+        ranks.wait()  # a rank may take much longer than another to read the videos
         self.watch = Watch(run, console)
+        self.journal = Journal(out, console, lead=ranks.lead)
         self._stop = False
 
     def _track(self, items: Sequence[Any], description: str) -> Iterable[Any]:
@@ -112,69 +112,73 @@ class Trainer:
     def train(self, *, resume: bool = False, on_step: Callable[[Metrics], None] | None = None) -> RunResult | None:
         """Train to the end and return result.json's content (None on ranks other than 0). Interrupted after a saved
         stop."""
-        elapsed = self._resume() if resume else 0.0
-        state, lead = self.run.state, self.run.ranks.lead
-        if lead:
-            rewind(self.out / "metrics.jsonl", state.step)
-            rewind(self.out / "evaluations.jsonl", state.step + bool(state.step))
-        writer = SummaryWriter(self.out / "tensorboard", purge_step=state.step) if lead else None
+        try:
+            return self._train(resume, on_step)
+        except (OSError, SafetensorError) as error:
+            where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise TrainingError(
+                f"iteration {self.run.state.step}: {where}{reason}; {checkpoint.standing(self.out / 'checkpoints')}. Free "
+                f"some space, see that {self.out} can be written, and continue with --resume"
+            ) from error
+
+    def _train(self, resume: bool, on_step: Callable[[Metrics], None] | None) -> RunResult | None:
+        state, elapsed = self.run.state, 0.0
+        if resume:
+            elapsed = restore(self.run, self.out, self._note)
+            self.console.print(f"resuming after iteration {state.step}")
+        with self.run.ranks.led():
+            if self.run.ranks.lead:
+                if resume:
+                    reopen(self.out, self.run.config, self._note)
+                check_teacher(self.out, self.data, self._note)
+            self.journal.open(state.step)
         started = time.perf_counter() - elapsed
         try:
             with on_stop_signal(self._ask_to_stop), self.progress:
-                self._iterate(writer, started, on_step)
+                self._complete_evaluations()
+                self._iterate(started, on_step)
                 return self._finish(time.perf_counter() - started)
         finally:
-            if writer:
-                writer.close()
+            self.journal.close()
 
-    def _iterate(self, writer: SummaryWriter | None, started: float, on_step: Callable[[Metrics], None] | None) -> None:
-        config, state = self.run.config, self.run.state
-        task = self.progress.add_task(escape(config.name), total=config.iterations, completed=state.step, note="")
-        if state.step == 0:
-            self._record_evaluation(writer)
+    def _iterate(self, started: float, on_step: Callable[[Metrics], None] | None) -> None:
+        config, state, ranks = self.run.config, self.run.state, self.run.ranks
+        task = self.progress.add_task(config.name, total=config.iterations, completed=state.step, note="")
         while state.step < config.iterations:
             metrics = train_step(self.run, self.data.batch(self.plan, state.step, self.shards))
             self._check(metrics)
-            stop, last = self.run.ranks.any(self._stop), state.step == config.iterations
+            stop, last = ranks.any(self._stop), state.step == config.iterations
             self.watch(metrics)
-            if writer is not None:
-                row = {"step": state.step - 1, "elapsed": time.perf_counter() - started, **metrics}
-                append(self.out / "metrics.jsonl", row)
-                for key, value in metrics.items():
-                    writer.add_scalar(key if "/" in key else f"train/{key}", value, state.step)
+            with ranks.led():
+                row = self.journal.iteration(state.step - 1, time.perf_counter() - started, metrics)
                 note = " ".join(f"{k} {metrics[k]:.2f}" for k in NOTED if k in metrics)
                 self.progress.update(task, completed=state.step, note=note)
-                if on_step:
+                if on_step and ranks.lead:
                     on_step(row)
-            if state.step % config.evaluation.every == 0 or last:
-                self._record_evaluation(writer)
-            if state.step % config.checkpoint_every == 0 or last or stop:
+            judge = state.step % config.evaluation.every == 0 or last
+            save = state.step % config.checkpoint_every == 0 or last or stop
+            if judge or save:
+                self._check_weights()
+            if judge:
+                self._evaluate()
+            if save:
                 self._save(time.perf_counter() - started)
             if stop and not last:
                 raise Interrupted(f"stopped after iteration {state.step}; continue with --resume")
 
-    def _resume(self) -> float:
-        """Load the newest checkpoint, if there is one; returns the seconds that the run has taken."""
-        state, path = self.run.state, checkpoint.latest(self.out / "checkpoints")
-        if path is None:
-            return 0.0
-
-        def blank(keys: set[str]) -> dict[str, Any]:
-            return {"state": state.blank(keys), "elapsed": 0.0}
-
-        sharded = path.suffix == ".dcp"
-        saved = checkpoint.load_sharded(path, blank, self.run.ranks) if sharded else checkpoint.load(path)
-        state.load_state_dict(saved["state"])
-        self.console.print(f"resuming after iteration {state.step} ({escape(str(path))})")
-        return saved["elapsed"]
-
     def _save(self, elapsed: float) -> None:
-        state, folder = self.run.state, self.out / "checkpoints"
+        state, folder, ranks = self.run.state, self.out / "checkpoints", self.run.ranks
         payload = {"state": state.state_dict(), "elapsed": elapsed}
+        with ranks.led():
+            self.journal.settle()
+            if ranks.lead and not self.run.config.fsdp:
+                checkpoint.save(folder, state.step, payload)
         if self.run.config.fsdp:
-            checkpoint.save_sharded(folder, state.step, payload, self.run.ranks)
-        elif self.run.ranks.lead:
-            checkpoint.save(folder, state.step, payload)
+            checkpoint.save_sharded(folder, state.step, payload, ranks)
+
+    def _note(self, text: str) -> None:
+        self.journal.note(self.run.state.step, text)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
@@ -187,30 +191,46 @@ class Trainer:
                 f"iteration {self.run.state.step}: {', '.join(bad)} not finite; stopped before a checkpoint could be overwritten"
             )
 
-    def _record_evaluation(self, writer: SummaryWriter | None) -> None:
-        row = self.evaluator.evaluate() if self.run.ranks.lead or self.lockstep else {}
-        if writer is None:
-            return
-        append(self.out / "evaluations.jsonl", row)
-        step = int(row["step"])
-        for key, value in row.items():
-            if key != "step" and math.isfinite(value):
-                writer.add_scalar(f"held_out/{key}", value, step)
-        if self.evaluator.sample is not None:
-            add_video(writer, "held_out/sample", self.evaluator.sample, self.run.family.video.fps, step)
-        shown = ", ".join(f"{k} {row[k]:.3f}" for k in self.evaluator.judge.headline)
-        if "held_out_accuracy" in row:
-            shown += f", held-out accuracy {row['held_out_accuracy']:.2f}"
-        self.console.print(f"iteration {step:4d}: {shown}")
+    def _check_weights(self) -> None:
+        """TrainingError, the same on every rank, before the judge or a checkpoint gets weights that are not finite."""
+        name = self.run.state.not_finite()
+        if self.run.ranks.any(name is not None):
+            raise TrainingError(
+                f"iteration {self.run.state.step}: {name or 'a tensor of another rank'} is not finite; not saved, "
+                f"{checkpoint.standing(self.out / 'checkpoints')}. Start again with a lower update.lr (discriminator.lr, if it "
+                "is the discriminator's)"
+            )
+
+    def _complete_evaluations(self) -> None:
+        """Judge the base student of a new run; of a resumed one judge again what its rows lack for the result."""
+        state, ranks, found = self.run.state, self.run.ranks, read_rows(self.journal.evaluations)
+        steps = {row["step"] for row in found}
+        if ranks.any(ranks.lead and state.step > 0 and 0 not in steps):
+            self._note(f"{self.journal.evaluations.name} had lost the base student's row: judged again")
+            self._evaluate(base=True)
+        if ranks.any(ranks.lead and state.step in (0, self.run.config.iterations) and state.step not in steps):
+            self._evaluate()
+
+    def _evaluate(self, *, base: bool = False) -> None:
+        with self.run.ranks.led():
+            row = self.evaluator.evaluate(base=base) if self.run.ranks.lead or self.lockstep else {}
+            if not self.run.ranks.lead:
+                return
+            self.journal.evaluation(row, self.evaluator.sample, self.run.family.video.fps)
+            shown = ", ".join(f"{k} {row[k]:.3f}" for k in self.evaluator.judge.headline)
+            if "held_out_accuracy" in row:
+                shown += f", held-out accuracy {row['held_out_accuracy']:.2f}"
+            self.console.print(f"iteration {int(row['step']):4d}: {shown}")
 
     def _finish(self, seconds: float) -> RunResult | None:
         """Judge the final student and the teacher, keep samples, weights and the result."""
-        ranks, config = self.run.ranks, self.run.config
-        weights = self.evaluator.weights() if ranks.lead or self.lockstep else None
-        self.evaluator.save_samples(self.out / "samples.safetensors")
-        if not ranks.lead or weights is None:
-            return None
-        evaluations = read_rows(self.out / "evaluations.jsonl")
+        with self.run.ranks.led():
+            weights = self.evaluator.weights() if self.run.ranks.lead or self.lockstep else None
+            self.evaluator.save_samples(self.out / "samples.safetensors")
+            return self._result(weights, seconds) if self.run.ranks.lead and weights is not None else None
+
+    def _result(self, weights: TrainedWeights, seconds: float) -> RunResult:
+        config, evaluations = self.run.config, read_rows(self.journal.evaluations)
         held = len(self.data.held_out)
         rows = {"base": evaluations[0], "student": evaluations[-1], "teacher": self.evaluator.teacher_row()}
         result = RunResult(
@@ -218,6 +238,7 @@ class Trainer:
             prompts={"train": len(self.data.train_prompts), "held_out": held},
             clips_judged=held * config.evaluation.rollouts,
             problems=self.data.problems,
+            notes=[f"after iteration {row['step']}: {row['text']}" for row in read_rows(self.journal.notes)],
             seconds=seconds,
             config=to_dict(config),
             environment=environment(),
@@ -300,7 +321,7 @@ def train(
 
     Args:
         family: the student with its VAE and text encoder; None: the one `config.student` names.
-        resume: continue the run in the folder; a finished one is returned as it is.
+        resume: continue the run in the folder; a finished one is returned as it is, or does the iterations that it lacks.
         overwrite: replace a finished or stopped run's folder.
         teacher, discriminator: in place of the ones that the configuration names.
         console: where progress goes; None: the terminal.
@@ -310,16 +331,24 @@ def train(
     where a run stops, Interrupted after Ctrl-C or SIGTERM, once the run has saved itself.
     """
     folder = Path(out) if out is not None else Path("runs") / config.name
-    with job() as ranks:
+    with job() as ranks, contextlib.ExitStack() as held:
         ranks.share(config.shards)
-        check_folder(folder, config, overwrite=overwrite, resume=resume)
-        if resume and (folder / "result.json").exists():
-            return json.loads((folder / "result.json").read_text()) if ranks.lead else None
+        with ranks.lead_first():
+            if ranks.lead:
+                check_folder(folder, config, overwrite=overwrite, resume=resume)
+                if resume:
+                    held.enter_context(locked(folder))
+                else:
+                    check_unused(folder)
+            if resume and finished(folder, config):
+                return cast(RunResult, read_json(folder / "result.json")) if ranks.lead else None
         console = console if console is not None and ranks.lead else Console(quiet=not ranks.lead)
         run = new_run(config, family, discriminator, ranks)
         found = teacher_of(run, teacher, folder.parent / "teacher-cache")
         with ranks.lead_first():
             if ranks.lead and not resume:
+                held.enter_context(locked(folder))
+                check_folder(folder, config, overwrite=overwrite, resume=False)  # it may have changed meanwhile
                 make_folder(folder, config)
         return Trainer(run, found, folder, console).train(resume=resume)
 

@@ -278,7 +278,7 @@ class CausalWan(StudentModule):
             t = t[:, None].expand(shape)
         if t.shape != shape:
             raise ValueError(f"t must be [B, F] = {shape}, got {tuple(t.shape)}")
-        if t.device.type == "cpu" and bool(((t < 0) | (t > 1000)).any()):
+        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1000)).all()):  # NaN too
             raise ValueError(f"t must lie in 0..1000, got {t.min():g} .. {t.max():g}")
         return t
 
