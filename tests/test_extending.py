@@ -129,7 +129,8 @@ def test_settings_that_do_not_fit_the_family_are_refused_before_a_folder_is_made
     assert not (tmp_path / "run").exists()
 
 
-def test_a_prompt_that_the_text_encoder_refuses_stops_before_a_folder_is_made(tmp_path):
+def test_refused_prompts_stop_before_a_folder_is_made(tmp_path):
+    """All of them in one line, of the text encoder and of the discriminator."""
     made = of_student(shipped.load())
 
     def text(prompts):
@@ -138,9 +139,18 @@ def test_a_prompt_that_the_text_encoder_refuses_stops_before_a_folder_is_made(tm
         return torch.zeros(len(prompts), 12, dtype=torch.long)
 
     made.text = text
+
+    class Picky(Mean):
+        def check_prompt(self, prompt):
+            if prompt == "a":
+                raise ValueError("a special token")
+
     teacher = CallableTeacher(flat, ["a", "b", "c"], name="flat", fps=10)
-    with pytest.raises(ConfigError, match="refuses the prompt 'c': too long"):
-        train(with_overrides(TrainConfig(), FEW), made, tmp_path / "run", teacher=teacher, console=QUIET)
+    with pytest.raises(ConfigError, match="2 of 3 prompts cannot be used: 'a': a special token; 'c': too long"):
+        train(
+            with_overrides(TrainConfig(), FEW), made, tmp_path / "run", teacher=teacher, discriminator=Picky(),
+            console=QUIET,
+        )  # fmt: skip
     assert not (tmp_path / "run").exists() and not list((tmp_path / "teacher-cache").glob("*"))
 
 

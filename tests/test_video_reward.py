@@ -172,8 +172,10 @@ def test_head_stays_float32_inside_autocast():
 @pytest.mark.parametrize("token", ["<|VQ_reward|>", "<|video_pad|>", "<|im_end|>"])
 def test_special_tokens_in_a_prompt_are_refused(token):
     """Trap 10."""
-    with pytest.raises(ValueError, match=r"special token .*take it out"):
-        tiny.reward_model().score(tiny.clips(1), [f"a {token} cat"])
+    model = tiny.reward_model()
+    for ask in (lambda prompt: model.score(tiny.clips(1), [prompt]), model.check_prompt):
+        with pytest.raises(ValueError, match=r"special token .*take it out"):
+            ask(f"a {token} cat")
 
 
 def test_no_name_of_a_hub_kernel_is_requested():

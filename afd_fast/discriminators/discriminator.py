@@ -105,6 +105,9 @@ class Discriminator(nn.Module):
         """[B] float32 logits."""
         raise NotImplementedError
 
+    def check_prompt(self, prompt: str) -> None:
+        """ValueError for a prompt that `score` could not read; asked before a teacher is."""
+
     def reference_scores(self, videos: Clips, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Scores [B] by name of the model the discriminator was before training; none for one that started from
         random weights. Falling while `score` rises, they tell that the discriminator is being gamed."""

@@ -43,6 +43,7 @@ from afd_fast.training.run_folder import check_folder, environment, finished, ma
 from afd_fast.training.state import new_state
 from afd_fast.training.watch import Watch
 
+SHOWN = 5  # refused prompts in an error
 NOTED = ("loss", "reward", "margin", "accuracy")  # shown at the progress bar
 
 
@@ -297,13 +298,24 @@ def teacher_of(run: Run, teacher: Teacher | None, cache: Path) -> Teacher:
     else:
         found = CachedTeacher(teacher, cache, fit=run.family.video)
     check_prompts(found, batch_plan(run.config))
-    train, held_out = found.split()
-    for prompt in dict.fromkeys([*train, *held_out]):
-        try:
-            run.family.text([prompt])
-        except ValueError as error:
-            raise ConfigError(f"the student's text encoder refuses the prompt {prompt[:80]!r}: {error}") from error
+    prompts = list(dict.fromkeys(prompt for part in found.split() for prompt in part))
+    refused = [line for prompt in prompts if (line := _refusal(run, prompt))]
+    if refused:
+        more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
+        raise ConfigError(
+            f"{len(refused)} of {len(prompts)} prompts cannot be used: {'; '.join(refused[:SHOWN])}{more}"
+        )
     return found
+
+
+def _refusal(run: Run, prompt: str) -> str:
+    """Why the student's text encoder or the discriminator cannot read a prompt; empty where both can."""
+    try:
+        run.family.text([prompt])
+        run.discriminator.check_prompt(prompt)
+    except ValueError as error:
+        return f"{prompt[:80]!r}: {error}"
+    return ""
 
 
 def train(

@@ -134,6 +134,9 @@ class VideoReward(Discriminator):
         return self.options.freeze_vision
 
     @torch.no_grad()
+    def check_prompt(self, prompt: str) -> None:
+        self.prompts.suffix(prompt)
+
     def reference_scores(self, videos: Clips, prompts: Sequence[str]) -> dict[str, Tensor]:
         """VideoAlign's own VQ, MQ, TA and Overall [B]: `rewards` of the model before training."""
         with self.frozen():
