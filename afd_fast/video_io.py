@@ -23,6 +23,7 @@ from afd_fast.errors import VideoError
 
 FORMATS = "mov,matroska,avi"  # containers of video; playlists and image sequences name other files
 HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+HALF_A_LEVEL = 0.5 / 255  # what rounding to 8 bits forgives
 UNSPECIFIED, BT601 = 2, 6  # FFmpeg's AVColorSpace
 
 
@@ -43,6 +44,25 @@ def to_uint8(video: Tensor) -> Tensor:
     if not video.isfinite().all():
         raise VideoError("a video has pixels that are NaN or infinite: look for what made them, they are not written")
     return video.clamp(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def checked(video: Tensor, prompt: str, seed: int) -> Tensor:
+    """The video itself. VideoError that names prompt and seed unless it is [3, F, H, W] in [0, 1] (or uint8)."""
+    what = f"the video of {prompt!r} with seed {seed}"
+    if video.ndim != 4 or video.shape[0] != 3 or not video.numel():
+        raise VideoError(f"{what} has shape {list(video.shape)}, expected [3, F, H, W]")
+    if video.dtype == torch.uint8:
+        return video
+    if not video.is_floating_point():
+        raise VideoError(f"{what} holds {video.dtype}, expected floats in [0, 1] or uint8: convert it")
+    if not video.isfinite().all():
+        raise VideoError(f"{what} has pixels that are NaN or infinite: look for what made them, such as float16")
+    low, high = (x.item() for x in video.aminmax())
+    if low < -HALF_A_LEVEL or high > 1 + HALF_A_LEVEL:
+        raise VideoError(
+            f"{what} has values in [{low:g}, {high:g}], expected [0, 1]: divide 0..255 by 255, clamp overshoot"
+        )
+    return video
 
 
 def write_video(
@@ -97,6 +117,12 @@ def read_video(
     return video.div_(255)
 
 
+def check_file(file: str | Path, *, frames: int, fps: float) -> None:
+    """Decode what `read_video` would take, in memory for a few frames, and keep nothing. Raises VideoError as it does."""
+    for _ in read_frames(file, frames=frames, size=(8, 8), fps=fps):
+        pass
+
+
 def read_frames(
     file: str | Path | IO[bytes],
     *,
@@ -148,6 +174,16 @@ def _open(file: str | Path | IO[bytes]) -> Iterator[av.container.InputContainer]
         yield stack.enter_context(
             av.open(file, "r", options={"format_whitelist": FORMATS, "protocol_whitelist": "none"})
         )
+
+
+def is_complete(file: Path) -> bool:
+    """Whether the file opens and holds every frame that its index lists. Nothing is decoded."""
+    try:
+        with _open(file) as container:
+            sizes = [packet.size for packet in container.demux(video=0) if packet.size and not packet.is_corrupt]
+            return len(sizes) == container.streams.video[0].frames > 0
+    except (VideoError, av.FFmpegError, OSError, IndexError):
+        return False
 
 
 class _Look(NamedTuple):

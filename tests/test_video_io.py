@@ -1,3 +1,4 @@
+import json
 import os
 import struct
 import subprocess
@@ -14,8 +15,11 @@ from av.video.reformatter import ColorTrc
 
 from afd_fast.errors import ConfigError, VideoError
 from afd_fast.teachers.cache import CachedTeacher
+from afd_fast.teachers.dataset import TeacherVideos
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.physics import PhysicsTeacher, split_prompts
+from afd_fast.teachers.pipeline import write_folder
+from afd_fast.teachers.teacher import CallableTeacher
 from afd_fast.video_io import deliver, read_video, to_uint8, write_video
 
 
@@ -299,6 +303,84 @@ def test_empty_manifest_and_missing_manifest(tmp_path):
     (tmp_path / "manifest.jsonl").write_text("")
     with pytest.raises(ConfigError, match="manifest is empty"):
         FolderTeacher(tmp_path, frames=12, size=(16, 16), fps=10)
+
+
+class TestManifest:
+    """A manifest names files of its folder, in whichever encoding an editor leaves it."""
+
+    @pytest.mark.parametrize("name,text", [
+        ("manifest.csv", "prompt,video\r\na cat,a.mp4\r\n"),
+        ("manifest.jsonl", '{"prompt": "a cat", "video": "a.mp4"}\r\n\r\n'),
+    ])  # fmt: skip
+    def test_byte_order_mark(self, tmp_path, name, text):
+        write_video(tmp_path / "a.mp4", noise_video(21), 16)
+        (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+        assert FolderTeacher(tmp_path, frames=9, size=(16, 16), fps=16).prompts == ["a cat"]
+
+    @pytest.mark.parametrize("name,text,said", [
+        ("manifest.csv", b"prompt,video\ncaf\xe9,a.mp4\n", "byte 0xe9 in line 2"),
+        ("manifest.csv", b"prompt;video\na;a.mp4\n", "no column prompt, video; it has prompt;video"),
+        ("manifest.csv", b'prompt,video\n"a,a.mp4\nb,b.mp4\n', "not a CSV file"),
+        ("manifest.csv", b"prompt,video\na\n", "line 2 has another number of cells"),
+        ("manifest.csv", b"prompt,video\na, \n", "row 1 lacks"),
+        ("manifest.jsonl", b'{"prompt": "a"}\n', "row 1 lacks"),
+        ("manifest.jsonl", b'{"prompt": "a", "video": 3}\n', "row 1 lacks"),
+        ("manifest.jsonl", b'["a", "b"]\n', "row 1 lacks"),
+        ("manifest.jsonl", b"\n{\n", "line 2 is not JSON"),
+        ("manifest.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+    ])  # fmt: skip
+    def test_damaged(self, tmp_path, name, text, said):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(ConfigError, match=rf"{name}.*{said}"):
+            FolderTeacher(tmp_path, frames=9, size=(16, 16), fps=16)
+
+    def test_nothing_outside_the_folder(self, tmp_path):
+        folder, secret = tmp_path / "videos", tmp_path / "secret.mp4"
+        (folder / "sub").mkdir(parents=True)
+        for path in (secret, folder / "sub" / "good.mp4"):
+            write_video(path, noise_video(21), 16)
+        (folder / "link.mp4").symlink_to(secret)
+        (folder / "up").symlink_to(tmp_path)
+        (folder / "circle.mp4").symlink_to("circle.mp4")
+        (folder / "within.mp4").symlink_to(folder / "sub" / "good.mp4")
+        good = ["sub/good.mp4", "within.mp4"]
+        bad = [str(secret), "../secret.mp4", "sub/../../secret.mp4", "link.mp4", "up/secret.mp4", "circle.mp4", "a\0.mp4",
+               f"file:{secret}", f"concat:{secret}|{secret}", f"subfile,,start,0,end,0,,:{secret}", "http://127.0.0.1:9/a.mp4",
+               "[/x].mp4"]  # fmt: skip
+        rows = [json.dumps({"prompt": f"[/x] {i}", "video": name}) for i, name in enumerate(good + bad)]
+        (folder / "manifest.jsonl").write_text("\n".join(rows))
+        teacher = FolderTeacher(folder, frames=9, size=(16, 16), fps=16)
+        assert teacher.prompts == ["[/x] 0", "[/x] 1"] and len(teacher.problems) == len(bad)
+        assert all("leads out of" in problem for problem in teacher.problems[:5])
+
+    def test_what_write_folder_writes(self, tmp_path):
+        """A spreadsheet runs no prompt, and the prompts come back as they were."""
+        prompts = ["=1+1", "-a", "'=x", '"quoted", with a\nnew line', "[/x]"]
+        write_folder(lambda prompt, seed: noise_video(9), prompts, tmp_path, fps=16)
+        assert "\n'=1+1," in (tmp_path / "manifest.csv").read_text()
+        assert FolderTeacher(tmp_path, frames=9, size=(16, 16), fps=16).prompts == prompts
+        write_folder(lambda prompt, seed: 1 / 0, prompts, tmp_path, fps=16)  # all there: nothing is asked for
+
+
+@pytest.mark.parametrize("bad,said", [
+    (torch.full((3, 9, 16, 16), float("nan")), "NaN or infinite"), (torch.full((3, 9, 16, 16), 255.0), r"values in \[255, 255\]"),
+    (-noise_video(9), "values in"), (noise_video(9)[0], "expected \\[3, F, H, W\\]"), (torch.ones(3, 9, 16, 16).int(), "int32"),
+])  # fmt: skip
+def test_a_teachers_broken_video_is_named_and_not_kept(tmp_path, bad, said):
+    videos = {"one": noise_video(9), "two": bad}
+    function = lambda prompt, seed: videos[prompt]
+    teacher = CallableTeacher(function, ["one", "two"], name="f")
+    asks = (
+        lambda: write_folder(function, ["one", "two"], tmp_path / "videos", fps=16),
+        lambda: teacher("two", 0),
+        lambda: TeacherVideos(teacher, ["two"], [], None).clips(["two"], [0]),
+        lambda: CachedTeacher(teacher, tmp_path / "cache")("two", 0),
+    )
+    for ask in asks:
+        with pytest.raises(VideoError, match=f"the video of 'two' with seed 0 .*{said}"):
+            ask()
+    assert [path.name for path in tmp_path.rglob("*.mp4")] == ["00000-0.mp4"]  # the good one
+    assert FolderTeacher(tmp_path / "videos", frames=9, size=(16, 16), fps=16).prompts == ["one"]
 
 
 class CountingTeacher(PhysicsTeacher):

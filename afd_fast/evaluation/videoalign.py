@@ -41,7 +41,7 @@ def run(out: Path, env: Path, repo: Path, checkpoint: Path, say: Callable[[str],
     videos, to = out.absolute() / "videos", results(out).absolute()
     to.parent.mkdir(parents=True, exist_ok=True)
     table, log = to.with_name("input.csv"), to.with_name("log.txt")
-    folder.write_csv(table, ("video", "prompt"), [(videos / clip.video, clip.prompt) for clip in clips])
+    folder.write_csv(table, ("video", "prompt"), [(videos / clip.video, clip.prompt) for clip in clips], escape=False)
     to.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
     say(f"VideoAlign: running, log in {log}")

@@ -4,7 +4,6 @@ Pickles are read with weights_only=True, which refuses those that carry code.
 """
 
 import contextlib
-import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -90,14 +89,3 @@ def read_tensors(path: Path) -> Any:
         raise ConfigError(
             f"{path} cannot be read as a checkpoint ({reason}): check that the file is complete"
         ) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises ConfigError for anything else."""
-    try:
-        contents = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}): restore the file") from None
-    if not isinstance(contents, dict):
-        raise ConfigError(f"{path} holds a {type(contents).__name__}, expected a JSON object: restore the file")
-    return contents

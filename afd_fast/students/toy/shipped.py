@@ -6,6 +6,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -48,5 +49,5 @@ def make(console: Console, out: Path, *, seed: int = 0, frames: int = FRAMES) ->
         "loss": f"{sum(losses[-200:]) / 200:.4f}",  # mean of the last 200 steps
     }
     save_file(student.state_dict(), out, about)
-    console.print(f"{out}: loss {about['loss']}")
+    console.print(f"{escape(str(out))}: loss {about['loss']}")
     return student
