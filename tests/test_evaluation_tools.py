@@ -127,9 +127,10 @@ class TestVideoAlign:
         with pytest.raises(ConfigError, match="model_config.json"):
             videoalign.run(out, env, repo, tmp_path)
         videoalign.run(out, *tool)
-        edit(videoalign.results(out), lambda rows: [*rows[:-1], [rows[-1][0], "nan", "1", "1", "1"]])
-        with pytest.raises(ConfigError, match="no number"):
-            videoalign.collect(out)
+        for value in ("nan", "inf", "1e6", ""):
+            edit(videoalign.results(out), lambda rows: [*rows[:-1], [rows[-1][0], value, "1", "1", "1"]])  # noqa: B023
+            with pytest.raises(ConfigError, match="no number"):
+                videoalign.collect(out)
 
 
 class TestFlickering:
@@ -163,6 +164,18 @@ class TestFlickering:
         edit(flickering.results(out), lambda rows: rows[:-1])
         with pytest.raises(ConfigError, match="other videos"):
             flickering.collect(out)
+
+    @pytest.mark.parametrize("value", ["1.5", "-0.1", "nan", "inf", "x"])
+    def test_a_score_out_of_range(self, out, value):
+        flickering.run(out)
+        edit(flickering.results(out), lambda rows: [*rows[:-1], [rows[-1][0], value]])
+        with pytest.raises(ConfigError, match=r"scores\.csv: .*expected (0 to 1|a number)"):
+            flickering.collect(out)
+
+    def test_a_single_frame(self, out):
+        write_video(out / "videos" / CLIPS[2].video, torch.rand(3, 1, 16, 16), 16)
+        with pytest.raises(ConfigError, match="0002-0.mp4 holds a single frame"):
+            flickering.run(out)
 
     def test_only_its_prompts_of_vbenchs(self, out):
         rows = [

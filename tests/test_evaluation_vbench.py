@@ -263,6 +263,8 @@ class TestCollect:
             ("scene", lambda mean, rows: [mean, [row | {"video_results": float("nan")} for row in rows]], "no number"),
             ("scene", lambda mean, rows: [mean], "not a results file"),
             ("imaging_quality", lambda mean, rows: [100 * mean, rows], "its videos'"),
+            ("imaging_quality", lambda mean, rows: [1.2, [row | {"video_results": 120} for row in rows]], r"is in \[0, 1\]"),
+            ("scene", lambda mean, rows: [-0.1, [row | {"video_results": -0.1} for row in rows]], r"is in \[0, 1\]"),
             ("dynamic_degree", lambda mean, rows: [0.3, [row | {"video_results": 0.3} for row in rows]], "neither yes nor no"),
             ("color", lambda mean, rows: [float("nan"), []], "no number"),
             ("color", lambda mean, rows: [mean, rows + [{"video_path": "/x/old-0.mp4", "video_results": mean}]], "old-0.mp4"),
