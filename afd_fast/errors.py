@@ -26,7 +26,7 @@ class ConfigError(AFDError, ValueError):
 
 
 class VideoError(AFDError, ValueError):
-    """A file that holds no usable video; the message names the file."""
+    """A file or tensor that holds no usable video; the message names it."""
 
 
 class TeacherError(AFDError, RuntimeError):

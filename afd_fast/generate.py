@@ -19,7 +19,7 @@ from afd_fast.errors import ConfigError, check_at_least, check_fields
 from afd_fast.rollout import RolloutConfig, stream
 from afd_fast.students.wan.family import Networks
 from afd_fast.students.wan.model import CausalWan
-from afd_fast.video_io import write_video
+from afd_fast.video_io import checked, write_video
 
 Moment: TypeAlias = Any  # seconds on the CPU, a CUDA event on a GPU
 
@@ -126,11 +126,11 @@ def generate(
         networks: student, text encoder and VAE (`students.wan.family.load_networks`).
         progress: called with (chunks done, chunks of all videos' batches).
 
-    Raises ConfigError for frames that do not fill the chunks, before anything is made, and what the student raises.
+    Raises ConfigError for frames that do not fill the chunks, before anything is made, VideoError that names prompt and
+    seed for a video with NaN, and what the student raises.
     """
     total = -(-len(todo) // options.batch) * chunk_count(options.frames, config)
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     student, stats, done = networks.student, GenerateStats(), 0
     clock = _Clock(student.device)
     side = torch.cuda.Stream(student.device) if clock.cuda else None
@@ -159,8 +159,9 @@ def generate(
         video = torch.cat(pixels, 2)
         stats.videos += len(part)
         stats.frames += len(part) * video.shape[2]
-        for job, one in zip(part, video):
-            write(out_dir / job.name, one, options.fps)
+        out_dir.mkdir(parents=True, exist_ok=True)  # not before there is something for it
+        for job, one in zip(part, video, strict=True):
+            write(out_dir / job.name, checked(one, job.prompt, job.seed), options.fps)
     return stats
 
 

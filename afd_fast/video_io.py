@@ -3,18 +3,28 @@
 Legend: B clips, F frames, H x W pixels; pixels are floats in [0, 1].
 """
 
+import contextlib
 import io
+import math
+import struct
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import Colorspace, ColorTrc
 from torch import Tensor
 
 from afd_fast.errors import VideoError
+
+FORMATS = "mov,matroska,avi"  # containers of video; playlists and image sequences name other files
+HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+HALF_A_LEVEL = 0.5 / 255  # what rounding to 8 bits forgives
+UNSPECIFIED, BT601 = 2, 6  # FFmpeg's AVColorSpace
 
 
 class VideoFormat(NamedTuple):
@@ -27,8 +37,32 @@ class VideoFormat(NamedTuple):
 
 
 def to_uint8(video: Tensor) -> Tensor:
-    """[..., 3, F, H, W] in [0, 1] -> uint8, rounded to nearest."""
-    return (video.clamp(0, 1) * 255).round().to(torch.uint8)
+    """[..., 3, F, H, W] in [0, 1] -> uint8, rounded to nearest; what lies outside becomes black or white, as a decoder's
+    overshoot should. Raises VideoError for pixels that are NaN or infinite, which would become black too."""
+    if video.dtype == torch.uint8:
+        return video
+    if not video.isfinite().all():
+        raise VideoError("a video has pixels that are NaN or infinite: look for what made them, they are not written")
+    return video.clamp(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def checked(video: Tensor, prompt: str, seed: int) -> Tensor:
+    """The video itself. VideoError that names prompt and seed unless it is [3, F, H, W] in [0, 1] (or uint8)."""
+    what = f"the video of {prompt!r} with seed {seed}"
+    if video.ndim != 4 or video.shape[0] != 3 or not video.numel():
+        raise VideoError(f"{what} has shape {list(video.shape)}, expected [3, F, H, W]")
+    if video.dtype == torch.uint8:
+        return video
+    if not video.is_floating_point():
+        raise VideoError(f"{what} holds {video.dtype}, expected floats in [0, 1] or uint8: convert it")
+    if not video.isfinite().all():
+        raise VideoError(f"{what} has pixels that are NaN or infinite: look for what made them, such as float16")
+    low, high = (x.item() for x in video.aminmax())
+    if low < -HALF_A_LEVEL or high > 1 + HALF_A_LEVEL:
+        raise VideoError(
+            f"{what} has values in [{low:g}, {high:g}], expected [0, 1]: divide 0..255 by 255, clamp overshoot"
+        )
+    return video
 
 
 def write_video(
@@ -38,20 +72,24 @@ def write_video(
 
     file: path or binary file. crf: 0..51, lower is better. lossless: RGB, every 8-bit value exact (most
     browsers do not play that profile). Lossy video is 4:2:0, so H and W must be even. The same pixels give the same
-    bytes. Raises VideoError for odd sizes.
+    bytes. Raises VideoError for odd sizes, other shapes, and as `to_uint8`; nothing is written then.
     """
-    frames = video if video.dtype == torch.uint8 else to_uint8(video)
-    array = frames.permute(1, 2, 3, 0).cpu().numpy()  # [F, H, W, 3]
+    if video.ndim != 4 or video.shape[0] != 3 or not video.numel():
+        raise VideoError(f"got a video of shape {list(video.shape)}, expected [3, F, H, W]")
+    array = to_uint8(video).permute(1, 2, 3, 0).cpu().numpy()  # [F, H, W, 3]
     height, width = array.shape[1:3]
     if not lossless and (height % 2 or width % 2):
         raise VideoError(f"got {height}x{width} pixels, 4:2:0 video needs even sizes: pad it or write lossless=True")
-    target = str(file) if isinstance(file, (str, Path)) else file
-    with av.open(target, "w", format="mp4") as container:
+    with contextlib.ExitStack() as stack:  # opened here: FFmpeg would take a name with a colon for a URL
+        target = stack.enter_context(Path(file).open("wb")) if isinstance(file, (str, Path)) else file
+        container = stack.enter_context(av.open(target, "w", format="mp4"))
         stream = container.add_stream(
             "libx264rgb" if lossless else "libx264", rate=Fraction(fps).limit_denominator(1001)
         )
         stream.width, stream.height = width, height
         stream.pix_fmt = "rgb24" if lossless else "yuv420p"
+        if not lossless:
+            stream.codec_context.colorspace = BT601  # what the conversion below does; players guess without the tag
         # without mbtree: its AVX-512 code reads memory it never wrote, so one video had several encodings (libx264 165)
         stream.options = {"qp": "0"} if lossless else {"crf": str(crf), "x264-params": "mbtree=0"}
         stream.codec_context.thread_count = 1
@@ -67,59 +105,196 @@ def read_video(
     size: tuple[int, int] | None = None,
     fps: float | None = None,
 ) -> Tensor:
-    """A video as [3, F, H, W] floats in [0, 1].
+    """A video as [3, F, H, W] floats in [0, 1]: what a player shows, in 8 bits (`read_frames`)."""
+    images: Iterable[Tensor] = read_frames(file, frames=frames, size=size, fps=fps)
+    if frames is None:
+        images = list(images)
+        frames = len(images)
+    video = torch.empty(0)
+    for i, image in enumerate(images):
+        if i == 0:
+            video = torch.empty(3, frames, *image.shape[1:])
+        video[:, i] = image
+    return video.div_(255)
 
-    fps: resample to this rate (nearest frame in time); frames: keep the first `frames`; size: (H, W), centre crop to
-    the aspect ratio, then area resampling. Raises VideoError that names an unreadable or too short file.
+
+def check_file(file: str | Path, *, frames: int, fps: float) -> None:
+    """Decode what `read_video` would take, in memory for a few frames, and keep nothing. Raises VideoError as it does."""
+    for _ in read_frames(file, frames=frames, size=(8, 8), fps=fps):
+        pass
+
+
+def read_frames(
+    file: str | Path | IO[bytes],
+    *,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+) -> Iterator[Tensor]:
+    """The frames of a file one by one, [3, H, W] uint8, in memory for a few of them: upright, with square pixels, in the
+    colours of its tags.
+
+    fps: the frames shown at the times k / fps; frames: keep the first `frames`; size: (H, W), centre crop to the aspect
+    ratio, then area resampling. Raises VideoError that names a file that is unreadable, too short, HDR, or changes its
+    size where none is given. Only the file itself is read: no URL, no playlist, no pipe.
     """
-    name = getattr(file, "name", file)
-    images: list[np.ndarray] = []
-    times: list[float] = []
+    name, fit = getattr(file, "name", file), _Fit(size)
+    done, shape = 0, None
     try:
-        with av.open(str(file) if isinstance(file, (str, Path)) else file, "r") as container:
-            for frame in container.decode(video=0):
-                images.append(frame.to_ndarray(format="rgb24"))
-                times.append(len(times) / _rate(container) if frame.time is None else frame.time)
-                if fps is None and frames is not None and len(images) == frames:
-                    break
-                if fps is not None and frames is not None and times[-1] - times[0] > frames / fps:
-                    break
+        with _open(file) as container:
+            for shown in _shown(container):
+                count = 1 if fps is None else shown.instants(fps, done)
+                count = count if frames is None else min(count, frames - done)
+                if not count:
+                    continue
+                image = _image(shown, fit)
+                if image.shape != (shape := shape or image.shape):
+                    raise VideoError(f"{name}: frame {done} has another size than the first: read it with size=")
+                done += count
+                for _ in range(count):
+                    yield image
+                if done == frames:
+                    return
     except (av.FFmpegError, OSError, IndexError) as error:
         raise VideoError(f"{name}: cannot be read as video ({error}); replace the file") from error
-    if not images:
+    if not done:
         raise VideoError(f"{name}: holds no video frame; replace the file")
-    if fps is not None:
-        period = times[1] - times[0] if len(times) > 1 else 1 / fps
-        end = times[-1] - times[0] + period  # the last frame lasts one period
-        count = int(end * fps + 1e-6)
-        wanted = np.arange(count) / fps + 1e-6
-        images = [images[i] for i in np.searchsorted(np.array(times) - times[0], wanted, side="right") - 1]
-    if frames is not None and len(images) < frames:
-        raise VideoError(
-            f"{name}: {len(images)} frames" + (f" at {fps:g} fps" if fps else "") + f", {frames} are needed"
+    if frames is not None:
+        at = f" at {fps:g} fps" if fps else ""
+        raise VideoError(f"{name}: {done} frames{at}, {frames} are needed")
+
+
+@contextlib.contextmanager
+def _open(file: str | Path | IO[bytes]) -> Iterator[av.container.InputContainer]:
+    """The container. FFmpeg gets an open file and not its name, which could be a URL, and no format that names others."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(file, (str, Path)):
+            if not Path(file).is_file():
+                raise VideoError(f"{file}: is not a file; check the path")
+            file = stack.enter_context(Path(file).open("rb"))
+        yield stack.enter_context(
+            av.open(file, "r", options={"format_whitelist": FORMATS, "protocol_whitelist": "none"})
         )
-    video = torch.from_numpy(np.stack(images[:frames])).permute(3, 0, 1, 2).float() / 255
-    return video if size is None else _fit(video, size)
 
 
-def _rate(container: av.container.InputContainer) -> float:
+def is_complete(file: Path) -> bool:
+    """Whether the file opens and holds every frame that its index lists. Nothing is decoded."""
+    try:
+        with _open(file) as container:
+            sizes = [packet.size for packet in container.demux(video=0) if packet.size and not packet.is_corrupt]
+            return len(sizes) == container.streams.video[0].frames > 0
+    except (VideoError, av.FFmpegError, OSError, IndexError):
+        return False
+
+
+class _Look(NamedTuple):
+    """How a stream's frames are to be shown: width of a pixel / its height, and (x, y) -> (a x + c y, b x + d y)."""
+
+    aspect: Fraction = Fraction(1)
+    a: int = 1
+    b: int = 0
+    c: int = 0
+    d: int = 1
+
+
+class _Shown(NamedTuple):
+    """A decoded frame, when it is shown, in seconds after the first one, and how."""
+
+    frame: av.VideoFrame
+    start: Fraction
+    end: Fraction
+    slack: Fraction  # timestamps are rounded to ticks
+    look: _Look
+
+    def instants(self, fps: float, first: int) -> int:
+        """How many of the times k / fps, k >= first, lie in [start, end)."""
+        last = math.ceil((self.end - self.slack) * Fraction(fps).limit_denominator(1001))
+        return max(0, last - first)
+
+
+def _shown(container: av.container.InputContainer) -> Iterator[_Shown]:
+    """The frames of the video stream in the order in which they are shown. A frame is shown until the next one comes."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, av.VideoStream):
+        return
+    tick = Fraction(stream.time_base or 1)
+    slack = min(tick / 2, Fraction(1, 2000))  # Matroska's milliseconds are the coarsest
+    look = _Look()
+    held: av.VideoFrame | None = None
+    start = gap = origin = Fraction(0)
+    for index, frame in enumerate(container.decode(stream)):
+        if frame.color_trc in HDR:
+            raise VideoError(
+                f"{container.name}: is HDR (PQ or HLG), which every player shows differently; convert it to SDR"
+            )
+        time = frame.pts * tick if frame.pts is not None else index / _rate(container)
+        if held is None:
+            origin, look = time, _look(stream, frame)
+        else:
+            gap = time - origin - start
+            yield _Shown(held, start, time - origin, slack, look)
+        held, start = frame, time - origin
+    if held is not None:
+        # With B-frames a frame's own duration is that of another one: the stream's is better.
+        ends = [
+            stream.duration and ((stream.start_time or 0) + stream.duration) * tick - origin,
+            start + held.duration * tick,
+        ]
+        end = next((end for end in ends if end and end > start), start + (gap if gap > 0 else 1 / _rate(container)))
+        yield _Shown(held, start, end, slack, look)
+
+
+def _look(stream: av.VideoStream, first: av.VideoFrame) -> _Look:
+    """From the stream and its first frame: a frame whose side data were looked at is not freed at once."""
+    side: Any = first.side_data.get("DISPLAYMATRIX")
+    a, b, _, c, d = struct.unpack("=5i", bytes(side)[:20]) if side is not None else (1, 0, 0, 0, 1)
+    return _Look(Fraction(stream.sample_aspect_ratio or 1), a, b, c, d)
+
+
+def _rate(container: av.container.InputContainer) -> Fraction:
     """Frames per second of a file whose frames have no times. Raises VideoError if it has no rate either."""
     rate = container.streams.video[0].average_rate
-    if rate is None:
+    if not rate:
         raise VideoError(f"{container.name}: has neither frame times nor a frame rate; write it again as mp4")
-    return float(rate)
+    return rate
 
 
-def _fit(video: Tensor, size: tuple[int, int]) -> Tensor:
-    """Centre crop to size's aspect ratio, then area-resample: [3, F, h, w] -> [3, F, H, W]."""
-    height, width = video.shape[-2:]
-    if (height, width) == size:
-        return video
-    scale = min(height / size[0], width / size[1])
-    crop_h, crop_w = round(size[0] * scale), round(size[1] * scale)
-    top, left = (height - crop_h) // 2, (width - crop_w) // 2
-    video = video[..., top : top + crop_h, left : left + crop_w]
-    return F.interpolate(video.transpose(0, 1), size, mode="area").transpose(0, 1)
+def _image(shown: _Shown, fit: "_Fit") -> Tensor:
+    """A frame as it is shown, in RGB: [3, H, W] uint8."""
+    frame = shown.frame
+    untagged = frame.colorspace == UNSPECIFIED and not frame.format.is_rgb
+    matrix = Colorspace.ITU709 if untagged and (frame.width >= 1280 or frame.height > 576) else None  # as players guess
+    pixels = frame.to_ndarray(format="rgb24", src_colorspace=matrix, dst_colorspace=matrix)
+    image, (aspect, a, b, c, d) = torch.from_numpy(pixels).permute(2, 0, 1), shown.look
+    if abs(b) > abs(a):
+        image, aspect, a, d = image.transpose(1, 2), 1 / aspect, c, b
+    if axes := [axis for axis, sign in ((2, a), (1, d)) if sign < 0]:
+        image = image.flip(axes)
+    return fit(image, aspect)
+
+
+class _Fit:
+    """Centre crop to size's aspect ratio, then area-resample: [3, h, w] -> [3, H, W] uint8. None: only square pixels.
+
+    All frames pass through one buffer: memory allocated anew for each of a 1080p clip's adds up to a gigabyte.
+    """
+
+    def __init__(self, size: tuple[int, int] | None):
+        self.size, self.buffer = size, torch.empty(0)
+
+    def __call__(self, image: Tensor, aspect: Fraction) -> Tensor:
+        """aspect: width of the image's pixels / their height."""
+        height, width = image.shape[1:]
+        size = self.size or (height, max(1, round(width * aspect)))
+        if (height, width) == size and aspect == 1:
+            return image
+        scale = min(Fraction(height, size[0]), width * aspect / size[1])
+        crop_h, crop_w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale / aspect))
+        top, left = (height - crop_h) // 2, (width - crop_w) // 2
+        if self.buffer.shape != (3, crop_h, crop_w):
+            self.buffer = torch.empty(3, crop_h, crop_w)
+        self.buffer.copy_(image[:, top : top + crop_h, left : left + crop_w])
+        return F.interpolate(self.buffer[None], size, mode="area")[0].round_().to(torch.uint8)
 
 
 def codec_round_trip(video: Tensor, crf: int, fps: float = 24) -> Tensor:

@@ -132,6 +132,38 @@ class TestFolder:
         with pytest.raises(ConfigError, match="3 of .* videos are missing or unreadable"):
             vbench.run(tmp_path / "out", env)
 
+    @pytest.mark.parametrize(
+        "name", ["../a.mp4", "/tmp/a.mp4", "http://127.0.0.1/a.mp4", "sub/a.mp4", "a.txt", "a dog 0-0.mp4"]
+    )
+    def test_a_manifest_names_files_of_its_folder_once(self, tmp_path, mp4, name):
+        make(tmp_path / "out", mp4)
+        with (tmp_path / "out" / "manifest.csv").open("a") as file:
+            file.write(f"{name},a prompt,0\n")
+        with pytest.raises(ConfigError, match="each once"):
+            folder.check(tmp_path / "out")
+
+    def test_a_link_out_of_the_folder(self, tmp_path, mp4):
+        clips = make(tmp_path / "out", mp4)
+        file = tmp_path / "out" / "videos" / clips[0].video
+        file.rename(tmp_path / "elsewhere.mp4")
+        file.symlink_to(tmp_path / "elsewhere.mp4")
+        with pytest.raises(ConfigError, match="leads out of"):
+            folder.check(tmp_path / "out")
+
+    def test_a_damaged_manifest(self, tmp_path, mp4):
+        make(tmp_path / "out", mp4)
+        table, settings = tmp_path / "out" / "manifest.csv", tmp_path / "out" / "export.json"
+        head = "video,prompt,seed\r\n"
+        for text, said in ((head + "a.mp4,a\r\n", "line 2"), (head + 'a.mp4,"a', "not a CSV file"), (head, "lists no video"),
+                           (head + "a.mp4,a,x\r\n", "seed is not an integer")):  # fmt: skip
+            table.write_text(text)
+            with pytest.raises(ConfigError, match=f"manifest.csv.*{said}"):
+                folder.read_manifest(tmp_path / "out")
+        for text in ('{"n": "x"}', '{"n": 0}', "[" * 100_000):
+            settings.write_text(text)
+            with pytest.raises(ConfigError, match=r"export\.json"):
+                folder.read_settings(tmp_path / "out")
+
     def test_one_export_a_folder(self, tmp_path, mp4):
         clips = make(tmp_path / "out", mp4)
         folder.start(tmp_path / "out", clips, {"n": 1})
@@ -231,6 +263,8 @@ class TestCollect:
             ("scene", lambda mean, rows: [mean, [row | {"video_results": float("nan")} for row in rows]], "no number"),
             ("scene", lambda mean, rows: [mean], "not a results file"),
             ("imaging_quality", lambda mean, rows: [100 * mean, rows], "its videos'"),
+            ("imaging_quality", lambda mean, rows: [1.2, [row | {"video_results": 120} for row in rows]], r"is in \[0, 1\]"),
+            ("scene", lambda mean, rows: [-0.1, [row | {"video_results": -0.1} for row in rows]], r"is in \[0, 1\]"),
             ("dynamic_degree", lambda mean, rows: [0.3, [row | {"video_results": 0.3} for row in rows]], "neither yes nor no"),
             ("color", lambda mean, rows: [float("nan"), []], "no number"),
             ("color", lambda mean, rows: [mean, rows + [{"video_path": "/x/old-0.mp4", "video_results": mean}]], "old-0.mp4"),

@@ -83,8 +83,10 @@ def test_objects_in_place_of_names(tmp_path):
 
 
 def test_a_teacher_whose_videos_are_too_short_is_named_with_the_prompt(tmp_path):
-    teacher = CallableTeacher(flat, ["a", "b", "c"], name="flat", fps=16)  # 12 frames are 7 at 10 fps
-    with pytest.raises(VideoError, match="'flat' gave a video of 'a' that does not fit: .* 7 frames at 10 fps"):
+    teacher = CallableTeacher(
+        flat, ["a", "b", "c"], name="flat", fps=16
+    )  # 12 frames are 8 at 10 fps: 0 .. 0.7 s of 0.75
+    with pytest.raises(VideoError, match="'flat' gave a video of 'a' that does not fit: .* 8 frames at 10 fps"):
         train(with_overrides(TrainConfig(), FEW), out=tmp_path / "run", teacher=teacher, console=QUIET)
     assert list((tmp_path / "teacher-cache").glob("*.mp4"))  # and is kept
 

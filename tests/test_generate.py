@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from afd_fast.errors import ConfigError
+from afd_fast.cli.main import app
+from afd_fast.errors import ConfigError, VideoError
 from afd_fast.generate import GenerateOptions, GenerateStats, Job, file_name, generate, jobs
 from afd_fast.rollout import rollout
 from afd_fast.students.wan.family import tiny
@@ -134,6 +136,49 @@ def test_generate_writes_a_video_per_prompt(tmp_path):
         text = networks.student.encode_text(networks.text(["third"]))
         alone = networks.vae(rollout(networks.student, text, noise, generator=[g]))
     assert torch.allclose(alone[0], written["0002-third.mp4"][0], atol=1e-5)
+
+
+def test_a_broken_network_writes_no_black_video(tmp_path):
+    networks = tiny()
+    networks.vae.vae.post_quant_conv.bias.data.fill_(float("nan"))
+    with pytest.raises(VideoError, match="'a red ball' with seed 5 has pixels that are NaN"):
+        generate(networks, jobs(["a red ball"], 5), tmp_path / "out", GenerateOptions(3, 4, 6))
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+def rollout_command(tmp_path, *words):
+    call = ["rollout", "--config", "tiny", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "o", *words]
+    done = CliRunner().invoke(app, list(map(str, call)))
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.output
+
+
+def test_the_command_says_what_is_wrong_and_leaves_no_folder(tmp_path):
+    file = tmp_path / "p.txt"
+    for content, said in (
+        (None, "p.txt is not a file"),
+        (b"\xef\xbb\xbf \r\n", "holds no prompt"),
+        (b"caf\xe9", "in line 1"),
+    ):
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(ConfigError, match=said):
+            rollout_command(tmp_path)
+    file.write_bytes(b"\xef\xbb\xbfa ball\r\n")
+    with pytest.raises(ConfigError, match="20 latent frames do not divide"):
+        rollout_command(tmp_path, "--frames", 20)
+    assert not (tmp_path / "o").exists()
+    assert "1 videos" in rollout_command(tmp_path, "--frames", 3)
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["0000-a-ball.mp4"]
+
+
+def test_the_encoder_drops_no_pixels(vae):
+    coder = WanDecoder(vae.float())
+    assert coder.encode(torch.rand(1, 3, 5, 16, 24)).shape == (1, 16, 2, 2, 3)
+    for size in ((6, 16, 24), (5, 17, 24), (5, 16, 20)):
+        with pytest.raises(ValueError, match="4 F - 3"):
+            coder.encode(torch.rand(1, 3, *size))
 
 
 def test_generate_refuses(tmp_path):

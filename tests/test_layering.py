@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # from the ground up
     ("errors",),
-    ("reference",),
+    ("reference", "files"),
     ("ops", "video_io"),
     ("teachers",),
     ("students", "judges", "evaluation"),

@@ -1,14 +1,23 @@
 """Every public checkpoint layout, on files made here in their exact format, and diffusers' own model both ways."""
 
+import io
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from afd_fast.discriminators.videoalign.checkpoints import load_video_reward
+from afd_fast.errors import ConfigError
 from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
+from afd_fast.students.files import MissingFileError
 from afd_fast.students.wan.checkpoints import clean_keys, from_diffusers, to_diffusers
+from afd_fast.students.wan.text import TextEncoder
+from afd_fast.students.wan.vae import WanDecoder
+from tests import tiny_videoalign
 
 CONFIG = CausalWanConfig(dim=128, ffn_dim=96, num_heads=1, num_layers=2, text_len=512, text_dim=24, freq_dim=32)
 
@@ -236,6 +245,124 @@ class TestDiffusers:
 class _Code:
     def __reduce__(self):
         return (print, ("code ran",))
+
+
+class _Plant:
+    """A pickle that writes a file when it is loaded."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.write_text, (self.mark, "code ran"))
+
+
+class TestPlantedCode:
+    """Code in every place that is loaded, and somebody who answers every question with yes: nothing runs."""
+
+    @pytest.fixture(autouse=True)
+    def mark(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 99))
+        mark = tmp_path / "code ran"
+        yield mark
+        assert not mark.exists()
+
+    @pytest.fixture
+    def plant(self, mark):
+        """Writes the pickle into a file, bare and as torch.save does: plant(path) yields between them."""
+
+        def into(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(pickle.dumps({"a": _Plant(mark)}))
+            yield
+            torch.save({"a": _Plant(mark)}, path)
+            yield
+
+        return into
+
+    @pytest.mark.parametrize("name", ["m.pt", "m.pth", "m.bin", "m.ckpt", "m.safetensors", "folder/m.bin"])
+    def test_student(self, tmp_path, plant, name):
+        for _ in plant(tmp_path / "w" / name):
+            with pytest.raises(ConfigError, match="could run code|cannot be read"):
+                load_student(tmp_path / "w" / name.partition("/m")[0])
+
+    @pytest.mark.parametrize("name", ["lora.pt", "adapter/adapter_model.bin", "adapter/adapter_model.safetensors"])
+    def test_lora(self, tmp_path, plant, state, name):
+        torch.save(state, tmp_path / "base.pt")
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4}')
+        for _ in plant(tmp_path / name):
+            with pytest.raises(ConfigError, match="could run code|cannot be read"):
+                load_student(tmp_path / "base.pt", lora=tmp_path / name.partition("/")[0])
+
+    @pytest.mark.parametrize("name", ["text_encoder/pytorch_model.bin", "text_encoder/model.safetensors"])
+    def test_text_encoder(self, tmp_path, plant, name):
+        from transformers import UMT5Config
+
+        tiny = UMT5Config(vocab_size=64, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3)
+        tiny.save_pretrained(tmp_path / "text_encoder")
+        for _ in plant(tmp_path / name):
+            with pytest.raises(ConfigError, match="no text_encoder that can be loaded"):
+                TextEncoder.from_pretrained(tmp_path, device="cpu")
+
+    @pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.safetensors"])
+    def test_vae(self, tmp_path, plant, name):
+        from diffusers import AutoencoderKLWan
+
+        AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_config(tmp_path / "vae")
+        for _ in plant(tmp_path / name):
+            with pytest.raises(ConfigError, match="no vae that can be loaded"):
+                WanDecoder.from_pretrained(tmp_path, device="cpu")
+
+    def test_tokenizers(self, tmp_path, mark):
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        tiny = UMT5Config(vocab_size=64, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3)
+        UMT5EncoderModel(tiny).save_pretrained(tmp_path / "text_encoder")
+        reward = shutil.copytree(tiny_videoalign.GOLDEN, tmp_path / "reward")
+        for folder in (tmp_path / "tokenizer", reward / "checkpoint-1" / "tokenizer"):
+            folder.mkdir(exist_ok=True)
+            code = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+            (folder / "own.py").write_text(code + "from transformers import PreTrainedTokenizer as Own\n")
+            settings = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+            (folder / "config.json").write_text(
+                json.dumps({"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"})
+            )
+        with pytest.raises(ConfigError, match="no tokenizer that can be loaded"):
+            TextEncoder.from_pretrained(tmp_path, device="cpu")
+        with pytest.raises(ConfigError, match="no tokenizer that can be loaded"):
+            load_video_reward(reward, template=tiny_videoalign.TEMPLATE)
+
+    def test_reward_model(self, tmp_path, plant, mark):
+        reward = shutil.copytree(tiny_videoalign.GOLDEN, tmp_path / "reward")
+        options = {"tokenizer": tiny_videoalign.tokenizer()}
+        for _ in plant(reward / "checkpoint-1" / "model.pth"):
+            with pytest.raises(ConfigError, match="could run code|cannot be read"):
+                load_video_reward(reward, template=tiny_videoalign.TEMPLATE, **options)
+        (reward / "prompt_template.txt").unlink(missing_ok=True)
+        (reward / "prompt_template.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
+        with pytest.raises(ConfigError, match="does not hold the template"):
+            load_video_reward(reward, **options)
+
+
+def test_a_missing_path_is_no_repository(tmp_path, monkeypatch):
+    """A folder that exists here makes what follows it a path; a pathlib.Path is one anyway."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for missing in (
+        "runs/student",
+        "./student",
+        "runs/demo/student",
+        "runs/a.pt",
+        "/nowhere/student",
+        Path("a/b"),
+        "~/a.pt",
+    ):
+        for load in (load_student, load_video_reward, TextEncoder.from_pretrained, WanDecoder.from_pretrained):
+            with pytest.raises(MissingFileError, match="check the path") as error:
+                load(missing)
+            assert str(missing) in str(error.value)
 
 
 def test_refusals(state, tmp_path, capsys):

@@ -58,7 +58,7 @@ def export(
     from afd_fast.evaluation import vbench as suite
     from afd_fast.generate import chunk_count
     from afd_fast.rollout import RolloutConfig
-    from afd_fast.students.wan.family import BASE
+    from afd_fast.students.wan.family import BASE, load_networks
 
     if (vbench is None) == (prompts is None):
         raise ConfigError("give either --vbench VBench_full_info.json or --prompts FILE")
@@ -70,17 +70,22 @@ def export(
         clips = _listed(prompts, n, seed)
     sampler = RolloutConfig(shift=shift, chunk=chunk)
     settings: folder.Settings = {"n": n, "student": student}
+    networks = None
     if student is not None:
         chunk_count(frames, sampler)
+        options = _size(student, frames, batch)
         settings |= {"base": base or BASE, "frames": frames, "shift": shift, "chunk": chunk, "fps": FPS}
+        folder.verify(out, clips, settings)
+        if not (out / "export.json").exists() or folder.missing(out, clips):
+            networks = load_networks(
+                student, base, seed
+            )  # a wrong checkpoint leaves no folder that blocks the right one
     folder.start(out, clips, settings)
     if vbench is not None and not (out / suite.SUITE).exists():
         shutil.copyfile(vbench, out / suite.SUITE)
     todo = folder.missing(out, clips)
-    if student is not None and todo:
-        from afd_fast.students.wan.family import load_networks
-
-        _generate(out, todo, load_networks(student, base, seed), _size(student, frames, batch), sampler)
+    if networks is not None and todo:
+        _generate(out, todo, networks, options, sampler)
         todo = folder.missing(out, clips)
     console.print(
         f"{len(clips) - len(todo)} of {len(clips)} videos are in {escape(str(out / 'videos'))}; names: manifest.csv"
@@ -90,12 +95,12 @@ def export(
 def _listed(prompts: Path, n: int, seed: int) -> "list[Clip]":
     """n clips of every line of a text file."""
     from afd_fast.evaluation.folder import Clip
+    from afd_fast.files.text import read_prompts
     from afd_fast.generate import file_name
 
-    lines = prompts.read_text(encoding="utf-8-sig").split("\n") if prompts.is_file() else []
-    lines = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not lines or n < 1:
-        raise ConfigError(f"{prompts} must be a file with at least one prompt, and --n at least 1")
+    if n < 1:
+        raise ConfigError(f"--n must be at least 1, got {n}")
+    lines = list(dict.fromkeys(read_prompts(prompts)))
     names = [(prompt, f"{file_name(i, prompt)[:-4]}-{k}.mp4") for i, prompt in enumerate(lines) for k in range(n)]
     return [Clip(name, prompt, seed + i) for i, (prompt, name) in enumerate(names)]
 

@@ -300,6 +300,7 @@ def rollout(
     import torch
     from rich.progress import Progress
 
+    from afd_fast.files.text import read_prompts
     from afd_fast.generate import GenerateOptions, chunk_count, generate, jobs
     from afd_fast.rollout import RolloutConfig
     from afd_fast.students.wan.family import SIZE, TINY_SIZE, load_networks
@@ -308,11 +309,7 @@ def rollout(
         raise ConfigError("--graphs records CUDA graphs, and there is no CUDA device here: leave it out")
     if config not in ("wan", "tiny") or (config == "wan") != (student is not None):
         raise ConfigError("give either --student CHECKPOINT or --config tiny")
-    if not prompts.is_file():
-        raise ConfigError(f"{prompts} is not a file with prompts")
-    lines = prompts.read_text(encoding="utf-8-sig").split("\n")
-    if not any(line.strip() for line in lines):
-        raise ConfigError(f"{prompts} holds no prompt")
+    lines = read_prompts(prompts)
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
     sampler = RolloutConfig(shift=shift, chunk=chunk, graphs=graphs)

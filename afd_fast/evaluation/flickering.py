@@ -3,7 +3,8 @@
 Legend: F frames, H x W pixels. Source: vbench/temporal_flickering.py, commit 45e79ec.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from afd_fast.errors import ConfigError
 from afd_fast.evaluation import folder, intervals, vbench
 from afd_fast.evaluation.folder import Clip
 from afd_fast.evaluation.intervals import Groups, Score
-from afd_fast.video_io import read_video, to_uint8
+from afd_fast.video_io import read_frames
 
 
 def temporal_flickering(frames: np.ndarray) -> float:
@@ -27,9 +28,14 @@ def temporal_flickering(frames: np.ndarray) -> float:
             f"frames are {frames.dtype} {list(frames.shape)}, expected uint8 [3, F >= 2, H, W]: convert floats with "
             "video_io.to_uint8"
         )
-    images = frames.astype(np.int16).swapaxes(0, 1)  # [F, 3, H, W]; the tool averages equally sized frames
-    change = [np.abs(b - a).mean(dtype=np.float64) for a, b in pairwise(images)]
-    return float((255 - np.mean(change)) / 255)
+    return _score(frames.swapaxes(0, 1))  # [F, 3, H, W]
+
+
+def _score(images: Iterable[np.ndarray]) -> float:
+    """Of frames [3, H, W] as they come, two at a time in memory; the tool averages equally sized frames."""
+    pairs = pairwise(image.astype(np.int16) for image in images)
+    change = [np.abs(b - a).mean(dtype=np.float64) for a, b in pairs]
+    return float((255 - np.mean(change)) / 255) if change else float("nan")
 
 
 def results(out: Path) -> Path:
@@ -48,8 +54,9 @@ def _clips(clips: list[Clip], out: Path) -> list[Clip]:
 def run(out: Path, say: Callable[[str], None] = print) -> None:
     """Compute the score of every video in the folder. Raises ConfigError for missing videos or unexpected files."""
     clips = _clips(folder.check(out), out)
-    frames = (to_uint8(read_video(out / "videos" / clip.video)).numpy() for clip in clips)
-    rows = [(clip.video, temporal_flickering(video)) for clip, video in zip(clips, frames)]
+    rows = [(clip.video, _score(image.numpy() for image in read_frames(out / "videos" / clip.video))) for clip in clips]
+    if still := [video for video, score in rows if math.isnan(score)]:
+        raise ConfigError(f"{still[0]} holds a single frame and flickering needs two: replace the file")
     results(out).parent.mkdir(parents=True, exist_ok=True)
     folder.write_csv(results(out), ("video", "score"), rows)
     say(f"flickering: {len(rows)} videos scored")
@@ -61,6 +68,11 @@ def values(out: Path) -> dict[str, Groups]:
         return {}
     rows = folder.read_csv(results(out), ("video", "score"))
     found = {row["video"]: 100 * folder.number(row, "score", results(out)) for row in rows}
+    for video, score in found.items():
+        if not 0 <= score <= 100:
+            raise ConfigError(
+                f"{results(out)}: {video!r} has {score / 100:g}, expected 0 to 1: run `afd-fast eval run flickering` again"
+            )
     clips = _clips(folder.read_manifest(out), out)
     if found.keys() != {clip.video for clip in clips}:
         raise ConfigError(

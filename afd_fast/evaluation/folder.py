@@ -6,17 +6,18 @@ OUT/export.json     how the videos were made; an export continues only with the 
 OUT/results/TOOL/   what the tools wrote
 """
 
-import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import av
-
 from afd_fast.errors import ConfigError
 from afd_fast.evaluation.intervals import Groups
+from afd_fast.files.tables import inside, read_csv, write_csv
+from afd_fast.files.text import read_json
+from afd_fast.video_io import is_complete
 
 Settings = dict[str, Any]  # the contents of export.json
 
@@ -30,22 +31,26 @@ class Clip:
     seed: int
 
 
-def start(out: Path, clips: list[Clip], settings: Settings) -> None:
-    """Write the manifest and the settings, or verify that OUT has the same ones.
-
-    Raises ConfigError if OUT holds another export, and for a prompt that makes no file name.
-    """
+def verify(out: Path, clips: list[Clip], settings: Settings) -> None:
+    """Raises ConfigError if OUT holds another export or other things, and for a prompt that makes no file name."""
     for clip in clips:
-        if "/" in clip.video or len(clip.video.encode()) > 255:
+        if min(clip.video) < " " or "/" in clip.video or len(clip.video.encode()) > 255:
             raise ConfigError(
-                f"the prompt {clip.prompt[:60]!r}... makes no file name, which has no '/' and at most 249 bytes: shorten it"
+                f"the prompt {clip.prompt[:60]!r}... makes no file name, which has no '/', no control character "
+                "and at most 249 bytes: change it"
             )
     if (out / "export.json").exists():
         if read_manifest(out) != clips or read_settings(out) != settings:
             raise ConfigError(f"{out} holds an export with other prompts or settings; choose another folder")
-        return
-    if out.exists() and {path.name for path in out.iterdir()} - {"videos", "manifest.csv"}:
+    elif out.exists() and {path.name for path in out.iterdir()} - {"videos", "manifest.csv"}:
         raise ConfigError(f"{out} holds other things than an export; choose another folder")
+
+
+def start(out: Path, clips: list[Clip], settings: Settings) -> None:
+    """Write the manifest and the settings, or verify that OUT has the same ones. Raises ConfigError as `verify`."""
+    verify(out, clips, settings)
+    if (out / "export.json").exists():
+        return
     (out / "videos").mkdir(parents=True, exist_ok=True)
     write_csv(out / "manifest.csv", [field.name for field in fields(Clip)], map(astuple, clips))
     (out / "export.json").write_text(json.dumps(settings, indent=1) + "\n")
@@ -56,11 +61,8 @@ def read_settings(out: Path) -> Settings:
     file = out / "export.json"
     if not file.is_file():
         raise ConfigError(f"{out} holds no export.json; make it with `afd-fast eval export`")
-    try:
-        settings = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON ({error}); make it again with `afd-fast eval export`") from None
-    if not isinstance(settings, dict) or "n" not in settings:
+    settings = read_json(file)
+    if not isinstance(settings.get("n"), int) or settings["n"] < 1:
         raise ConfigError(f"{file} does not hold the settings of an export; make it again with `afd-fast eval export`")
     return settings
 
@@ -71,16 +73,23 @@ def read_manifest(out: Path) -> list[Clip]:
     if not file.is_file():
         raise ConfigError(f"{out} holds no manifest.csv; make it with `afd-fast eval export`")
     rows = read_csv(file, ("video", "prompt", "seed"))
+    if not rows:
+        raise ConfigError(f"{file} lists no video; make it again with `afd-fast eval export`")
+    for name, times in Counter(row["video"] for row in rows).items():
+        if "/" in name or not name.endswith(".mp4") or times > 1:
+            raise ConfigError(
+                f"{file} lists {name!r}, expected names of mp4 files in OUT/videos, each once: correct it"
+            )
     try:
         return [Clip(row["video"], row["prompt"], int(row["seed"])) for row in rows]
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"{file}: a seed is not an integer ({error}); make it again with `afd-fast eval export`"
         ) from None
 
 
 def missing(out: Path, clips: list[Clip]) -> list[Clip]:
-    """The clips without a readable file. Raises ConfigError for files in OUT/videos that are not in the list."""
+    """The clips without a whole file. Raises ConfigError for files in OUT/videos that are not in the list, or elsewhere."""
     folder = out / "videos"
     if not folder.is_dir():
         raise ConfigError(f"{folder} does not exist; make it with `afd-fast eval export`")
@@ -90,7 +99,7 @@ def missing(out: Path, clips: list[Clip]) -> list[Clip]:
             f"{folder} holds {len(stray)} files that do not belong there ({min(stray)}): move them away, "
             "the official tools score every file in this folder or fail on it"
         )
-    return [clip for clip in clips if not _readable(folder / clip.video)]
+    return [clip for clip in clips if not is_complete(inside(folder, clip.video))]
 
 
 def check(out: Path) -> list[Clip]:
@@ -114,42 +123,9 @@ def by_prompt(clips: list[Clip], values: Mapping[str, float]) -> Groups:
     return groups
 
 
-def _readable(path: Path) -> bool:
-    """Whether the file is a complete mp4: it opens and holds every frame that its index lists."""
-    try:
-        with av.open(str(path)) as container:
-            sizes = [packet.size for packet in container.demux(video=0) if packet.size and not packet.is_corrupt]
-            return len(sizes) == container.streams.video[0].frames > 0
-    except (av.FFmpegError, OSError, IndexError):
-        return False
-
-
-def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a table with a header; the file appears complete or not at all."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
-    partial.replace(path)
-
-
-def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """The rows of a table. Raises ConfigError unless the file exists and has these columns."""
-    if not path.is_file():
-        raise ConfigError(f"{path} is not there")
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            absent = set(columns) - set(reader.fieldnames or ())
-            if absent:
-                raise ConfigError(f"{path} has no column {', '.join(sorted(absent))}")
-            return list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path} is not a CSV file in UTF-8: {error}") from None
-
-
 def number(row: Mapping[str, str], column: str, path: Path) -> float:
     """The number in a column of a row of the table at `path`. Raises ConfigError for anything else."""
     try:
         return float(row[column])
-    except (TypeError, ValueError):
+    except ValueError:
         raise ConfigError(f"{path}: {column} is {row[column]!r}, expected a number; restore the table") from None

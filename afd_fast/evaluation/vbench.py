@@ -20,6 +20,7 @@ from afd_fast.errors import ConfigError, ToolError
 from afd_fast.evaluation import folder, intervals, official
 from afd_fast.evaluation.folder import Clip
 from afd_fast.evaluation.intervals import Groups, Score
+from afd_fast.files.text import read_json, read_text
 
 PHYSICS = ("temporal_flickering", "motion_smoothness", "dynamic_degree", "human_action", "spatial_relationship")
 GENERAL = (
@@ -27,6 +28,7 @@ GENERAL = (
     "multiple_objects", "color", "scene", "appearance_style", "temporal_style", "overall_consistency",
 )  # fmt: skip
 DIMENSIONS = PHYSICS + GENERAL
+COSINES = ("appearance_style", "temporal_style", "overall_consistency")  # in [-1, 1]; all others are in [0, 1]
 YES_NO = ("dynamic_degree", "human_action")  # per video; the score is the share of yes
 SUITE = "VBench_full_info.json"
 FLICKER = 25  # videos per prompt of temporal_flickering, of which the tool scores
@@ -54,10 +56,10 @@ def suite(path: Path) -> dict[str, list[str]]:
     """{dimension: its prompts} of a VBench_full_info.json, in the file's order. Raises ConfigError for other files."""
     prompts: defaultdict[str, list[str]] = defaultdict(list)
     try:
-        for row in json.loads(path.read_text()):
+        for row in json.loads(read_text(path)):
             for dimension in row["dimension"]:
                 prompts[dimension].append(row["prompt_en"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not VBench's {SUITE} ({error!r}): take the file from github.com/Vchitect/VBench"
         ) from error
@@ -178,7 +180,7 @@ def _read(file: Path, dimension: str) -> Results:
 
     imaging_quality's values of single videos are on a scale of 100, its mean is not: both are in [0, 1] here.
     """
-    mean, rows = json.loads(file.read_text())[dimension]
+    mean, rows = read_json(file)[dimension]
     names = [Path(row["video_path"]).name for row in rows]
     scale = 100 if dimension == "imaging_quality" else 1
     values = {name: float(row["video_results"]) / scale for name, row in zip(names, rows)}
@@ -198,6 +200,9 @@ def _problem(out: Path, dimension: str, file: Path) -> str | None:
         return problem
     if not values or not all(map(math.isfinite, values.values())):
         return "a video has no number"
+    least = -1 if dimension in COSINES else 0
+    if strange := [name for name, value in values.items() if not least <= value <= 1]:
+        return f"{strange[0]!r} has {values[strange[0]]:g}, {dimension} is in [{least}, 1]"
     if dimension in YES_NO and not set(values.values()) <= {0.0, 1.0}:
         return "a value is neither yes nor no"
     average = sum(values.values()) / len(values)

@@ -5,7 +5,6 @@ runs `videoalign_driver.py`. Conflict of interest: the discriminator starts from
 MQ partly by construction; judge by VideoPhy-2 and VBench.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from afd_fast.evaluation.intervals import Groups, Score
 
 DRIVER = Path(__file__).with_name("videoalign_driver.py")
 NAMES = ("VQ", "MQ", "TA", "Overall")
+MOST = 100  # no z-score is larger
 NOTE = {"VideoAlign MQ": "the discriminator starts from this model: not an independent judge"}
 
 
@@ -41,7 +41,7 @@ def run(out: Path, env: Path, repo: Path, checkpoint: Path, say: Callable[[str],
     videos, to = out.absolute() / "videos", results(out).absolute()
     to.parent.mkdir(parents=True, exist_ok=True)
     table, log = to.with_name("input.csv"), to.with_name("log.txt")
-    folder.write_csv(table, ("video", "prompt"), [(videos / clip.video, clip.prompt) for clip in clips])
+    folder.write_csv(table, ("video", "prompt"), [(videos / clip.video, clip.prompt) for clip in clips], escape=False)
     to.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
     say(f"VideoAlign: running, log in {log}")
@@ -71,8 +71,8 @@ def _problem(out: Path, clips: list[Clip]) -> str | None:
         return str(error)
     if problem := official.coverage([row.video for row in rows], [clip.video for clip in clips]):
         return problem
-    broken = [row.video for row in rows if not all(map(math.isfinite, row.scores))]
-    return f"{broken[0]!r} has a value that is no number" if broken else None
+    broken = [row.video for row in rows if not all(abs(score) <= MOST for score in row.scores)]  # also nan
+    return f"{broken[0]!r} has a value that is no number within {MOST} standard deviations" if broken else None
 
 
 def values(out: Path) -> dict[str, Groups]:

@@ -43,7 +43,9 @@ def run(out: Path, env: Path, repo: Path, checkpoint: Path, say: Callable[[str],
     newest = max((videos / clip.video).stat().st_mtime for clip in clips)
     table = results(out, "input").absolute()
     table.parent.mkdir(parents=True, exist_ok=True)
-    folder.write_csv(table, ("videopath", "caption"), [(videos / clip.video, clip.prompt) for clip in clips])
+    folder.write_csv(
+        table, ("videopath", "caption"), [(videos / clip.video, clip.prompt) for clip in clips], escape=False
+    )
     for task in TASKS:
         to, log = results(out, task).absolute(), results(out, task).absolute().with_suffix(".log")
         if not to.exists() or to.stat().st_mtime < newest or _problem(out, task, clips):

@@ -4,7 +4,6 @@ Pickles are read with weights_only=True, which refuses those that carry code.
 """
 
 import contextlib
-import json
 import pickle
 import re
 import zipfile
@@ -30,10 +29,15 @@ def first_line(error: BaseException) -> str:
 
 
 def check_source(source: str | Path) -> None:
-    """Raises MissingFileError unless `source` exists or can be the name of a repository."""
-    path = Path(source)
-    if not path.exists() and (path.suffix in _FILES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source))):
-        raise MissingFileError(f"{source} is neither a file, a folder nor an owner/name repository: check the path")
+    """Raises MissingFileError unless `source` exists or can be the name of a repository. In a folder that exists here
+    it is a path, though it looks like owner/name."""
+    path, name = Path(source), str(source)
+    if path.exists():
+        return
+    if isinstance(source, Path) or path.suffix in _FILES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise MissingFileError(f"{name} is neither a file, a folder nor an owner/name repository: check the path")
+    if path.parent.exists():
+        raise MissingFileError(f"{name} is missing in the folder {path.parent}: check the path")
 
 
 @contextlib.contextmanager
@@ -52,7 +56,8 @@ def loading(what: str, source: str | Path) -> Iterator[None]:
 def local_copy(source: str | Path, patterns: list[str] | None = None) -> Path:
     """The file or folder `source`, or a snapshot of the Hugging Face repository owner/name (only files of `patterns`).
 
-    Paths are never downloaded: names with a suffix of a checkpoint file, a leading dot or slash, or more than one slash.
+    Paths are never downloaded: names with a suffix of a checkpoint file, a leading dot or slash, more than one slash, or an
+    existing folder before the slash.
     Raises MissingFileError that names the source in one line.
     """
     path, name = Path(source), str(source)
@@ -102,14 +107,3 @@ def read_tensors(path: Path) -> Any:
         raise ConfigError(
             f"{path} cannot be read as a checkpoint ({reason}): check that the file is complete"
         ) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises ConfigError for anything else."""
-    try:
-        contents = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}): restore the file") from None
-    if not isinstance(contents, dict):
-        raise ConfigError(f"{path} holds a {type(contents).__name__}, expected a JSON object: restore the file")
-    return contents

@@ -16,7 +16,7 @@ from afd_fast.teachers import api, physics
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.teacher import TEACHERS, Request, Teacher, hold_out
-from afd_fast.video_io import VideoFormat, deliver, to_uint8
+from afd_fast.video_io import VideoFormat, checked, deliver, to_uint8
 
 Track = Callable[[Sequence, str], Iterable]  # like rich.progress.track: (items, description) -> the items
 
@@ -59,7 +59,8 @@ class TeacherVideos:
 
     def clips(self, prompts: Sequence[str], seeds: Iterable[int]) -> Tensor:
         """Videos [B, 3, F, H, W] in [0, 1] for (prompt, seed) pairs, through the same door as the student's."""
-        return deliver(torch.stack([self.teacher(p, s) for p, s in zip(prompts, seeds)]), self.codec_crf)
+        asked = zip(prompts, seeds, strict=True)
+        return torch.stack([deliver(checked(self.teacher(p, s), p, s)[None], self.codec_crf)[0] for p, s in asked])
 
     def picked(self, requests: Iterable[Request]) -> Tensor:
         """Videos [B, 3, F, H, W] in [0, 1] by prompt and number, which goes round among a prompt's M."""
@@ -128,5 +129,5 @@ def collect(teacher: Teacher, clips: int, codec_crf: int | None, track: Track) -
         raise ConfigError(f"{teacher.name} has no training prompt with a video. " + "; ".join(teacher.problems))
     data = TeacherVideos(teacher, train, held_out, codec_crf, problems=list(teacher.problems))
     for prompt in track(list(dict.fromkeys(train + held_out)), "reading teacher videos"):
-        data.videos[prompt] = to_uint8(data.clips([prompt] * len(seeds[prompt]), seeds[prompt]))
+        data.videos[prompt] = torch.stack([to_uint8(data.clips([prompt], [seed])[0]) for seed in seeds[prompt]])
     return data

@@ -1,41 +1,63 @@
 """A teacher that is a folder of finished videos and a manifest of (prompt, file)."""
 
-import csv
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from afd_fast.errors import ConfigError, VideoError
+from afd_fast.files.tables import inside, read_csv
+from afd_fast.files.text import read_text
 from afd_fast.teachers.teacher import TeacherBase
-from afd_fast.video_io import read_video
+from afd_fast.video_io import check_file, read_video
 
 
-def read_manifest(folder: Path) -> list[tuple[str, str]]:
-    """(prompt, file) rows of manifest.csv (columns prompt, video) or manifest.jsonl (the same keys)."""
+class Entry(NamedTuple):
+    """A row of a manifest: the prompt and the file's path inside the folder."""
+
+    prompt: str
+    video: str
+
+
+def read_manifest(folder: Path) -> list[Entry]:
+    """The rows of manifest.jsonl or manifest.csv (columns prompt, video). ConfigError names the file and the row."""
     jsonl, table = folder / "manifest.jsonl", folder / "manifest.csv"
+    rows: Sequence[Any]
     if jsonl.exists():
-        rows = [json.loads(line) for line in jsonl.read_text().splitlines() if line.strip()]
-        source = jsonl
+        source, rows = jsonl, _json_lines(jsonl)
     elif table.exists():
-        with table.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        source = table
+        source, rows = table, read_csv(table, Entry._fields)
     else:
         raise ConfigError(f'{folder} holds neither manifest.csv nor manifest.jsonl (columns "prompt" and "video")')
+    entries = []
     for number, row in enumerate(rows, 1):
-        if not row.get("prompt") or not row.get("video"):
-            raise ConfigError(f'{source}: row {number} lacks "prompt" or "video"')
-    return [(row["prompt"], row["video"]) for row in rows]
+        prompt, video = (row.get("prompt"), row.get("video")) if isinstance(row, dict) else (None, None)
+        if not (isinstance(prompt, str) and prompt.strip() and isinstance(video, str) and video.strip()):
+            raise ConfigError(
+                f'{source}: row {number} lacks "prompt" or "video", each a text that is not empty: correct it'
+            )
+        entries.append(Entry(prompt, video))
+    return entries
+
+
+def _json_lines(path: Path) -> list[Any]:
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: line {number} is not JSON ({error}): correct it") from None
+    return rows
 
 
 class FolderTeacher(TeacherBase):
     """Videos of a folder, brought to frames x size at fps. `seed` picks among a prompt's videos.
 
-    Every file is read once at construction, and not kept: unreadable or too short ones are left out and listed in
-    `problems`; prompts without a usable video are gone. ConfigError when nothing is left.
+    Every file is read once at construction, and not kept: unreadable or too short ones and those outside the folder are
+    left out and listed in `problems`; prompts without a usable video are gone. ConfigError when nothing is left.
     """
 
     def __init__(self, folder: str | Path, *, frames: int, size: tuple[int, int], fps: float):
@@ -46,16 +68,14 @@ class FolderTeacher(TeacherBase):
         self._videos: dict[str, list[Path]] = defaultdict(list)
         for prompt, file in read_manifest(folder):
             try:
-                self._read(folder / file)
-                self._videos[prompt].append(folder / file)
-            except VideoError as error:
+                path = inside(folder, file)
+                check_file(path, frames=frames, fps=fps)
+                self._videos[prompt].append(path)
+            except (VideoError, ConfigError) as error:
                 self._problems.append(str(error))
         self.prompts = [p for p, videos in self._videos.items() if videos]
         if not self.prompts:
             raise ConfigError(f"{folder}: no usable video. " + "; ".join(self._problems or ["the manifest is empty"]))
-
-    def _read(self, path: Path) -> Tensor:
-        return read_video(path, frames=self.frames, size=self.size, fps=self.fps)
 
     @property
     def problems(self) -> list[str]:
@@ -70,4 +90,4 @@ class FolderTeacher(TeacherBase):
         videos = self._videos.get(prompt)
         if not videos:
             raise ConfigError(f"{self.name} has no video for {prompt!r}")
-        return self._read(videos[seed % len(videos)])
+        return read_video(videos[seed % len(videos)], frames=self.frames, size=self.size, fps=self.fps)

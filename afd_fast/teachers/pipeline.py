@@ -3,7 +3,6 @@
 Legend: F frames, H x W pixels.
 """
 
-import csv
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
+from afd_fast.files.tables import read_csv, write_csv
 from afd_fast.teachers.teacher import TeacherBase, nothing
-from afd_fast.video_io import write_video
+from afd_fast.video_io import checked, write_video
 
 
 class PipelineTeacher(TeacherBase):
@@ -30,10 +30,10 @@ class PipelineTeacher(TeacherBase):
 
     @torch.no_grad()
     def __call__(self, prompt: str, seed: int) -> Tensor:
-        """[3, F, H, W] in [0, 1]."""
+        """[3, F, H, W] in [0, 1]. VideoError for anything else, such as the NaN of a half-precision overflow."""
         generator = torch.Generator(self.pipeline.device).manual_seed(seed)
         frames = self.pipeline(prompt=prompt, generator=generator, output_type="pt", **self.arguments).frames[0]
-        return frames.float().cpu().transpose(0, 1).clamp(0, 1)  # [F, 3, H, W] before
+        return checked(frames.float().cpu().transpose(0, 1), prompt, seed)  # [F, 3, H, W] before
 
 
 def write_folder(
@@ -43,7 +43,8 @@ def write_folder(
     """Ask any callable (prompt, seed) -> [3, F, H, W] in [0, 1] for seeds 0 .. per_prompt - 1 of every prompt and write
     mp4 files and manifest.csv: what `--teacher folder:PATH` takes. Files that are there are kept, so it can be stopped
     and started again; done() after each. Run it before training: teacher and student then never share a GPU.
-    ConfigError without prompts, and for a folder with another manifest."""
+    ConfigError without prompts, and for a folder with another manifest; VideoError that names prompt and seed for a video
+    with NaN or values outside [0, 1], before its file is written."""
     folder, prompts = Path(folder), list(dict.fromkeys(prompts))
     if not prompts:
         raise ConfigError("no prompts to ask the teacher for")
@@ -51,19 +52,14 @@ def write_folder(
     rows = [(p, f"{i:05d}-{seed}.mp4", seed) for i, p in enumerate(prompts) for seed in range(per_prompt)]
     manifest = folder / "manifest.csv"
     if manifest.exists():
-        with manifest.open(newline="") as file:
-            known = {row["video"]: row["prompt"] for row in csv.DictReader(file)}
+        known = {row["video"]: row["prompt"] for row in read_csv(manifest, ("prompt", "video"))}
         if any(known.get(name, prompt) != prompt for prompt, name, _ in rows):
             raise ConfigError(f"{manifest} names other prompts: choose another folder")
-    partial = folder / f"manifest.{os.getpid()}.part"
-    with partial.open("w", newline="") as file:
-        csv.writer(file).writerows([("prompt", "video"), *((prompt, name) for prompt, name, _ in rows)])
-    partial.replace(manifest)
+    write_csv(manifest, ("prompt", "video"), ((prompt, name) for prompt, name, _ in rows))
     for prompt, name, seed in rows:
         if not (folder / name).exists():
-            partial = folder / f"{name}.{os.getpid()}.part"
-            with partial.open("wb") as file:
-                write_video(file, teacher(prompt, seed), fps, crf=crf)
+            video, partial = checked(teacher(prompt, seed), prompt, seed), folder / f"{name}.{os.getpid()}.part"
+            write_video(partial, video, fps, crf=crf)
             partial.replace(folder / name)
         done()
     return folder

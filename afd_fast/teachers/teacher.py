@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
-from afd_fast.video_io import VideoFormat
+from afd_fast.video_io import VideoFormat, checked
 
 
 class Request(NamedTuple):
@@ -103,7 +103,7 @@ class TeacherBase:
 
 class CallableTeacher(TeacherBase):
     """Any function (prompt, seed) -> video [3, F, H, W] in [0, 1]. name: identifies it in caches: change it when the
-    function's videos change. ConfigError without prompts."""
+    function's videos change. ConfigError without prompts, VideoError for anything but such a video."""
 
     def __init__(self, function: Callable[[str, int], Tensor], prompts: Sequence[str], *, name: str, fps: float = 16.0):
         self.function, self.prompts, self.name, self.fps = function, list(dict.fromkeys(prompts)), name, fps
@@ -111,7 +111,7 @@ class CallableTeacher(TeacherBase):
             raise ConfigError(f"the teacher {name!r} has no prompt")
 
     def __call__(self, prompt: str, seed: int) -> Tensor:
-        return self.function(prompt, seed)
+        return checked(self.function(prompt, seed), prompt, seed)
 
 
 Open = Callable[[str, VideoFormat, Path], Teacher]  # (what follows the colon, videos' format, cache folder)

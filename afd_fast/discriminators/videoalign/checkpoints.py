@@ -19,7 +19,8 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 from afd_fast.discriminators.videoalign.inputs import REWARD_TOKENS, read_template
 from afd_fast.discriminators.videoalign.model import NAMES, RewardOptions, RewardSettings, VideoReward, qwen2_vl_2b
 from afd_fast.errors import ConfigError
-from afd_fast.students.files import MissingFileError, loading, local_copy, read_json, read_tensors
+from afd_fast.files.text import read_json
+from afd_fast.students.files import MissingFileError, loading, local_copy, read_tensors
 from afd_fast.students.lora import merge_lora_state
 
 if TYPE_CHECKING:

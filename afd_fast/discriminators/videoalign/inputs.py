@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
+from afd_fast.files.text import read_text
 from afd_fast.students.files import MissingFileError
 
 if TYPE_CHECKING:
@@ -142,12 +143,12 @@ def read_template(folder: Path) -> str:
     score. Raises FileNotFoundError with the command that downloads it, ValueError for another template.
     """
     if (folder / "prompt_template.txt").is_file():
-        return (folder / "prompt_template.txt").read_bytes().decode()
+        return read_text(folder / "prompt_template.txt")
     source = folder / "prompt_template.py"
     if not source.is_file():
         raise MissingFileError(f"{source} is missing; get it: curl -L -o '{source}' {TEMPLATE_URL}")
     try:
-        text = _assigned(source.read_text(), "DETAILED_PROMPT_WITH_SPECIAL_TOKEN")
+        text = _assigned(read_text(source), "DETAILED_PROMPT_WITH_SPECIAL_TOKEN")
     except (SyntaxError, ValueError):  # not Python, not UTF-8, or not a literal
         text = None
     if text is None or hashlib.sha256(text.encode()).hexdigest() != TEMPLATE_SHA256:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
-from afd_fast.students.files import MissingFileError, local_copy, read_json, read_tensors
+from afd_fast.files.text import read_json
+from afd_fast.students.files import MissingFileError, local_copy, read_tensors
 from afd_fast.students.lora import merge_lora_state
 from afd_fast.students.wan.model import CausalWan, CausalWanConfig
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
+from afd_fast.students.files import check_source
 from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
 from afd_fast.students.wan.checkpoints import load_student, save_student
 from afd_fast.students.wan.layers import CausalWanConfig
@@ -82,6 +83,7 @@ def load_networks(student: str, base: str | None = None, seed: int = 0) -> Netwo
     if student == "tiny":
         return tiny(seed)
     base, device = base or BASE, "cuda" if torch.cuda.is_available() else "cpu"
+    check_source(base)  # before the student is read
     return Networks(
         load_student(student, dtype=torch.bfloat16, device=device),
         TextEncoder.from_pretrained(base, device=device),

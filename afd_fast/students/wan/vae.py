@@ -66,7 +66,9 @@ class WanDecoder:
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
         """Pixels [B, 3, 4 F - 3, 8 H, 8 W] in [0, 1] to the student's latents [B, C, F, H, W], float32: the mode of the
-        posterior, normalised."""
+        posterior, normalised. Raises ValueError for other sizes, of which the VAE would drop what does not fill a latent."""
+        if videos.ndim != 5 or videos.shape[2] % 4 != 1 or videos.shape[3] % 8 or videos.shape[4] % 8:
+            raise ValueError(f"got videos {list(videos.shape)}, expected [B, 3, 4 F - 3, 8 H, 8 W]: cut or pad them")
         weight = next(self.vae.parameters())
         latents = self.vae.encode((videos * 2 - 1).to(weight.device, weight.dtype)).latent_dist.mode().float()
         return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
