@@ -110,10 +110,10 @@ def read_video(
     if frames is None:
         images = list(images)
         frames = len(images)
-    video = torch.empty(0)
+    video = torch.empty(0, dtype=torch.float32)
     for i, image in enumerate(images):
         if i == 0:
-            video = torch.empty(3, frames, *image.shape[1:])
+            video = torch.empty(3, frames, *image.shape[1:], dtype=torch.float32)
         video[:, i] = image
     return video.div_(255)
 
@@ -280,7 +280,7 @@ class _Fit:
     """
 
     def __init__(self, size: tuple[int, int] | None):
-        self.size, self.buffer = size, torch.empty(0)
+        self.size, self.buffer = size, torch.empty(0, dtype=torch.float32)
 
     def __call__(self, image: Tensor, aspect: Fraction) -> Tensor:
         """aspect: width of the image's pixels / their height."""
@@ -292,7 +292,7 @@ class _Fit:
         crop_h, crop_w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale / aspect))
         top, left = (height - crop_h) // 2, (width - crop_w) // 2
         if self.buffer.shape != (3, crop_h, crop_w):
-            self.buffer = torch.empty(3, crop_h, crop_w)
+            self.buffer = torch.empty(3, crop_h, crop_w, dtype=torch.float32)
         self.buffer.copy_(image[:, top : top + crop_h, left : left + crop_w])
         return F.interpolate(self.buffer[None], size, mode="area")[0].round_().to(torch.uint8)
 

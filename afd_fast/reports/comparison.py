@@ -14,6 +14,7 @@ from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
 
+from afd_fast.files.text import read_json
 from afd_fast.reports.run import METHODS, SCORES, side_by_side, smooth, style, svg
 from afd_fast.training.run_folder import read_rows
 
@@ -103,7 +104,7 @@ def curves(comparison: Mapping[str, Any], out: Path) -> str:
 def write_report(out: str | Path) -> Path:
     """comparison.html of a folder that `compare.gather` finished."""
     out = Path(out)
-    comparison = json.loads((out / "comparison.json").read_text())
+    comparison = read_json(out / "comparison.json")
     firsts: dict[str, Path] = {}  # label -> the first seed's run folder
     for run in comparison["runs"]:
         firsts.setdefault(run.rpartition("-")[0], out / run)

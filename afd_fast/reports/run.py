@@ -20,8 +20,8 @@ from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
 
+from afd_fast.files.text import read_json
 from afd_fast.judges.physics import track
-from afd_fast.students.files import read_json
 from afd_fast.training.run_folder import read_rows
 from afd_fast.video_io import write_video
 

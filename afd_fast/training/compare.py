@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from afd_fast.config import TrainConfig, to_dict, with_overrides, with_values
 from afd_fast.errors import ConfigError, Interrupted, TrainingError
-from afd_fast.students.files import read_json
+from afd_fast.files.text import read_json
 from afd_fast.training import runs as named
 from afd_fast.training.lock import COMPARISON, check_unused, locked
 from afd_fast.training.methods import METHODS

@@ -7,7 +7,7 @@ from typing import Any
 
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.errors import CheckpointError
-from afd_fast.students.files import read_json
+from afd_fast.files.text import read_json
 from afd_fast.teachers.dataset import TeacherVideos
 from afd_fast.training import checkpoint
 from afd_fast.training.run import Run

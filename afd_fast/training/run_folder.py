@@ -15,7 +15,7 @@ import torch
 import afd_fast
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.errors import ConfigError
-from afd_fast.students.files import read_json
+from afd_fast.files.text import read_json
 from afd_fast.training.checkpoint import saved, step_of
 from afd_fast.training.lock import RUN
 

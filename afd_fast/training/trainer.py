@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.discriminators.discriminator import Discriminator, check_discriminator
 from afd_fast.errors import ConfigError, Interrupted, TrainingError
+from afd_fast.files.text import read_json
 from afd_fast.judges import Scores
-from afd_fast.students.files import first_line, read_json
+from afd_fast.students.files import first_line
 from afd_fast.students.lora import trainable
 from afd_fast.students.student import Family, TrainedWeights, check_settings
 from afd_fast.students.student import family as make_family
