@@ -74,6 +74,7 @@ class Provider(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the client's word on the headers
 
     def log_message(self, *_):
         pass
@@ -145,7 +146,11 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(pause)
 
     def do_POST(self):
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server, size = self.server, int(self.headers["Content-Length"])
+        raw = self.rfile.read(size)
+        if len(raw) < size:  # the client was killed
+            return self.hang_up()
+        body = json.loads(raw)
         prompt = body["content"][0]["text"]
         time_asked = server.count(f"create {prompt}")
         if self.headers["Authorization"] != f"Bearer {KEY}":
@@ -183,7 +188,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.task(match[1])
         if path == TASKS:
             return self.list(int(re.search(r"page_num=(\d+)", query)[1]))
-        name = re.fullmatch(r"/files/(cgt-\d+)\.mp4", path)[1]
+        match = re.fullmatch(r"/files/(cgt-\d+)\.mp4", path)
+        if match is None:
+            return self.error(404, "NotFound")
+        name = match[1]
         task, time_asked = server.tasks[name], server.count(f"file {name}")
         prompt = task["prompt"]
         server.file_keys.append(self.headers["Authorization"])
@@ -205,7 +213,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def task(self, name: str):
         """The state of a task, as it should be said, and as it is said."""
-        task = self.server.tasks[name]
+        task = self.server.tasks.get(name)
+        if task is None:
+            return self.error(404, "NotFound")
         task["polls"] += 1
         if "shaky" in task["prompt"] and task["polls"] in (1, 2):
             return self.error(500, "InternalServiceError") if task["polls"] == 1 else self.hang_up()
@@ -218,9 +228,9 @@ class Handler(BaseHTTPRequestHandler):
         if "stuck" in prompt or task["polls"] < 3:
             return {"id": name, "status": "running"}
         if "refused later" in prompt:
-            return {"status": "failed", "error": {"code": "OutputVideoSensitiveContentDetected"}}
+            return {"status": "failed", "seed": task["seed"], "error": {"code": "OutputVideoSensitiveContentDetected"}}
         if "fails always" in prompt or ("fails" in prompt and self.server.hits[f"create {prompt}"] == 1):
             task["status"] = "failed"
-            return {"status": "failed", "error": {"code": "InternalServiceError"}}
+            return {"status": "failed", "seed": task["seed"], "error": {"code": "InternalServiceError"}}
         url = f"{self.server.base_url.removesuffix('/api/v3')}/files/{name}.mp4?{SIGNATURE}={task['polls']}"
-        return {"status": "succeeded", "content": {"video_url": url}, "error": None}
+        return {"status": "succeeded", "seed": task["seed"], "content": {"video_url": url}, "error": None}

@@ -25,6 +25,7 @@ from afd_fast.teachers.records import Record
 from afd_fast.teachers.teacher import CallableTeacher
 from afd_fast.teachers.video_api import VideoAPI
 from afd_fast.video_io import VideoFormat
+from tests.api_model import Hostile, Model
 from tests.api_server import KEY, SIGNATURE, Provider
 
 FIT = {"frames": 12, "size": (16, 16), "fps": 10}
@@ -267,7 +268,7 @@ def test_a_paid_video_that_cannot_be_had_stops_nobody_and_is_kept_trying(provide
     assert len(teacher(provider, tmp_path).missing(pairs)) == len(odd)  # the others are here
     asked = teacher(provider, tmp_path, attempts=3)
     asked.fetch(pairs)
-    assert "3 done, 12 unusable" in asked.summary() and len(asked.problems) == 12
+    assert "2 created, 3 done, 10 unusable" in asked.summary() and len(asked.problems) == 12
     provider.script = {}
     asked.fetch(pairs)
     assert asked.missing(pairs) == [] and not asked.problems and len(provider.tasks) == len(pairs)
@@ -484,6 +485,15 @@ def test_killed_processes_lose_nothing_and_pay_nothing_twice(provider, tmp_path)
     assert f"{calls} done" in said
     paid = [provider.charged(p) for p in {t["prompt"] for t in provider.tasks.values()}]
     assert paid == [1] * calls and len(list(tmp_path.glob("*.mp4"))) == calls
+
+
+def test_random_schedules_of_faults():
+    """The invariants are api_model.py's; AFD_SCHEDULES=2000 for more of them."""
+    with Hostile() as server:
+        model = Model(server)
+        for number in range(int(os.environ.get("AFD_SCHEDULES", 200))):
+            model.schedule(number, killed=number % 5 == 0)
+        assert model.kills > 10 and model.kept > 300
 
 
 def description(provider) -> dict:

@@ -19,7 +19,7 @@ from torch import Tensor
 from afd_fast.errors import ConfigError, TeacherError, VideoError
 from afd_fast.teachers.buyer import Buyer, Pace, checksum
 from afd_fast.teachers.exchange import Exchange, Limits, silent_logs
-from afd_fast.teachers.records import FINAL, LEFT_OUT, STATES, Ledger, Record, exact
+from afd_fast.teachers.records import FINAL, STATES, Ledger, Record, exact
 from afd_fast.teachers.teacher import Request, TeacherBase, nothing
 from afd_fast.teachers.video_api import VideoAPI, at, check_number, read_description
 from afd_fast.video_io import read_video
@@ -150,7 +150,7 @@ class APITeacher(TeacherBase):
         try:
             key = self.api.key()
         except ConfigError:
-            if any(not (record := self._ledger.get(name)) or record.state not in LEFT_OUT for name in missing):
+            if any(not (record := self._ledger.get(name)) or not record.left_out for name in missing):
                 raise
             return
         with self._locked():

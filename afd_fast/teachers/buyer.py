@@ -2,6 +2,7 @@
 could cost money, and only an answer that proves that no task was made frees the money again."""
 
 import asyncio
+import contextlib
 import hashlib
 import random
 import time
@@ -14,7 +15,7 @@ from urllib.parse import quote
 from afd_fast.errors import TeacherError, VideoError
 from afd_fast.teachers.durable import settle
 from afd_fast.teachers.exchange import Answer, Exchange, usable_url
-from afd_fast.teachers.records import LEFT_OUT, Ledger, Record, exact, refused_by_disk, wire_seed
+from afd_fast.teachers.records import Ledger, Record, exact, refused_by_disk, wire_seed
 from afd_fast.teachers.video_api import at, check_number
 from afd_fast.video_io import read_video
 
@@ -86,7 +87,7 @@ class Buyer:
     async def run(self, names: Sequence[str], done: Callable[[], None]) -> None:
         """Finish all of them, as far as possible: those that are paid for first, the others while there is money."""
         todo = sorted(names, key=lambda name: self.ledger[name].usd == 0)
-        self._left_out = {name for name in names if self.ledger[name].state in LEFT_OUT}
+        self._left_out = {name for name in names if self.ledger[name].left_out}
         while todo:
             self.unaffordable, queue = [], iter(todo)
             await asyncio.gather(*(self._work(queue, done) for _ in range(min(self.pace.concurrency, len(todo)))))
@@ -125,8 +126,9 @@ class Buyer:
                     raise _Later(self._halt)
                 if not self._affordable:
                     raise _Unaffordable
-                if (created := created + 1) > self.pace.attempts:
-                    raise _Later(f"{self.pace.attempts} create requests came to nothing")
+                if created > self.pace.attempts:
+                    raise _Later(f"{created} create requests came to nothing")
+                created += 1
                 await self._create(name)
                 if self.ledger[name].state == "rejected":
                     return
@@ -144,10 +146,11 @@ class Buyer:
         record = self.ledger[name]
         if record.state not in ("created", "made", "unusable"):
             self.waiting[name] = str(trouble)
-        elif trouble.final or record.strikes:
-            self.ledger.write(name, state="unusable", strikes=1, reason=str(trouble))
-        else:
-            self.ledger.write(name, strikes=1, reason=str(trouble))
+            return
+        strikes = 2 if trouble.final else record.strikes + 1
+        state = "unusable" if strikes > 1 and record.state == "made" else record.state
+        self.ledger.write(name, state=state, strikes=strikes, reason=str(trouble))
+        if not self.ledger[name].left_out:
             self.waiting[name] = str(trouble)
 
     async def _create(self, name: str) -> None:
@@ -193,9 +196,10 @@ class Buyer:
         for search in range(1, self.pace.attempts + SEARCHES):
             try:
                 listed = await self._list()
-                for task in sorted(listed.get(seed, ())):
-                    if self.ledger.owner(task) is None:
-                        return self.ledger.write(name, state="created", task=task)
+                if mine := self._free(listed, seed):
+                    return self.ledger.write(name, state="created", task=mine)
+                if seed in listed:
+                    raise _Unbelievable("the task with its seed was given to another video")
                 if not all(task in listed.get(wire, ()) for wire, task in known):  # it lags behind, or lies
                     raise _Unbelievable("the provider's list lacks tasks that exist")
                 believed += 1
@@ -205,6 +209,10 @@ class Buyer:
                 return self.ledger.write(name, state="new", usd=0.0)
             await asyncio.sleep(self.pace.poll * search)
         raise flaw
+
+    def _free(self, listed: dict[str, set[str]], seed: str) -> str | None:
+        """A listed task with this seed that no video has yet."""
+        return next((task for task in sorted(listed.get(seed, ())) if self.ledger.owner(task) is None), None)
 
     async def _list(self) -> dict[str, set[str]]:
         """Ids of the provider's tasks by seed, read after this call began; videos that search share a reading."""
@@ -253,26 +261,42 @@ class Buyer:
             await asyncio.sleep(pause + answer.wait)
         raise (_Later if answer.passing else _Trouble)(f"the provider answered {answer.text}")
 
-    async def _task(self, record: Record) -> dict[str, Any]:
-        return await self._get(self.api.task_path.replace("{id}", quote(record.task, safe="")))
+    async def _task(self, name: str) -> dict[str, Any]:
+        """What the provider says of a video's task. Where it gave an id that is another task's or none's, the list has the
+        right one."""
+        record = self.ledger[name]
+        seed, path = str(record.wire_seed), self.api.task_path
+        try:
+            content = await self._get(path.replace("{id}", quote(record.task, safe="")))
+            ended = at(content, self.api.status_field) in (*self.api.done, *self.api.failed)
+            if not ended or str(at(content, self.api.seed_field) or seed) == seed:
+                return content
+            trouble = _Trouble(f"the provider gave it the task {record.task}, which has another seed")
+        except _Trouble as error:
+            trouble = error
+        with contextlib.suppress(_Later, _Trouble):
+            if self.api.list_path and (mine := self._free(await self._list(), seed)):
+                self.ledger.write(name, task=mine)
+                return await self._get(path.replace("{id}", quote(mine, safe="")))
+        raise trouble
 
     async def _wait(self, name: str) -> None:
         """Poll the task until it is `made` or refused; `new` again after the provider failed it for the first time."""
         record, pause, end = self.ledger[name], self.pace.poll, time.monotonic() + self.pace.patience
         while True:
-            content = await self._task(record)
+            content = await self._task(name)
             status, code = at(content, self.api.status_field), str(at(content, self.api.error_field) or "")
             if status in self.api.done:
-                return self.ledger.write(name, state="made")
+                return self.ledger.write(name, state="made", strikes=0, reason="")
             if status in self.api.failed:
                 reason = self.exchange.clean(code or str(status))
                 if any(word in code for word in self.api.refusals):
                     return self.ledger.write(name, state="refused", reason=reason)
                 if record.failures:
                     return self.ledger.write(name, state="failed", usd=0.0, reason=reason)
-                return self.ledger.write(name, state="new", usd=0.0, failures=1)
+                return self.ledger.write(name, state="new", usd=0.0, failures=1, strikes=0, reason="")
             if time.monotonic() > end:
-                raise _Later(f"task {record.task} took more than {self.pace.patience:.0f} s")
+                raise _Later(f"task {self.ledger[name].task} took more than {self.pace.patience:.0f} s")
             await asyncio.sleep(pause * random.uniform(0.8, 1.2))
             pause = min(pause * 1.5, 10 * self.pace.poll)
 
@@ -283,7 +307,7 @@ class Buyer:
         partial = self.ledger.folder / f"{name}.mp4.part"
         trouble: Exception = _Later("")
         for pause in self.pace.pauses():
-            content = await self._task(self.ledger[name])  # each time, because its URL expires
+            content = await self._task(name)  # each time, because its URL expires
             url = usable_url(at(content, self.api.url_field))
             if url is None:
                 status = self.exchange.clean(str(at(content, self.api.status_field)))

@@ -19,7 +19,6 @@ from afd_fast.teachers.durable import settle
 State = Literal["new", "creating", "created", "made", "done", "unusable", "rejected", "refused", "failed", "lost"]
 STATES: tuple[State, ...] = get_args(State)
 FINAL = ("refused", "failed", "lost")  # never asked for again
-LEFT_OUT = ("unusable", "rejected")  # every run tries them again, and none waits for them
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class Record:
     """One video.
 
     usd: paid, or reserved for a task that may exist. wire_seed: the seed of the create request, which no other video has.
-    failures: tasks that the provider failed. strikes: earlier runs that could not bring its file home. reason: why it
-    is not available.
+    failures: tasks that the provider failed. strikes: runs in which the provider answered, but not with this video. reason:
+    why it is not available.
     """
 
     prompt: str
@@ -41,6 +40,11 @@ class Record:
     strikes: int = 0
     reason: str = ""
     sha256: str = ""
+
+    @property
+    def left_out(self) -> bool:
+        """Whether every run tries to get it and none waits for it."""
+        return self.state in ("unusable", "rejected") or (self.state == "created" and self.strikes > 1)
 
     @property
     def title(self) -> str:
@@ -104,6 +108,8 @@ class Ledger:
         old = self._records.get(name)
         self._spent += exact(record.usd) - (exact(old.usd) if old else 0)
         self._records[name] = record
+        if old and old.task != record.task:
+            self._names.pop(old.task, None)
         if record.task:
             self._names[record.task] = name
 
