@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from afd_fast.errors import VideoError
+from afd_fast.teachers.durable import settle
 from afd_fast.teachers.teacher import PromptSplit, Request, Teacher, nothing
 from afd_fast.video_io import VideoFormat, read_video, write_video
 
@@ -39,9 +40,7 @@ class CachedTeacher:
         partial = path.with_suffix(f".{os.getpid()}.part")
         with partial.open("wb") as file:
             write_video(file, self.teacher(prompt, seed), self.teacher.fps, lossless=True)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        settle(partial, path)
         return self._fitted(path, prompt)  # always through the file: the first answer equals every later one
 
     def _fitted(self, path: Path, prompt: str) -> Tensor:

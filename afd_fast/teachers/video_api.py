@@ -1,10 +1,12 @@
 """The differences between task-style video APIs, as data."""
 
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from afd_fast.errors import ConfigError
 
@@ -17,7 +19,8 @@ class VideoAPI:
     body: of the create request; strings that are "{model}", "{prompt}" or "{seed}" are replaced, `parameters` are merged
     in. list_path: None if tasks cannot be listed; a create request whose answer is lost is then given up. key_env,
     key_file: where the key is read from, at the first request; it never enters records, errors or redirects.
-    usd_per_video: price of a video, for the budget.
+    usd_per_video: price of a video, for the budget. ConfigError for values with which a video could be paid for twice
+    or not at all.
     """
 
     base_url: str
@@ -45,12 +48,62 @@ class VideoAPI:
     failed: tuple[str, ...] = ("failed", "cancelled", "expired")
     refusals: tuple[str, ...] = ("SensitiveContent", "PolicyViolation", "RiskDetection")  # parts of error codes
 
+    def __post_init__(self) -> None:
+        check_number("usd_per_video", self.usd_per_video, 0, 1e6)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("done", "failed", "refusals"):
+                if isinstance(value, str) or not all(isinstance(word, str) and word for word in value):
+                    raise ConfigError(f"{f.name} is {value!r}, expected a list of words")
+                object.__setattr__(self, f.name, tuple(value))
+            elif f.name in ("parameters", "body"):
+                if not isinstance(value, dict):
+                    raise ConfigError(f"{f.name} is {value!r}, expected a JSON object")
+            elif f.name != "usd_per_video" and not (isinstance(value, str) and value):
+                if value is not None or f.name not in ("list_path", "key_file"):
+                    raise ConfigError(f"{f.name} is {value!r}, expected a string")
+        self._check_addresses()
+        self._check_request()
+
+    def _check_addresses(self) -> None:
+        try:
+            url = urlsplit(self.base_url)
+            sound = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:
+            sound = False
+        if not sound or "@" in self.base_url or "?" in self.base_url or not self.base_url.isprintable():
+            raise ConfigError(
+                "base_url is not a plain http(s) address: give scheme, host and path, without a key in it"
+            )
+        for name in ("create_path", "task_path", "list_path"):
+            path = getattr(self, name)
+            if path is not None and not (path.startswith("/") and not path.startswith("//") and path.isprintable()):
+                raise ConfigError(f'{name} is {path!r}, expected a path that starts with "/" and follows base_url')
+        for name, part in (("task_path", "{id}"), ("authorization", "{key}")):
+            if part not in getattr(self, name):
+                raise ConfigError(f'{name} lacks "{part}"')  # its value may be the key
+        if not self.key_env.isidentifier():
+            raise ConfigError("key_env is not the name of an environment variable: store no key in it")
+
+    def _check_request(self) -> None:
+        filled = self.request("a prompt\0", -4711)
+        for name, value in (("{prompt}", "a prompt\0"), ("{seed}", -4711)):
+            if not _holds(filled, value):
+                raise ConfigError(
+                    f'the create request does not carry "{name}": put it into body, and no parameter in its place '
+                    "(a task whose answer is lost is found again by its seed)"
+                )
+        try:
+            json.dumps(filled, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"body and parameters cannot be sent as JSON: {error}") from None
+
     def key(self) -> str:
         """The API key. Raises ConfigError that names the variable and the file for a missing or damaged key."""
         text = ""
-        if self.key_file and Path(self.key_file).exists():
+        if self.key_file and Path(self.key_file).is_file():
             try:
-                text = Path(self.key_file).read_text()
+                text = Path(self.key_file).read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(
                     f"{self.key_file} cannot be read as an API key ({type(error).__name__}): it must be a text file of one line"
@@ -75,6 +128,22 @@ class VideoAPI:
             return [fill(v) for v in x] if isinstance(x, list) else values.get(x, x) if isinstance(x, str) else x
 
         return {**fill(self.body), **self.parameters}
+
+
+def _holds(x: Any, value: Any) -> bool:
+    """Whether `value` is somewhere in nested JSON."""
+    if isinstance(x, (dict, list)):
+        return any(_holds(y, value) for y in (x.values() if isinstance(x, dict) else x))
+    return type(x) is type(value) and bool(x == value)
+
+
+def check_number(name: str, value: Any, least: float, most: float, *, whole: bool = False) -> None:
+    """ConfigError unless it is a finite number between the bounds."""
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most:
+        return
+    kind = "a whole number" if whole else "a number"
+    raise ConfigError(f"{name} is {value!r}, expected {kind} from {least:g} to {most:g}")
 
 
 def at(answer: Any, path: str) -> Any:
@@ -107,8 +176,8 @@ def read_description(path: Path) -> Description:
     if not path.is_file():
         raise ConfigError(f"{path} is not a file: --teacher api:FILE takes a JSON description (docs/teachers.md)")
     try:
-        given = json.loads(path.read_text())
-    except ValueError as error:
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(given, dict):
         raise ConfigError(f"{path} holds a {type(given).__name__}, expected a JSON object (docs/teachers.md)")
@@ -118,15 +187,14 @@ def read_description(path: Path) -> Description:
     known = {f.name for f in fields(VideoAPI)}
     if odd := given.keys() - known - {"max_usd", "prompts", "folder", *PACE}:
         raise ConfigError(f"{path}: unknown key {', '.join(sorted(odd))} (docs/teachers.md)")
-    for name in ("usd_per_video", "max_usd", *PACE):
-        value = given.get(name)
-        if not (isinstance(value, (int, float)) and value >= 0) and not (value is None and name in PACE):
-            raise ConfigError(f"{path}: {name} is {value!r}, expected a number of at least 0 (docs/teachers.md)")
-    for name in ("base_url", "model", "prompts", "folder"):
+    for name in ("prompts", "folder"):
         value = given.get(name)
         if not isinstance(value, str) and not (value is None and name == "folder"):
             raise ConfigError(f"{path}: {name} is {value!r}, expected a string (docs/teachers.md)")
-    api = VideoAPI(**{name: value for name, value in given.items() if name in known})
+    try:
+        api = VideoAPI(**{name: value for name, value in given.items() if name in known})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error} (docs/teachers.md)") from None
     folder = path.parent / (given.get("folder") or path.stem)
     pace = {name: given[name] for name in PACE if given.get(name) is not None}
     return Description(api, _lines(path.parent / given["prompts"]), folder, given["max_usd"], pace)
@@ -135,9 +203,10 @@ def read_description(path: Path) -> Description:
 def _lines(file: Path) -> list[str]:
     """The prompts of a text file. Raises ConfigError without any."""
     try:
-        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+        text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not a text file in UTF-8 ({error}): save it as UTF-8") from None
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise ConfigError(f"{file} holds no prompt: write one prompt per line")
     return lines
