@@ -109,6 +109,19 @@ class TestText:
             TextEncoder(None, None, name="other", text_len=12, cache_dir=tmp_path)(["two"])
         assert not list(tmp_path.rglob("*.tmp"))
 
+    def test_a_damaged_file_of_the_cache_is_made_again(self, umt5, tmp_path, caplog):
+        encode = TextEncoder(umt5, _Tokenizer(), name="tiny", text_len=12, cache_dir=tmp_path)
+        (first,) = encode(["a ball"])
+        (file,) = tmp_path.rglob("*.safetensors")
+        whole = file.read_bytes()
+        for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:40], b""):
+            file.write_bytes(damaged)
+            with pytest.raises(RuntimeError, match="no encoder"):
+                TextEncoder(None, None, name="tiny", text_len=12, cache_dir=tmp_path)(["a ball"])
+            caplog.clear()
+            assert torch.equal(encode(["a ball"])[0], first) and file.read_bytes() == whole
+            assert f"{file} is damaged" in caplog.text
+
     def test_too_long(self, umt5):
         with pytest.raises(ValueError, match="more than text_len=4"):
             TextEncoder(umt5, _Tokenizer(), name="tiny", text_len=4)(["one two three four five"])

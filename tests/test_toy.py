@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from afd_fast.discriminators.toy import ToyDiscriminator
@@ -41,6 +42,28 @@ def test_history_is_detached_and_own_chunk_is_not():
     student_velocity(model, x, t, text, clean, 3)[:, :, 6:9].square().sum().backward()
     assert clean.grad is None
     assert x.grad[:, :, 6:9].abs().sum() > 0 and x.grad[:, :, :6].abs().sum() == 0
+
+
+@torch.no_grad()
+def test_a_failed_forward_leaves_its_chunk_unheld():
+    model = student()
+    x, t, text, _ = batch(model)
+    cache = model.new_cache(3, 12, 16, 16)
+    chunk = lambda number: (x[:, :, 3 * number : 3 * number + 3], t[:, 3 * number : 3 * number + 3] * 1000, text)
+    model(*chunk(0), cache=cache)
+    model(*chunk(1), cache=cache, start_frame=3)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    failing = model.blocks[-1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):  # in the first layer this chunk is another's now
+        model(*chunk(2), cache=cache, start_frame=3)
+    failing.remove()
+    with pytest.raises(ValueError, match="run the earlier chunks first"):
+        model(*chunk(2), cache=cache, start_frame=6)
+    model(*chunk(1), cache=cache, start_frame=3)
+    model(*chunk(2), cache=cache, start_frame=6)
 
 
 def test_causality_later_frames_do_not_reach_back():

@@ -140,6 +140,8 @@ def test_existing_folder_is_never_replaced_silently(tmp_path, tiny_config):
     assert (out / "thesis.txt").exists()  # checking touches nothing
     run_folder.make_folder(out, tiny_config)
     assert not (out / "thesis.txt").exists()
+    with pytest.raises(ConfigError, match="either --resume"):
+        check(out, resume=True, overwrite=True)
     with pytest.raises(ConfigError, match="no run to resume"):
         check(tmp_path / "nothing", resume=True)
     with pytest.raises(ConfigError, match="is a file"):

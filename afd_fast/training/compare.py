@@ -107,7 +107,8 @@ def runs(config: TrainConfig, variants: list[Variant], seeds: int, out: Path) ->
             planned[out / f"{v.label}-{seed}"] = with_values(config, keys)
     for folder, wanted in planned.items():
         started = (folder / "config.json").exists()  # else it may have been killed as it was making its folder
-        check_folder(folder, wanted, overwrite=not (folder / "checkpoints").exists(), resume=started)
+        untrained = not started and not (folder / "checkpoints").exists()
+        check_folder(folder, wanted, overwrite=untrained, resume=started)
     return planned
 
 

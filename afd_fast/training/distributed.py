@@ -102,7 +102,7 @@ class Ranks:
             yield
         except BaseException as error:
             with suppress(RuntimeError):  # a peer may be what failed
-                self._tell(f"rank 0 stopped: {error}")
+                self._tell(f"rank 0 stopped: {str(error) or type(error).__name__}")
             raise
         self._tell(None)
 

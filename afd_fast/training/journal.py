@@ -45,6 +45,7 @@ class Journal:
         if self.lead:
             self.console.print(f"[yellow]note:[/] {escape(text)}")
             append(self.notes, {"step": step, "text": text})
+            settle(self.notes)
 
     def iteration(self, step: int, elapsed: float, metrics: Metrics) -> Metrics:
         """Keep the metrics of the iteration after `step` others; returns their row."""

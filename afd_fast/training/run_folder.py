@@ -43,6 +43,8 @@ def environment() -> dict[str, Any]:
 
 def check_folder(out: Path, config: TrainConfig, *, overwrite: bool, resume: bool) -> None:
     """ConfigError for a folder that cannot be used so; nothing is touched."""
+    if resume and overwrite:
+        raise ConfigError("give either --resume, which continues the run, or --overwrite, which deletes it")
     if resume:
         return _check_resumable(out, config)
     try:

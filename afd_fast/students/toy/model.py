@@ -84,21 +84,26 @@ class KeysValues(NamedTuple):
 
 
 class ToyCache:
-    """Keys and values of the clean chunks so far; `length` counts tokens, host integer."""
+    """Keys and values of the clean chunks so far. held: tokens that every layer has, host integer."""
 
     def __init__(self, layers: int):
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
+        self.held = 0
+
+    def begin(self, start: int) -> None:
+        """A forward is about to write tokens from `start` on: until it is through, what it may overwrite is not held."""
+        if self.held < start:
+            raise ValueError(f"the cache holds no history up to token {start}: run the earlier chunks first")
+        self.held = start
 
     def write(self, layer: int, k: Tensor, v: Tensor, start: int) -> "KeysValues":
         """Put this chunk's keys and values at token `start`; return the history with them appended.
 
         The history is detached, the returned tail keeps its graph: the KV-detached update needs just that.
         """
-        if start:
-            past_k, past_v = self.keys[layer], self.values[layer]
-            if past_k is None or past_v is None or past_k.shape[2] < start:
-                raise ValueError(f"the cache holds no history up to token {start}: run the earlier chunks first")
+        past_k, past_v = self.keys[layer], self.values[layer]
+        if start and past_k is not None and past_v is not None:
             k = torch.cat([past_k[:, :, :start], k], 2)
             v = torch.cat([past_v[:, :, :start], v], 2)
         self.keys[layer], self.values[layer] = k.detach(), v.detach()
@@ -218,11 +223,13 @@ class ToyStudent(StudentModule):
             )
         index = start_frame // self.config.chunk
         start = index * self.tokens
+        cache.begin(start)
         cond = self.condition(t[:, :1], text)  # [B, 1, D]
         h = self.embed(self.patchify(x)) + self.position[index]
         for layer, block in enumerate(self.blocks):
             attend = partial(cache.write, layer, start=start)
             h = block(h, cond, text.keys[layer], text.values[layer], attend)
+        cache.held = start + self.tokens
         return self.velocity(x, t, self.unpatchify(self.predict(h, cond)))
 
     def forward_teacher_forcing(

@@ -6,6 +6,7 @@ tokens with an attention mask, the padding's rows dropped (they are zeros in the
 
 import hashlib
 import html
+import logging
 import os
 import re
 import tempfile
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from afd_fast.errors import ConfigError
 from afd_fast.students.files import first_line, loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("afd_fast")
 
 
 def clean_prompt(prompt: str) -> str:
@@ -78,8 +80,9 @@ class TextEncoder:
         prompts = [clean_prompt(p) for p in prompts]
         found: dict[str, Tensor] = {}
         for prompt in dict.fromkeys(prompts):
-            if self.cache_dir is not None and (file := self._file(self.cache_dir, prompt)).exists():
-                found[prompt] = _load(file)
+            kept = _load(self._file(self.cache_dir, prompt)) if self.cache_dir is not None else None
+            if kept is not None:
+                found[prompt] = kept
         missing = [p for p in dict.fromkeys(prompts) if p not in found]
         if missing:
             found.update(self._encode(missing))
@@ -108,15 +111,26 @@ class TextEncoder:
         return result
 
 
-def _load(file: Path) -> Tensor:
-    from safetensors.torch import load_file
+def _load(file: Path) -> Tensor | None:
+    """The embedding in a file of the cache; None where there is none, and with a warning where it is damaged."""
+    from safetensors import safe_open
 
+    if not file.exists():
+        return None
     try:
-        return load_file(file)["embedding"]
-    except Exception as error:  # a SafetensorError does not name the file
-        raise ConfigError(
-            f"{file} cannot be read as a prompt's embedding ({first_line(error)}): delete it, it will be made again"
-        ) from error
+        with safe_open(file, "pt") as contents:
+            embedding, expected = contents.get_tensor("embedding"), (contents.metadata() or {}).get("sha256")
+        if _sum(embedding) == expected:
+            return embedding
+        reason = "its checksum differs"
+    except Exception as error:  # safetensors raises many types
+        reason = first_line(error)
+    log.warning("%s is damaged (%s): the prompt is encoded again", file, reason)
+    return None
+
+
+def _sum(embedding: Tensor) -> str:
+    return hashlib.sha256(embedding.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _save(file: Path, embedding: Tensor) -> None:
@@ -125,6 +139,8 @@ def _save(file: Path, embedding: Tensor) -> None:
 
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    embedding = embedding.cpu().contiguous()
+    save_file({"embedding": embedding}, temporary, {"sha256": _sum(embedding)})
+    os.fsync(handle)
     os.close(handle)
-    save_file({"embedding": embedding.cpu().contiguous()}, temporary)
     os.replace(temporary, file)
