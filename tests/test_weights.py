@@ -14,6 +14,7 @@ from afd_fast.discriminators.videoalign.checkpoints import load_video_reward
 from afd_fast.errors import ConfigError
 from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
 from afd_fast.students.files import MissingFileError
+from afd_fast.students.toy import shipped
 from afd_fast.students.wan.checkpoints import clean_keys, from_diffusers, to_diffusers
 from afd_fast.students.wan.text import TextEncoder
 from afd_fast.students.wan.vae import WanDecoder
@@ -382,6 +383,16 @@ class TestPlantedCode:
         (reward / "prompt_template.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
         with pytest.raises(ConfigError, match="does not hold the template"):
             load_video_reward(reward, **options)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", None])
+def test_a_file_that_is_no_toy_student_is_named(tmp_path, content):
+    if content is None:
+        save_file({"a": torch.ones(1)}, tmp_path / "own.safetensors")
+    else:
+        (tmp_path / "own.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"own\.safetensors has no toy student"):
+        shipped.load(tmp_path / "own.safetensors")
 
 
 def test_a_missing_path_is_no_repository(tmp_path, monkeypatch):
