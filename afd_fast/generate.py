@@ -17,7 +17,7 @@ from torch import Tensor
 
 from afd_fast.errors import ConfigError, check_at_least, check_fields
 from afd_fast.rollout import RolloutConfig, stream
-from afd_fast.students.wan.family import Networks
+from afd_fast.students.wan.family import KnownPrompts, Networks
 from afd_fast.students.wan.model import CausalWan
 from afd_fast.video_io import checked, write_video
 
@@ -104,7 +104,7 @@ class GenerateOptions:
         check_fields(self)
         check_at_least(self, 1, "frames", "height", "width", "batch")
         if self.fps <= 0:
-            raise ConfigError(f"fps must be positive, got {self.fps}")
+            raise ConfigError(f"fps must be a positive number, got {self.fps}")
 
 
 Write = Callable[[Path, Tensor, float], None]  # (path, pixels [3, frames, H, W] in [0, 1], fps) writes a file
@@ -126,18 +126,20 @@ def generate(
         networks: student, text encoder and VAE (`students.wan.family.load_networks`).
         progress: called with (chunks done, chunks of all videos' batches).
 
-    Raises ConfigError for frames that do not fill the chunks, before anything is made, VideoError that names prompt and
-    seed for a video with NaN, and what the student raises.
+    Raises ConfigError for frames that do not fill the chunks and for prompts that are too long, before anything is made,
+    VideoError that names prompt and seed for a video with NaN, and what the student raises.
     """
-    total = -(-len(todo) // options.batch) * chunk_count(options.frames, config)
-    out_dir = Path(out_dir)
+    chunks_each, out_dir = chunk_count(options.frames, config), Path(out_dir)
     student, stats, done = networks.student, GenerateStats(), 0
+    parts = [todo[first : first + options.batch] for first in range(0, len(todo), options.batch)]
+    encode = KnownPrompts(networks.text, student.device)
+    for part in parts:  # a prompt that the encoder refuses is found before hours of work
+        encode([job.prompt for job in part])
     clock = _Clock(student.device)
     side = torch.cuda.Stream(student.device) if clock.cuda else None
-    for first in range(0, len(todo), options.batch):
-        part = todo[first : first + options.batch]
+    for part in parts:
         with torch.no_grad():
-            text = student.encode_text(networks.text([job.prompt for job in part]))
+            text = student.encode_text(encode([job.prompt for job in part]))
         generators = [torch.Generator(student.device).manual_seed(job.seed) for job in part]
         noise = _noise(student, generators, options)
         decoder, pixels = networks.vae.stream(), []
@@ -153,7 +155,7 @@ def generate(
             latency = latency or mark
             done += 1
             if progress is not None:
-                progress(done, total)
+                progress(done, len(parts) * chunks_each)
         stats.video_seconds += clock.between(begin, mark)
         stats.first_chunk_seconds.append(clock.between(begin, latency or mark))
         video = torch.cat(pixels, 2)

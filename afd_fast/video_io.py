@@ -4,7 +4,9 @@ Legend: B clips, F frames, H x W pixels; pixels are floats in [0, 1].
 """
 
 import contextlib
+import functools
 import io
+import logging
 import math
 import struct
 from collections.abc import Iterable, Iterator
@@ -20,6 +22,8 @@ from av.video.reformatter import Colorspace, ColorTrc
 from torch import Tensor
 
 from afd_fast.errors import VideoError
+
+log = logging.getLogger("afd_fast")
 
 FORMATS = "mov,matroska,avi"  # containers of video; playlists and image sequences name other files
 HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
@@ -142,7 +146,8 @@ def read_frames(
     done, shape = 0, None
     try:
         with _open(file) as container:
-            for shown in _shown(container):
+            pictures = _shown(container)
+            for shown in pictures:
                 count = 1 if fps is None else shown.instants(fps, done)
                 count = count if frames is None else min(count, frames - done)
                 if not count:
@@ -154,6 +159,8 @@ def read_frames(
                 for _ in range(count):
                     yield image
                 if done == frames:
+                    if any(True for _ in pictures):
+                        _say(f"videos are longer than the {frames} frames that are used: the rest is left out")
                     return
     except (av.FFmpegError, OSError, IndexError) as error:
         raise VideoError(f"{name}: cannot be read as video ({error}); replace the file") from error
@@ -273,6 +280,12 @@ def _image(shown: _Shown, fit: "_Fit") -> Tensor:
     return fit(image, aspect)
 
 
+@functools.cache
+def _say(text: str) -> None:
+    """Log what is cut, once for all files alike."""
+    log.warning(text)
+
+
 class _Fit:
     """Centre crop to size's aspect ratio, then area-resample: [3, h, w] -> [3, H, W] uint8. None: only square pixels.
 
@@ -290,6 +303,8 @@ class _Fit:
             return image
         scale = min(Fraction(height, size[0]), width * aspect / size[1])
         crop_h, crop_w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale / aspect))
+        if (crop_h, crop_w) != (height, width):
+            _say(f"videos of {height} x {width} pixels are cropped to {crop_h} x {crop_w} to fit {size[0]} x {size[1]}")
         top, left = (height - crop_h) // 2, (width - crop_w) // 2
         if self.buffer.shape != (3, crop_h, crop_w):
             self.buffer = torch.empty(3, crop_h, crop_w, dtype=torch.float32)

@@ -159,6 +159,14 @@ def test_a_broken_network_writes_no_black_video(tmp_path):
     assert not list(tmp_path.rglob("*.mp4"))
 
 
+def test_a_prompt_that_is_too_long_is_found_first(tmp_path, umt5):
+    networks = tiny()
+    networks.text = TextEncoder(umt5, _Tokenizer(), name="tiny", text_len=4)
+    with pytest.raises(ConfigError, match="6 tokens, more than text_len=4.*'one two"):
+        generate(networks, jobs(["a ball", "one two three four five"]), tmp_path / "out", GenerateOptions(3, 4, 6))
+    assert not (tmp_path / "out").exists()
+
+
 def rollout_command(tmp_path, *words):
     call = ["rollout", "--config", "tiny", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "o", *words]
     done = CliRunner().invoke(app, list(map(str, call)))
@@ -197,7 +205,7 @@ def test_the_encoder_drops_no_pixels(vae):
 def test_generate_refuses(tmp_path):
     with pytest.raises(ConfigError, match="no prompts"):
         jobs([" "])
-    for bad in ({"batch": 0}, {"frames": 0}, {"fps": float("nan")}):
+    for bad in ({"batch": 0}, {"frames": 0}, {"fps": float("nan")}, {"fps": float("inf")}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             GenerateOptions(**bad)
     with pytest.raises(ConfigError, match="5 latent frames do not divide into chunks of 3: 3 or 6 do"):

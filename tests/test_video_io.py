@@ -234,6 +234,18 @@ print(peak() - before)
     assert int(run.stdout) < 150
 
 
+def test_what_is_cut_is_said_once(tmp_path, caplog):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, noise_video(11, 32, 64), 10)
+        assert read_video(tmp_path / name, frames=11, size=(16, 32), fps=10).shape == (3, 11, 16, 32)
+        assert not caplog.messages or name == "b.mp4"
+        read_video(tmp_path / name, frames=7, size=(16, 20))
+    assert caplog.messages == [
+        "videos of 32 x 64 pixels are cropped to 32 x 40 to fit 16 x 20",
+        "videos are longer than the 7 frames that are used: the rest is left out",
+    ]
+
+
 class TestOnlyThisFile:
     """A name is never a URL, and a file never leads to another one."""
 

@@ -14,6 +14,7 @@ from afd_fast.discriminators.videoalign.checkpoints import load_video_reward
 from afd_fast.errors import ConfigError
 from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
 from afd_fast.students.files import MissingFileError
+from afd_fast.students.toy import shipped
 from afd_fast.students.wan.checkpoints import clean_keys, from_diffusers, to_diffusers
 from afd_fast.students.wan.text import TextEncoder
 from afd_fast.students.wan.vae import WanDecoder
@@ -149,6 +150,43 @@ class TestLoRA:
         assert all(torch.allclose(loaded[k], expected[k], atol=1e-6) for k in expected)
         assert not torch.equal(loaded["blocks.1.ffn.2.weight"], state["blocks.1.ffn.2.weight"])
 
+    @pytest.mark.parametrize("layout", ["comfy", "kohya", "diffusers", "diffusers pipeline"])
+    def test_other_layouts(self, state, lora, tmp_path, layout):
+        """The same adapter as ComfyUI, its trainers and diffusers write it: merged as PEFT would, with alpha 2, rank 4."""
+        flat = {f"{n}.lora_{letter}.weight": m for n, pair in lora.items() for letter, m in zip("AB", pair)}
+        metadata = None
+        if layout.startswith("diffusers"):
+            prefix = "transformer." if layout != "diffusers" else ""
+            flat = prefixed(to_diffusers(flat), prefix)
+            metadata = {"lora_adapter_metadata": json.dumps({prefix + "r": 4, prefix + "lora_alpha": 2})}
+            assert any("attn1.to_q" in key for key in flat) and any("ffn.net.2" in key for key in flat)
+        else:
+            flat |= {f"{n}.alpha": torch.tensor(2.0) for n in lora}
+            flat = prefixed(flat, "diffusion_model.")
+        if layout == "kohya":
+            flat = {k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): v for k, v in flat.items()}
+        save_file({k: v.contiguous() for k, v in flat.items()}, tmp_path / "lora.safetensors", metadata)
+        torch.save(state, tmp_path / "base.pt")
+        loaded = load_student(tmp_path / "base.pt", lora=tmp_path / "lora.safetensors").state_dict()
+        for name, (a, b) in lora.items():
+            assert torch.allclose(loaded[name + ".weight"], state[name + ".weight"] + 0.5 * b @ a, atol=1e-6)
+
+    def test_what_diffusers_saves(self, theirs, tmp_path):
+        """A file of `save_lora_adapter`: the merged student computes what diffusers computes."""
+        import copy
+
+        from peft import LoraConfig
+
+        theirs.save_pretrained(tmp_path / "base")
+        adapted = copy.deepcopy(theirs)
+        adapted.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_out.0", "ffn.net.2"]))
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, 0, 0.1)
+        adapted.save_lora_adapter(tmp_path)
+        student = load_student(tmp_path / "base", lora=tmp_path / "pytorch_lora_weights.safetensors")
+        TestDiffusers().outputs_agree(student, adapted)
+
     def test_peft_folder(self, model, state, tmp_path):
         """A folder PEFT itself wrote: the merged student computes what the PEFT model computes."""
         import copy
@@ -177,6 +215,7 @@ class TestLoRA:
             ({"blocks.9.self_attn.q.lora_A.weight": a, "blocks.9.self_attn.q.lora_B.weight": b}, "blocks.9"),
             ({"blocks.0.self_attn.q.lora_A.weight": a[:, 1:], "blocks.0.self_attn.q.lora_B.weight": b}, "does not fit"),
             ({"something": a}, "something"),
+            ({"blocks.0.self_attn.q.alpha": torch.ones(())}, "belongs to no LoRA layer"),
         ):
             torch.save(bad, tmp_path / "lora.pt")
             with pytest.raises(ValueError, match=match):
@@ -344,6 +383,16 @@ class TestPlantedCode:
         (reward / "prompt_template.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
         with pytest.raises(ConfigError, match="does not hold the template"):
             load_video_reward(reward, **options)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", None])
+def test_a_file_that_is_no_toy_student_is_named(tmp_path, content):
+    if content is None:
+        save_file({"a": torch.ones(1)}, tmp_path / "own.safetensors")
+    else:
+        (tmp_path / "own.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"own\.safetensors has no toy student"):
+        shipped.load(tmp_path / "own.safetensors")
 
 
 def test_a_missing_path_is_no_repository(tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ class PromptTokens:
     """Chat text to token ids around a video. prefix: ids before the video; `suffix(prompt)`: ids after it up to the last
     reward token, because nothing after that affects a score (the model is causal). Each prompt is tokenised once.
 
-    Raises ValueError for a template or tokenizer without the reward tokens.
+    Raises ConfigError for a template or tokenizer without the reward tokens.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str):
@@ -180,16 +180,18 @@ class PromptTokens:
         places = [template.find(mark) for mark in marks]
         if -1 in places or any(template.count(mark) != 1 for mark in marks):
             counts = {mark: template.count(mark) for mark in marks}
-            raise ValueError(f"the template holds {counts}; it must hold each of them once: take VideoAlign's template")
+            raise ConfigError(
+                f"the template holds {counts}; it must hold each of them once: take VideoAlign's template"
+            )
         if places[2] > places[3]:
-            raise ValueError(
+            raise ConfigError(
                 f"{REWARD_TOKENS[2]} is before the prompt in the template and cannot attend to it: move it after the prompt"
             )
         self.reward_ids = [tokenizer.convert_tokens_to_ids(mark) for mark in REWARD_TOKENS]
         self.video_id = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
         missing = [m for m in (*REWARD_TOKENS, VIDEO_TOKEN) if m not in tokenizer.get_vocab()]
         if missing:
-            raise ValueError(f"the tokenizer lacks {missing}: use the one in the tokenizer folder of the checkpoint")
+            raise ConfigError(f"the tokenizer lacks {missing}: use the one in the tokenizer folder of the checkpoint")
         self.special = sorted(tokenizer.get_added_vocab(), key=len)
         start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
         self.prefix = self._ids(start)
@@ -199,10 +201,10 @@ class PromptTokens:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def suffix(self, prompt: str) -> tuple[int, ...]:
-        """Raises ValueError for a prompt that holds a special token, which would not be read as text."""
+        """Raises ConfigError for a prompt that holds a special token, which would not be read as text."""
         if prompt not in self._suffixes:
             if found := [s for s in self.special if s in prompt]:
-                raise ValueError(f"prompt {prompt!r} holds the special token {found[0]}: take it out")
+                raise ConfigError(f"prompt {prompt!r} holds the special token {found[0]}: take it out")
             ids = self._ids("<|vision_end|>" + self.template.replace("{text_prompt}", prompt))
             self._suffixes[prompt] = ids[: max(ids.index(i) for i in self.reward_ids) + 1]
         return self._suffixes[prompt]

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from afd_fast.students.files import loading
 from afd_fast.students.toy import pretrain
 from afd_fast.students.toy.model import ToyConfig, ToyStudent
 from afd_fast.teachers.physics import FRAMES
@@ -20,13 +21,12 @@ SHIPPED = {"toy": "base_student.safetensors", "toy_long": "base_student_long.saf
 
 
 def load(path: Path | None = None, *, name: str = "toy") -> ToyStudent:
-    """A shipped base student ("toy" of 12 frames, "toy_long" of 24), or one that `make` or a run wrote."""
-    with (
-        as_file(files("afd_fast") / "assets" / SHIPPED[name]) as shipped,
-        safe_open(path or shipped, "pt") as file,
-    ):
-        student = ToyStudent(ToyConfig(**json.loads(file.metadata()["config"])))
-        student.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+    """A shipped base student ("toy" of 12 frames, "toy_long" of 24), or one that `make` or a run wrote. ConfigError for
+    another file."""
+    with as_file(files("afd_fast") / "assets" / SHIPPED[name]) as shipped, loading("toy student", path or shipped):
+        with safe_open(path or shipped, "pt") as file:
+            student = ToyStudent(ToyConfig(**json.loads(file.metadata()["config"])))
+            student.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     return student
 
 

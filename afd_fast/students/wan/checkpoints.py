@@ -27,7 +27,16 @@ log = logging.getLogger("afd_fast")
 
 # wrappers that add their name to keys: FSDP, activation checkpointing, torch.compile, DDP
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
-_ROOTS = ("base_model.model.", "generator.", "model.diffusion_model.", "model.", "net.")
+_ROOTS = (
+    "base_model.model.",
+    "generator.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "model.",
+    "net.",
+)
+_OF_DIFFUSERS = re.compile(r"condition_embedder\.|blocks\.\d+\.(attn[12]|ffn\.net)\.")
 _SHARED = ("generator_ema", "generator", "ema", "state_dict", "model")
 
 # original Wan name -> diffusers name; Wan's norm3 is diffusers' norm2, the other norms have no parameters
@@ -111,7 +120,7 @@ def clean_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in stripped:
             raise ConfigError(f"the checkpoint holds {name} twice, once as {key}: remove one of them")
         stripped[name] = value
-    return from_diffusers(stripped) if any(k.startswith("condition_embedder.") for k in stripped) else stripped
+    return from_diffusers(stripped) if any(map(_OF_DIFFUSERS.match, stripped)) else stripped
 
 
 def _select(contents: dict[str, Any], weights: str, path: Path) -> dict[str, Tensor]:
@@ -229,8 +238,10 @@ def load_student(
             a diffusers or original Wan folder, or `owner/name` of such a repository.
         config: sizes; by default from config.json or the tensors' shapes.
         weights: which entry of a training checkpoint; "auto" takes generator_ema before generator and logs it.
-        lora: a PEFT LoRA (LongLive's `generator_lora`, Astrolabe's, an adapter folder's) merged into the weights.
-        lora_scale: alpha / rank; 1 for LongLive (256 / 256). A folder's adapter_config.json takes precedence.
+        lora: a LoRA merged into the weights: of PEFT (LongLive's `generator_lora`, Astrolabe's, an adapter folder),
+            diffusers (`attn1.to_q`) or ComfyUI and its trainers (`diffusion_model.`, lora_down / lora_up, alpha).
+        lora_scale: alpha / rank; 1 for LongLive (256 / 256). What the files say (adapter_config.json, diffusers'
+            metadata, alpha tensors) takes precedence.
         dtype: of the weights; by default that of the checkpoint. options: of `CausalWan`.
 
     Raises FileNotFoundError that names the path or repository, and ValueError that names missing, unexpected or
@@ -265,12 +276,7 @@ def _read_lora(path: Path, scale: float) -> Adapter:
         config = path / "adapter_config.json"
         if not config.is_file():
             raise MissingFileError(f"{config} is missing: give a folder that PEFT saved, or the LoRA's file")
-        settings = read_json(config)
-        try:
-            rank = settings["r"]
-            scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
-        except (KeyError, TypeError, ZeroDivisionError) as error:
-            raise ConfigError(f"{config} has no usable r and lora_alpha ({error!r}): restore the file") from None
+        scale = _lora_scale(read_json(config), config)
         files = [p for p in (path / "adapter_model.safetensors", path / "adapter_model.bin") if p.exists()]
         if not files:
             raise MissingFileError(f"{path} has no adapter_model.safetensors: give a folder that PEFT saved")
@@ -282,9 +288,48 @@ def _read_lora(path: Path, scale: float) -> Adapter:
     if not isinstance(lora, dict) or not lora or not all(isinstance(v, Tensor) for v in lora.values()):
         found = sorted(map(str, contents))[:8] if isinstance(contents, dict) else type(contents).__name__
         raise ConfigError(f"{path} is not a LoRA state dict; it holds {found}")
+    if path.suffix == ".safetensors" and (settings := _diffusers_metadata(path)):
+        scale = _lora_scale(settings, path)
     with _naming(path):
-        cleaned = clean_keys(lora)
-    return Adapter({re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", k): v for k, v in cleaned.items()}, scale)
+        return _peft_names(clean_keys(lora), scale)
+
+
+def _lora_scale(settings: dict[str, Any], path: Path) -> float:
+    """alpha / rank of PEFT's settings."""
+    if settings.get("rank_pattern") or settings.get("alpha_pattern"):
+        raise ConfigError(
+            f"{path} gives layers ranks or alphas of their own (rank_pattern, alpha_pattern): merge it with PEFT"
+        )
+    try:
+        rank = settings["r"]
+        return settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{path} has no usable r and lora_alpha ({error!r}): restore the file") from None
+
+
+def _diffusers_metadata(path: Path) -> dict[str, Any]:
+    """The settings that diffusers keeps in a safetensors file; empty without any."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+    try:
+        return {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} has damaged LoRA metadata ({error}): restore the file") from None
+
+
+def _peft_names(lora: dict[str, Tensor], scale: float) -> Adapter:
+    """PEFT's names for the tensors of any layout; a layer's alpha goes into its B. Raises ValueError for a lone alpha."""
+    state = {re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", key): value for key, value in lora.items()}
+    state = {k.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B."): v for k, v in state.items()}
+    alphas = [key for key in state if key.endswith(".alpha")]
+    for key in alphas:
+        a, b = (key.replace(".alpha", f".lora_{letter}.weight") for letter in "AB")
+        if a not in state or b not in state:
+            raise ConfigError(f"{key} belongs to no LoRA layer: restore the file")
+        state[b] = state[b].float() * (state.pop(key).item() / len(state[a]))
+    return Adapter(state, 1.0 if alphas else scale)
 
 
 def _check_state(model: CausalWan, state: dict[str, Tensor], path: Path) -> None:

@@ -76,7 +76,7 @@ class TextEncoder:
 
     def __call__(self, prompts: list[str]) -> list[Tensor]:
         """Embeddings [n_i, width] of the tokens of each prompt, on the encoder's device, ready for
-        `CausalWan.encode_text`. Raises ValueError for a prompt of more than text_len tokens: none is truncated."""
+        `CausalWan.encode_text`. Raises ConfigError for a prompt of more than text_len tokens: none is truncated."""
         prompts = [clean_prompt(p) for p in prompts]
         found: dict[str, Tensor] = {}
         for prompt in dict.fromkeys(prompts):
@@ -99,7 +99,7 @@ class TextEncoder:
         lengths = tokens["attention_mask"].sum(1).tolist()
         for prompt, length in zip(prompts, lengths):
             if length > self.text_len:
-                raise ValueError(
+                raise ConfigError(
                     f"a prompt has {length} tokens, more than text_len={self.text_len}; shorten it: {prompt[:60]!r}..."
                 )
         ids, mask = (tokens[k].to(self.encoder.device) for k in ("input_ids", "attention_mask"))
