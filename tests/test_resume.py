@@ -304,6 +304,15 @@ def test_a_damaged_config_is_one_line(run):
         train(CONFIG, out=run, resume=True, console=QUIET)
 
 
+def test_damage_to_what_can_be_made_again_stops_nothing(run):
+    before = (run / "result.json").read_text()
+    (run / "result.json").write_text(before[:100])
+    (run / "teacher.json").write_text("{")
+    result = train(CONFIG, out=run, resume=True, console=QUIET)
+    assert result["rows"] == json.loads(before)["rows"] and "teacher.json is not JSON" in result["notes"][0]
+    assert json.loads((run / "teacher.json").read_text())
+
+
 # -- one process at a time -------------------------------------------------------------------------------------
 
 HOLD = "import sys, time; from afd_fast.training.lock import *\nwith locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from afd_fast.config import TrainConfig, to_dict
-from afd_fast.errors import CheckpointError
+from afd_fast.errors import CheckpointError, ConfigError
 from afd_fast.files.text import read_json
 from afd_fast.teachers.dataset import TeacherVideos
 from afd_fast.training import checkpoint
@@ -37,7 +37,11 @@ def check_teacher(out: Path, data: TeacherVideos, note: Note) -> None:
     path = out / "teacher.json"
     now = {prompt: hashlib.sha256(videos.numpy().tobytes()).hexdigest() for prompt, videos in data.videos.items()}
     if path.exists():
-        before = read_json(path)
+        try:
+            before = read_json(path)
+        except ConfigError as error:
+            note(f"whether the teacher's videos have changed is unknown: {error}")
+            before = now
         odd = [prompt for prompt in {**before, **now} if before.get(prompt) != now.get(prompt)]
         if odd:
             more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""

@@ -82,10 +82,13 @@ def checkpoints(out: Path, config: TrainConfig) -> list[Path]:
     return saved(out / "checkpoints", ".dcp" if config.fsdp else ".pt")
 
 
-def finished(out: Path, config: TrainConfig) -> bool:
-    """Whether the folder holds the result of all of the iterations."""
-    path = out / "result.json"
-    return path.exists() and read_json(path).get("config", {}).get("iterations") == config.iterations
+def finished(out: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """The content of result.json, if it is that of all of the iterations. A damaged file counts as none."""
+    try:
+        result = read_json(out / "result.json")
+    except ConfigError:
+        return None
+    return result if result.get("config", {}).get("iterations") == config.iterations else None
 
 
 def make_folder(out: Path, config: TrainConfig) -> None:

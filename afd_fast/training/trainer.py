@@ -7,6 +7,7 @@ and at the end result.json, samples.safetensors and the trained student.
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,6 @@ from safetensors import SafetensorError
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.discriminators.discriminator import Discriminator, check_discriminator
 from afd_fast.errors import ConfigError, Interrupted, TrainingError
-from afd_fast.files.text import read_json
 from afd_fast.judges import Scores
 from afd_fast.students.files import first_line
 from afd_fast.students.lora import trainable
@@ -246,6 +246,7 @@ class Trainer:
             environment=environment(),
         )
         self.run.family.save(weights, to_dict(config), self.out)
+        os.sync()  # weights and samples before the result that says they are there
         write_json(self.out / "result.json", result)
         return result
 
@@ -353,8 +354,8 @@ def train(
                     held.enter_context(locked(folder))
                 else:
                     check_unused(folder)
-            if resume and finished(folder, config):
-                return cast(RunResult, read_json(folder / "result.json")) if ranks.lead else None
+            if resume and (result := finished(folder, config)) is not None:
+                return cast(RunResult, result) if ranks.lead else None
         console = console if console is not None and ranks.lead else Console(quiet=not ranks.lead)
         run = new_run(config, family, discriminator, ranks)
         found = teacher_of(run, teacher, folder.parent / "teacher-cache")

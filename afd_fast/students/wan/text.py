@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from afd_fast.errors import ConfigError
 from afd_fast.students.files import first_line, loading
 
 if TYPE_CHECKING:
