@@ -4,6 +4,9 @@ The cases are made from the signatures and dataclasses themselves, so a new fiel
 """
 
 import math
+import shlex
+import signal
+import sys
 import traceback
 import types
 import typing
@@ -18,6 +21,7 @@ import pytest
 import torch
 
 import afd_fast
+from afd_fast.cli.main import main
 from afd_fast.config import TrainConfig, keys, with_overrides
 from afd_fast.errors import field_types
 from afd_fast.generate import GenerateOptions
@@ -196,3 +200,90 @@ def test_every_bad_value_is_refused(cases):
     tried = list(cases())
     faults = [f"{case}: {fault}" for case in tried if (fault := fault_of(case))]
     assert not faults, f"{len(faults)} of {len(tried)}\n" + "\n".join(faults)
+
+
+# -- the command -----------------------------------------------------------------------------------------------
+
+BAD = {
+    "demo": ["--teacher ''", "--teacher folder:nowhere", "--teacher folder:", "--teacher api:nowhere.json", "--teacher http://x",
+             "--teacher physics:moon", "--out p.txt", "--out p.txt/run", "--out /proc/x", "--resume", "--resume --overwrite",
+             "--resume --out d", "--out d", "--out d --overwrite", "iterations", "nonesuch=1", "=1", "iterations=", "--nonesuch",
+             "seed=1 seed=x", "[/x]", "[bold]=1", "name=[/x]", "name=a/b --resume", "name=..", "student=nowhere/x.pt",
+             "discriminator=nowhere/x", "discriminator=nofolder"],
+    "train": ["", "nonesuch", "demo --out p.txt", "demo teacher=folder:d", "'[/x]'", "demo --dry-run iterations=0",
+              "demo --dry-run teacher=folder:nowhere", "afd_table3 --dry-run student=nowhere/x.safetensors",
+              "afd_table3 --dry-run student=./nope.pt teacher=folder:nowhere", "demo --resume"],
+    "compare": ["", "nonesuch", "demo --methods ppo", "demo --methods ''", "demo --seeds 0", "demo --seeds x", "demo --jobs 0",
+                "demo --jobs -1", "demo --out p.txt", "demo --out d", "demo --methods afd,afd"],
+    "ablate": ["", "nonesuch demo", "v_old nonesuch", "v_old demo --seeds 0", "v_old demo --jobs 0", "k demo --out d"],
+    "estimate": ["", "nonesuch", "demo --gpu v100", "demo --gpu ''", "demo iterations=x", "demo student.frames=0"],
+    "keys": ["nonesuch", "''", "a b"],
+    "pretrain": ["--seed x", "--frames 0", "--frames 13", "--frames -3", "--out p.txt/x", "--out d", "--out nowhere/x.safetensors"],
+    "report": ["", "nowhere", "d", "p.txt"],
+    "rollout --config tiny --prompts p.txt --out o":
+             ["--frames 20", "--frames 0", "--frames -3", "--frames x", "--shift 0", "--shift nan", "--shift -1", "--shift inf",
+              "--chunk 0", "--chunk -1", "--batch 0", "--batch -1", "--prompts nowhere.txt", "--prompts d", "--prompts empty.txt",
+              "--prompts latin.txt", "--out d", "--out p.txt", "--config nonesuch", "--student nowhere/x.pt", "--student ./no.pt",
+              "--student d", "--student garbage.pt", "--student garbage.safetensors", "--graphs", "--seed x",
+              "--seed 99999999999999999999999"],
+    "eval export o": ["", "--prompts p.txt --vbench v.json", "--vbench nowhere.json", "--vbench p.txt", "--vbench list.json",
+                      "--prompts nowhere.txt", "--prompts empty.txt", "--prompts p.txt --n 0", "--prompts p.txt --n x",
+                      "--prompts p.txt --student tiny --frames 20", "--prompts p.txt --student nowhere/x.pt",
+                      "--prompts p.txt --student tiny --batch 0", "--prompts p.txt --student tiny --shift nan"],
+    "eval export d": ["--prompts p.txt"],
+    "eval run": ["", "vbench nowhere", "nonesuch d", "vbench d", "flickering d", "flickering nowhere", "videoalign d --env nowhere",
+                 "videophy2 d --env nowhere --repo nowhere --checkpoint nowhere"],
+    "eval collect": ["", "nowhere", "d", "p.txt"],
+    "eval compare": ["", "nowhere d", "d nowhere", "d d", "d"],
+    "nonesuch": [""],
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the commands run: a prompt file, files that are not what they are called, a folder of somebody's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, data in {"p.txt": b"a ball\n", "empty.txt": b"\n \n", "latin.txt": b"caf\xe9\n", "garbage.pt": b"no weights",
+                       "garbage.safetensors": b"\xff" * 64, "list.json": b"[1]", "d/config.json": b"{}", "d/model.bin": b"x"}.items():  # fmt: skip
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(data)
+    return tmp_path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_every_bad_command_is_one_line_and_leaves_nothing(command, folder, capsys, monkeypatch):
+    def hang(number, frame):
+        raise RuntimeError("no error after 20 s")
+
+    before, faults = files(folder), []
+    signal.signal(signal.SIGALRM, hang)
+    for bad in BAD[command]:
+        words = shlex.split(f"{command} {bad}")
+        monkeypatch.setattr(sys, "argv", ["afd-fast", *words])
+        signal.alarm(20)
+        try:
+            main()
+            fault = "accepted"
+        except SystemExit as stop:
+            said = capsys.readouterr().err.strip()
+            usage = "Usage:" in said and "Error" in said
+            one = said.startswith("error: ") and "\n" not in said
+            fault = "" if stop.code in (1, 2) and (usage or one) else f"exit {stop.code}: {said}"
+        except BaseException as error:
+            fault = f"{type(error).__name__}: {error}"
+        finally:
+            signal.alarm(0)
+        capsys.readouterr()
+        if left := files(folder).keys() ^ before.keys():
+            fault += f" left {sorted(left)}"
+            for name in sorted(left, reverse=True):
+                (folder / name).rmdir() if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
+        if fault:
+            faults.append(f"{shlex.join(words)}: {fault}")
+    assert not faults, "\n".join(faults)
+    assert files(folder) == before
