@@ -18,7 +18,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.video.reformatter import Colorspace, ColorTrc
+from av.video.reformatter import Colorspace, ColorTrc, Interpolation
 from torch import Tensor
 
 from afd_fast.errors import VideoError
@@ -27,6 +27,7 @@ log = logging.getLogger("afd_fast")
 
 FORMATS = "mov,matroska,avi"  # containers of video; playlists and image sequences name other files
 HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 HALF_A_LEVEL = 0.5 / 255  # what rounding to 8 bits forgives
 UNSPECIFIED, BT601 = 2, 6  # FFmpeg's AVColorSpace
 
@@ -263,7 +264,10 @@ def _image(shown: _Shown, size: tuple[int, int] | None) -> Tensor:
     frame = shown.frame
     untagged = frame.colorspace == UNSPECIFIED and not frame.format.is_rgb
     matrix = Colorspace.ITU709 if untagged and (frame.width >= 1280 or frame.height > 576) else None  # as players guess
-    pixels = frame.to_ndarray(format="rgb24", src_colorspace=matrix, dst_colorspace=matrix)
+    deep = frame.format.components[0].bits > 8  # which swscale's fast path makes up to three levels too dark
+    pixels = frame.to_ndarray(
+        format="rgb24", src_colorspace=matrix, dst_colorspace=matrix, interpolation=ACCURATE if deep else None
+    )
     image, (aspect, a, b, c, d) = torch.from_numpy(pixels).permute(2, 0, 1), shown.look
     if abs(b) > abs(a):
         image, aspect, a, d = image.transpose(1, 2), 1 / aspect, c, b
