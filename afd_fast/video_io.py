@@ -114,10 +114,10 @@ def read_video(
     if frames is None:
         images = list(images)
         frames = len(images)
-    video = torch.empty(0)
+    video = torch.empty(0, dtype=torch.float32)
     for i, image in enumerate(images):
         if i == 0:
-            video = torch.empty(3, frames, *image.shape[1:])
+            video = torch.empty(3, frames, *image.shape[1:], dtype=torch.float32)
         video[:, i] = image
     return video.div_(255)
 
