@@ -18,7 +18,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.video.reformatter import Colorspace, ColorTrc
+from av.video.reformatter import Colorspace, ColorTrc, Interpolation
 from torch import Tensor
 
 from afd_fast.errors import VideoError
@@ -27,6 +27,7 @@ log = logging.getLogger("afd_fast")
 
 FORMATS = "mov,matroska,avi"  # containers of video; playlists and image sequences name other files
 HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 HALF_A_LEVEL = 0.5 / 255  # what rounding to 8 bits forgives
 UNSPECIFIED, BT601 = 2, 6  # FFmpeg's AVColorSpace
 
@@ -122,9 +123,9 @@ def read_video(
     return video.div_(255)
 
 
-def check_file(file: str | Path, *, frames: int, fps: float) -> None:
+def check_file(file: str | Path, *, frames: int, size: tuple[int, int], fps: float) -> None:
     """Decode what `read_video` would take, in memory for a few frames, and keep nothing. Raises VideoError as it does."""
-    for _ in read_frames(file, frames=frames, size=(8, 8), fps=fps):
+    for _ in read_frames(file, frames=frames, size=size, fps=fps):
         pass
 
 
@@ -142,24 +143,26 @@ def read_frames(
     ratio, then area resampling. Raises VideoError that names a file that is unreadable, too short, HDR, or changes its
     size where none is given. Only the file itself is read: no URL, no playlist, no pipe.
     """
-    name, fit = getattr(file, "name", file), _Fit(size)
+    name = getattr(file, "name", file)
+    rate = None if fps is None else Fraction(fps).limit_denominator(1001)
     done, shape = 0, None
     try:
         with _open(file) as container:
             pictures = _shown(container)
             for shown in pictures:
-                count = 1 if fps is None else shown.instants(fps, done)
+                count = 1 if rate is None else math.ceil(shown.end * rate) - done  # times k / fps until it ends
                 count = count if frames is None else min(count, frames - done)
-                if not count:
+                if count <= 0:
                     continue
-                image = _image(shown, fit)
+                image = _image(shown, size)
                 if image.shape != (shape := shape or image.shape):
                     raise VideoError(f"{name}: frame {done} has another size than the first: read it with size=")
                 done += count
                 for _ in range(count):
                     yield image
                 if done == frames:
-                    if any(True for _ in pictures):
+                    with contextlib.suppress(av.FFmpegError, StopIteration):  # what follows is not needed
+                        next(pictures)
                         _say(f"videos are longer than the {frames} frames that are used: the rest is left out")
                     return
     except (av.FFmpegError, OSError, IndexError) as error:
@@ -205,18 +208,11 @@ class _Look(NamedTuple):
 
 
 class _Shown(NamedTuple):
-    """A decoded frame, when it is shown, in seconds after the first one, and how."""
+    """A decoded frame, until when it is shown, in seconds after the first frame, and how."""
 
     frame: av.VideoFrame
-    start: Fraction
     end: Fraction
-    slack: Fraction  # timestamps are rounded to ticks
     look: _Look
-
-    def instants(self, fps: float, first: int) -> int:
-        """How many of the times k / fps, k >= first, lie in [start, end)."""
-        last = math.ceil((self.end - self.slack) * Fraction(fps).limit_denominator(1001))
-        return max(0, last - first)
 
 
 def _shown(container: av.container.InputContainer) -> Iterator[_Shown]:
@@ -225,10 +221,10 @@ def _shown(container: av.container.InputContainer) -> Iterator[_Shown]:
     if not isinstance(stream, av.VideoStream):
         return
     tick = Fraction(stream.time_base or 1)
-    slack = min(tick / 2, Fraction(1, 2000))  # Matroska's milliseconds are the coarsest
+    slack = min(tick / 2, Fraction(1, 2000))  # times are rounded to ticks; Matroska's milliseconds are the coarsest
     look = _Look()
     held: av.VideoFrame | None = None
-    start = gap = origin = Fraction(0)
+    start = gap = origin = reach = Fraction(0)
     for index, frame in enumerate(container.decode(stream)):
         if frame.color_trc in HDR:
             raise VideoError(
@@ -238,17 +234,15 @@ def _shown(container: av.container.InputContainer) -> Iterator[_Shown]:
         if held is None:
             origin, look = time, _look(stream, frame)
         else:
-            gap = time - origin - start
-            yield _Shown(held, start, time - origin, slack, look)
+            gap = max(time - origin - start, Fraction(0))
+            yield _Shown(held, time - origin - slack, look)
         held, start = frame, time - origin
+        reach = max(reach, start + (frame.duration or 0) * tick)
     if held is not None:
-        # With B-frames a frame's own duration is that of another one: the stream's is better.
-        ends = [
-            stream.duration and ((stream.start_time or 0) + stream.duration) * tick - origin,
-            start + held.duration * tick,
-        ]
-        end = next((end for end in ends if end and end > start), start + (gap if gap > 0 else 1 / _rate(container)))
-        yield _Shown(held, start, end, slack, look)
+        # What the stream promises, but not what a torn file lacks; alone, the durations of B-frames are not in order.
+        promised = ((stream.start_time or 0) + (stream.duration or 0)) * tick - origin
+        end = min((end for end in (promised, reach) if end > start), default=start + (gap or 1 / _rate(container)))
+        yield _Shown(held, end - slack, look)
 
 
 def _look(stream: av.VideoStream, first: av.VideoFrame) -> _Look:
@@ -266,18 +260,22 @@ def _rate(container: av.container.InputContainer) -> Fraction:
     return rate
 
 
-def _image(shown: _Shown, fit: "_Fit") -> Tensor:
+def _image(shown: _Shown, size: tuple[int, int] | None) -> Tensor:
     """A frame as it is shown, in RGB: [3, H, W] uint8."""
     frame = shown.frame
     untagged = frame.colorspace == UNSPECIFIED and not frame.format.is_rgb
     matrix = Colorspace.ITU709 if untagged and (frame.width >= 1280 or frame.height > 576) else None  # as players guess
-    pixels = frame.to_ndarray(format="rgb24", src_colorspace=matrix, dst_colorspace=matrix)
+    deep = frame.format.components[0].bits > 8  # which swscale's fast path makes up to three levels too dark
+    pixels = frame.to_ndarray(
+        format="rgb24", src_colorspace=matrix, dst_colorspace=matrix, interpolation=ACCURATE if deep else None
+    )
     image, (aspect, a, b, c, d) = torch.from_numpy(pixels).permute(2, 0, 1), shown.look
     if abs(b) > abs(a):
         image, aspect, a, d = image.transpose(1, 2), 1 / aspect, c, b
     if axes := [axis for axis, sign in ((2, a), (1, d)) if sign < 0]:
         image = image.flip(axes)
-    return fit(image, aspect)
+    height, width = image.shape[1:]
+    return _fit(image, size or (height, max(1, round(width * aspect))), aspect)
 
 
 @functools.cache
@@ -286,30 +284,18 @@ def _say(text: str) -> None:
     log.warning(text)
 
 
-class _Fit:
-    """Centre crop to size's aspect ratio, then area-resample: [3, h, w] -> [3, H, W] uint8. None: only square pixels.
-
-    All frames pass through one buffer: memory allocated anew for each of a 1080p clip's adds up to a gigabyte.
-    """
-
-    def __init__(self, size: tuple[int, int] | None):
-        self.size, self.buffer = size, torch.empty(0, dtype=torch.float32)
-
-    def __call__(self, image: Tensor, aspect: Fraction) -> Tensor:
-        """aspect: width of the image's pixels / their height."""
-        height, width = image.shape[1:]
-        size = self.size or (height, max(1, round(width * aspect)))
-        if (height, width) == size and aspect == 1:
-            return image
-        scale = min(Fraction(height, size[0]), width * aspect / size[1])
-        crop_h, crop_w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale / aspect))
-        if (crop_h, crop_w) != (height, width):
-            _say(f"videos of {height} x {width} pixels are cropped to {crop_h} x {crop_w} to fit {size[0]} x {size[1]}")
-        top, left = (height - crop_h) // 2, (width - crop_w) // 2
-        if self.buffer.shape != (3, crop_h, crop_w):
-            self.buffer = torch.empty(3, crop_h, crop_w, dtype=torch.float32)
-        self.buffer.copy_(image[:, top : top + crop_h, left : left + crop_w])
-        return F.interpolate(self.buffer[None], size, mode="area")[0].round_().to(torch.uint8)
+def _fit(image: Tensor, size: tuple[int, int], aspect: Fraction) -> Tensor:
+    """Centre crop to size's aspect ratio, then area-resample: [3, h, w] -> [3, H, W] uint8. aspect: of the image's pixels."""
+    height, width = image.shape[1:]
+    if (height, width) == size and aspect == 1:
+        return image
+    scale = min(Fraction(height, size[0]), width * aspect / size[1])
+    crop_h, crop_w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale / aspect))
+    if (crop_h, crop_w) != (height, width):
+        _say(f"videos of {height} x {width} pixels are cropped to {crop_h} x {crop_w} to fit {size[0]} x {size[1]}")
+    top, left = (height - crop_h) // 2, (width - crop_w) // 2
+    image = image[:, top : top + crop_h, left : left + crop_w].contiguous()
+    return F.interpolate(image[None].float(), size, mode="area")[0].round_().to(torch.uint8)
 
 
 def codec_round_trip(video: Tensor, crf: int, fps: float = 24) -> Tensor:

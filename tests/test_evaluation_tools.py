@@ -14,7 +14,7 @@ from afd_fast.cli.main import app
 from afd_fast.errors import ConfigError, ToolError
 from afd_fast.evaluation import flickering, folder, intervals, vbench, videoalign, videophy2
 from afd_fast.evaluation.folder import Clip
-from afd_fast.video_io import read_video, write_video
+from afd_fast.video_io import write_video
 from tests import official_tools
 
 CLIPS = [
@@ -204,12 +204,10 @@ class TestCommand:
         assert "2 of 2 videos" in command(*make)
         assert sorted(path.name for path in (out / "videos").iterdir()) == ["a cat-0.mp4", "a dog-0.mp4"]
         whole = (out / "videos" / "a cat-0.mp4").read_bytes()
-        cat = read_video(out / "videos" / "a cat-0.mp4")
         before = (out / "videos" / "a dog-0.mp4").stat().st_mtime_ns
         (out / "videos" / "a cat-0.mp4").write_bytes(whole[:900])
         command(*make)
-        again = read_video(out / "videos" / "a cat-0.mp4")  # its own seed, whatever else is made
-        assert (again - cat).abs().mean() < 1e-3  # a convolution may round differently the second time
+        assert (out / "videos" / "a cat-0.mp4").read_bytes() == whole  # its own seed, whatever else is made
         assert (out / "videos" / "a dog-0.mp4").stat().st_mtime_ns == before
         with av.open(str(out / "videos" / "a cat-0.mp4")) as container:
             assert container.streams.video[0].average_rate == 16  # what dynamic degree's step is taken from

@@ -69,7 +69,7 @@ class FolderTeacher(TeacherBase):
         for prompt, file in read_manifest(folder):
             try:
                 path = inside(folder, file)
-                check_file(path, frames=frames, fps=fps)
+                check_file(path, frames=frames, size=size, fps=fps)
                 self._videos[prompt].append(path)
             except (VideoError, ConfigError) as error:
                 self._problems.append(str(error))
