@@ -126,8 +126,14 @@ class TestText:
         with pytest.raises(ValueError, match="more than text_len=4"):
             TextEncoder(umt5, _Tokenizer(), name="tiny", text_len=4)(["one two three four five"])
 
-    def test_clean(self):
-        assert clean_prompt(" a &amp;amp; b\n\tc ") == "a & b c"
+    @pytest.mark.parametrize("prompt,clean", [
+        (" a &amp;amp; b\n\tc ", "a & b c"), ("the man’s hat", "the man's hat"), ("a “red” ball", 'a "red" ball'),
+        ("一只猫，在草地上奔跑。", "一只猫,在草地上奔跑。"), ("ｗｉｄｅ", "wide"), ("ﬁne", "fine"), ("schÃ¶n", "schön"),
+        ("cafe\u0301", "café"), ("\ufeffA cat", "A cat"), ("red\x1b[31m x", "red x"), ("3–5 — dash…", "3–5 — dash…"),
+    ])  # fmt: skip
+    def test_clean(self, prompt, clean):
+        """What the official `basic_clean` and `whitespace_clean` make of it."""
+        assert clean_prompt(prompt) == clean
 
 
 def test_generate_writes_a_video_per_prompt(tmp_path):

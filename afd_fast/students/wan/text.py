@@ -1,6 +1,6 @@
 """UMT5 prompt embeddings, each prompt encoded once and kept on disk.
 
-As in the official code (Wan2.1 `wan/modules/{t5,tokenizers}.py`): whitespace and HTML entities cleaned, padded to 512
+As in the official code (Wan2.1 `wan/modules/{t5,tokenizers}.py`): text cleaned with ftfy, padded to 512
 tokens with an attention mask, the padding's rows dropped (they are zeros in the student's input).
 """
 
@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import ftfy
 import torch
 from torch import Tensor
 
@@ -26,8 +27,9 @@ log = logging.getLogger("afd_fast")
 
 
 def clean_prompt(prompt: str) -> str:
-    """HTML entities resolved twice, runs of whitespace to one space. Encoding errors are not repaired (ftfy does)."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+    """As the official tokenizer does it: ftfy repairs encoding, quotes, width and ligatures; HTML entities are resolved twice;
+    runs of whitespace become one space."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
 class TextEncoder:
