@@ -152,8 +152,10 @@ class TrainConfig:
                 f"discriminator.warmup={self.discriminator.warmup} leaves none of iterations={self.iterations} to the "
                 f"student: set discriminator.warmup below {self.iterations}"
             )
-        if not self.name.strip():
-            raise ConfigError("name must not be empty: the run's folder is named after it")
+        if not self.name.strip() or not self.name.isprintable() or "/" in self.name or self.name in (".", ".."):
+            raise ConfigError(
+                f"name must be the name of a folder, since the run's is named after it, got {self.name!r}"
+            )
         if self.seed >= 2**63:
             raise ConfigError(f"seed must be below 2**63, got {self.seed}")
         self._check_family()

@@ -214,11 +214,11 @@ BAD = {
               "demo --dry-run teacher=folder:nowhere", "afd_table3 --dry-run student=nowhere/x.safetensors",
               "afd_table3 --dry-run student=./nope.pt teacher=folder:nowhere", "demo --resume"],
     "compare": ["", "nonesuch", "demo --methods ppo", "demo --methods ''", "demo --seeds 0", "demo --seeds x", "demo --jobs 0",
-                "demo --jobs -1", "demo --out p.txt", "demo --out d", "demo --methods afd,afd"],
+                "demo --jobs -1", "demo --out p.txt", "demo --out d"],
     "ablate": ["", "nonesuch demo", "v_old nonesuch", "v_old demo --seeds 0", "v_old demo --jobs 0", "k demo --out d"],
     "estimate": ["", "nonesuch", "demo --gpu v100", "demo --gpu ''", "demo iterations=x", "demo student.frames=0"],
     "keys": ["nonesuch", "''", "a b"],
-    "pretrain": ["--seed x", "--frames 0", "--frames 13", "--frames -3", "--out p.txt/x", "--out d", "--out nowhere/x.safetensors"],
+    "pretrain": ["--seed x", "--frames 0", "--frames 13", "--frames -3", "--out p.txt/x", "--out d"],
     "report": ["", "nowhere", "d", "p.txt"],
     "rollout --config tiny --prompts p.txt --out o":
              ["--frames 20", "--frames 0", "--frames -3", "--frames x", "--shift 0", "--shift nan", "--shift -1", "--shift inf",

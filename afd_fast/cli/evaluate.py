@@ -51,7 +51,7 @@ def export(
     shift: float = 5.0,
     chunk: int = 3,
     batch: int = 1,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
 ) -> None:
     """Make the videos a tool expects, under the names it expects; run again to continue."""
     from afd_fast.evaluation import folder

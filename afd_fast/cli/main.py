@@ -1,9 +1,10 @@
 """The `afd-fast` command."""
 
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -32,6 +33,7 @@ console = Console(emoji=False)  # a path may hold ":x:"
 Out = Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run folder if it exists")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the folder")]
+Seed = Annotated[int, typer.Option(min=0, max=2**62)]
 Keys = Annotated[
     list[str] | None,
     typer.Argument(help="key=value overrides of the configuration (see `afd-fast keys`)", show_default=False),
@@ -99,7 +101,7 @@ def demo(
     from afd_fast.training import runs
 
     config = with_overrides(runs.demo(), overrides or [])
-    if teacher:
+    if teacher is not None:
         name = config.name if teacher == "physics" else f"{config.name}-{Path(teacher.partition(':')[2]).stem}"
         config = replace(config, teacher=teacher, name=name)
     family = None
@@ -208,7 +210,7 @@ def compare_methods(
     """Train RUN with several methods over several seeds: one table, one report. The same command continues after a stop."""
     from afd_fast.training import compare
 
-    names = [name for name in methods.split(",") if name and name != "base"]
+    names = [name for name in dict.fromkeys(methods.split(",")) if name and name != "base"]
 
     def rows(config: "TrainConfig") -> list[compare.Variant]:
         return compare.methods(config, names)
@@ -261,7 +263,7 @@ def list_runs() -> None:
 @app.command()
 def pretrain(
     out: Annotated[Path, typer.Option(help="where the weights go")] = Path("base_student.safetensors"),
-    seed: int = 0,
+    seed: Seed = 0,
     frames: Annotated[int, typer.Option(help="length of its clips; a multiple of 3")] = 12,
 ) -> None:
     """Train a base student of the embedded task from nothing: a few-step student of the wrong physics."""
@@ -293,7 +295,7 @@ def rollout(
     shift: float = 5.0,
     chunk: int = 3,
     batch: int = 1,
-    seed: int = 0,
+    seed: Seed = 0,
     graphs: Annotated[bool, typer.Option("--graphs", help="replay forwards as CUDA graphs")] = False,
 ) -> None:
     """Generate a video for every prompt with a causal Wan student."""
@@ -356,11 +358,20 @@ def env() -> None:
 
 def main() -> None:
     """Run the command. An error that the user can mend is one line on stderr, with the exit status of its class; so is a
-    file that cannot be read or written."""
+    file that cannot be read or written. Errors that this library did not raise keep their traceback."""
     try:
         app()
-    except (AFDError, OSError) as error:
-        text = str(error) if isinstance(error, AFDError) else f"{error.filename or ''}: {error.strerror or error}"
-        line = Console(stderr=True, soft_wrap=True, emoji=False)
-        line.print(f"[red]error:[/] {escape(text.lstrip(': '))}", highlight=False)
-        sys.exit(error.exit_code if isinstance(error, AFDError) else 1)
+    except AFDError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        _fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1)
+    except ValueError as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not Path(where).is_relative_to(Path(__file__).parent.parent):
+            raise
+        _fail(str(error), ConfigError.exit_code)
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    Console(stderr=True, soft_wrap=True, emoji=False).print(f"[red]error:[/] {escape(text)}", highlight=False)
+    sys.exit(status)

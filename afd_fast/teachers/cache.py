@@ -10,7 +10,7 @@ from torch import Tensor
 from afd_fast.errors import VideoError
 from afd_fast.teachers.durable import settle
 from afd_fast.teachers.teacher import PromptSplit, Request, Teacher, nothing
-from afd_fast.video_io import VideoFormat, read_video, write_video
+from afd_fast.video_io import VideoFormat, checked, read_frames, read_video, write_video
 
 
 class CachedTeacher:
@@ -24,7 +24,6 @@ class CachedTeacher:
         self.teacher, self.folder, self.fit = teacher, Path(folder), fit
         self.name, self.fps, self.judge = teacher.name, teacher.fps, teacher.judge
         self.hits = self.misses = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, prompt: str, seed: int) -> Path:
         """Where a video is kept."""
@@ -37,9 +36,11 @@ class CachedTeacher:
             self.hits += 1
             return self._fitted(path, prompt)
         self.misses += 1
+        video = checked(self.teacher(prompt, seed), prompt, seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.part")
         with partial.open("wb") as file:
-            write_video(file, self.teacher(prompt, seed), self.teacher.fps, lossless=True)
+            write_video(file, video, self.teacher.fps, lossless=True)
         settle(partial, path)
         return self._fitted(path, prompt)  # always through the file: the first answer equals every later one
 
@@ -79,9 +80,10 @@ class CachedTeacher:
 
 
 def _readable(path: Path) -> bool:
-    """Whether the file holds a video."""
+    """Whether the file holds a whole video."""
     try:
-        read_video(path)
+        for _ in read_frames(path):
+            pass
     except VideoError:
         return False
     return True

@@ -208,6 +208,10 @@ def compare(
         raise ConfigError(f"--seeds and --jobs must be at least 1, got {seeds} and {jobs}")
     config = with_overrides(named.get(run), overrides)
     rows = variants(config)
+    if not rows:
+        raise ConfigError("there is nothing to train: name at least one method besides base")
+    if out.is_dir() and not (out / COMPARISON).exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} holds other things than a comparison: choose another --out")
     planned = runs(config, rows, seeds, out)
     with locked(out, COMPARISON):
         for folder in planned:  # a comparison that was killed leaves its trainers running

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.discriminators.discriminator import Clips, Features
+from afd_fast.errors import TrainingError
 from afd_fast.rollout import rollout
 from afd_fast.teachers.dataset import Shard
 from afd_fast.training.run import Run
@@ -116,7 +117,17 @@ def clip(run: Run, latents: Tensor, first: int = 0) -> Tensor:
     family, before = run.family, min(first, run.family.chunk)
     with torch.no_grad():
         pixels = family.vae.decode(latents[:, :, first - before : first + family.latents.frames])
-    return deliver(pixels[:, :, -family.video.frames :], run.config.codec_crf)
+    return delivered(run, pixels[:, :, -family.video.frames :])
+
+
+def delivered(run: Run, pixels: Tensor) -> Tensor:
+    """The student's pixels [b, 3, F, H, W] through the door. TrainingError where they are NaN or infinite."""
+    if not pixels.isfinite().all():
+        raise TrainingError(
+            f"iteration {run.state.step}: the student's videos have pixels that are NaN or infinite; the last checkpoint is "
+            "valid: lower update.lr"
+        )
+    return deliver(pixels, run.config.codec_crf)
 
 
 def score(run: Run, rollouts: Rollouts) -> None:

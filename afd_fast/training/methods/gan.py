@@ -24,10 +24,9 @@ from afd_fast.reference.adversarial import bt_loss
 from afd_fast.rollout import rollout
 from afd_fast.teachers.dataset import Shard
 from afd_fast.training.methods.method import Method
-from afd_fast.training.rollouts import Rollouts
+from afd_fast.training.rollouts import Rollouts, delivered
 from afd_fast.training.run import Metrics, Run
 from afd_fast.training.update import Pair, View, mean_of, optimise, update_discriminator
-from afd_fast.video_io import deliver
 
 
 def gan_iteration(run: Run, shards: Sequence[Shard]) -> Metrics:
@@ -63,7 +62,7 @@ def finished(run: Run, shard: Shard, latents: Tensor, pixels: Tensor) -> Rollout
     """A shard's rollouts with their videos through the door, cut from the graph. The discriminator sees pixels on both
     sides: the student's gradient passes through its encoder."""
     home = run.discriminator_device
-    videos = deliver(pixels.detach(), run.config.codec_crf).to(home)
+    videos = delivered(run, pixels.detach()).to(home)
     return Rollouts(shard.index, shard.prompts, latents.detach(), shard.teacher.to(home), videos=videos)
 
 
