@@ -4,6 +4,7 @@ The cases are made from the signatures and dataclasses themselves, so a new fiel
 """
 
 import math
+import os
 import shlex
 import signal
 import sys
@@ -19,15 +20,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import afd_fast
 from afd_fast.cli.main import main
 from afd_fast.config import TrainConfig, keys, with_overrides
-from afd_fast.errors import field_types
+from afd_fast.discriminators import load_video_reward
+from afd_fast.errors import AFDError, field_types
+from afd_fast.evaluation import folder as evaluation_folder
+from afd_fast.evaluation import vbench
 from afd_fast.generate import GenerateOptions
-from afd_fast.students import CausalWanConfig
+from afd_fast.reports.run import write_report
+from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
+from afd_fast.students.toy import shipped
 from afd_fast.students.toy.model import ToyConfig
-from afd_fast.training import runs
+from afd_fast.teachers.dataset import open_teacher
+from afd_fast.teachers.folder import FolderTeacher
+from afd_fast.training import runs, train
+from afd_fast.video_io import VideoFormat, read_video
 
 ROOT = Path(__file__).parent.parent
 HERE = [str(ROOT / "afd_fast"), str(ROOT / "kernels")]
@@ -251,15 +261,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def hang(number, frame):
+    raise RuntimeError("no error after 20 s")
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("command", BAD)
 def test_every_bad_command_is_one_line_and_leaves_nothing(command, folder, capsys, monkeypatch):
-    def hang(number, frame):
-        raise RuntimeError("no error after 20 s")
-
     before, faults = files(folder), []
     signal.signal(signal.SIGALRM, hang)
     for bad in BAD[command]:
@@ -287,3 +298,69 @@ def test_every_bad_command_is_one_line_and_leaves_nothing(command, folder, capsy
             faults.append(f"{shlex.join(words)}: {fault}")
     assert not faults, "\n".join(faults)
     assert files(folder) == before
+
+
+# -- files -----------------------------------------------------------------------------------------------------
+
+CONTENTS = {
+    "empty": b"", "bytes": bytes(range(256)) * 8, "latin": b"caf\xe9\n", "list": b"[1]", "object": b"{}", "null": b"null",
+    "deep": b"[" * 100_000, "torn": b'{"prompt": "a b', "text": b"prompt,video\n", "zip": b"PK\x03\x04" + b"x" * 64,
+    "pickle": b"\x80\x04\x95\x10\x00\x00\x00.", "mp4": b"\x00\x00\x00\x18ftypmp42" + b"\x00" * 64, "nul": b"a\0b\n",
+}  # fmt: skip
+
+
+def readers() -> dict[str, tuple[str, Callable[[Path], Any]]]:
+    """What reads a file, and the name of the file in a folder of its own."""
+    fit = {"frames": 9, "size": (16, 16), "fps": 8}
+    video = VideoFormat(9, 16, 16, 8)
+    return {
+        "read_video": ("a.mp4", read_video),
+        "manifest.csv": ("manifest.csv", lambda path: FolderTeacher(path.parent, **fit)),
+        "manifest.jsonl": ("manifest.jsonl", lambda path: FolderTeacher(path.parent, **fit)),
+        "api": ("api.json", lambda path: open_teacher(f"api:{path}", video, path.parent / "cache")),
+        "student.pt": ("a.pt", lambda path: load_student(path)),
+        "student.safetensors": ("a.safetensors", lambda path: load_student(path)),
+        "student folder": ("config.json", lambda path: load_student(path.parent)),
+        "lora": ("a.safetensors", lambda path: load_student(tiny_student(path.parent.parent), lora=path)),
+        "reward": ("model_config.json", lambda path: load_video_reward(path.parent)),
+        "toy": ("toy.safetensors", lambda path: shipped.load(path)),
+        "suite": ("full.json", lambda path: vbench.suite(path)),
+        "export": ("export.json", lambda path: evaluation_folder.read_settings(path.parent)),
+        "evaluation manifest": ("manifest.csv", lambda path: evaluation_folder.read_manifest(path.parent)),
+        "report": ("result.json", lambda path: write_report(path.parent)),
+        "resume": ("config.json", lambda path: train(TrainConfig(), out=path.parent, resume=True, console=Console(quiet=True))),
+    }  # fmt: skip
+
+
+def tiny_student(folder: Path) -> Path:
+    if not (folder / "tiny").exists():
+        save_student(CausalWan(CausalWanConfig.tiny()), folder / "tiny")
+    return folder / "tiny"
+
+
+@pytest.mark.parametrize("reader", readers())
+def test_every_bad_file_is_refused_by_name(reader, tmp_path):
+    """Also a folder, a pipe that nobody writes, and no file."""
+    name, read = readers()[reader]
+    faults = []
+    signal.signal(signal.SIGALRM, hang)
+    for kind in (*CONTENTS, "folder", "pipe", "missing"):
+        path = tmp_path / kind / name
+        path.parent.mkdir()
+        if kind in CONTENTS:
+            path.write_bytes(CONTENTS[kind])
+        elif kind != "missing":
+            path.mkdir() if kind == "folder" else os.mkfifo(path)
+        signal.alarm(20)
+        try:
+            read(path)
+            fault = "accepted"
+        except AFDError as error:
+            fault = "" if kind in str(error) and "\n" not in str(error) else f"not one line that names it: {error}"
+        except BaseException as error:
+            fault = f"{type(error).__name__}: {error}"
+        finally:
+            signal.alarm(0)
+        if fault:
+            faults.append(f"{kind}: {fault}"[:300])
+    assert not faults, "\n".join(faults)
