@@ -54,7 +54,7 @@ FAULTS = {
         lambda usual: usual | {"content": {"video_url": "http://127.0.0.1:99999/"}}, lambda usual: {"status": 5},
     ],
     "list": [
-        *BROKEN, *PASSING, "packed", "stale", lambda usual: {"items": 5}, lambda usual: {"items": [5, None, {}]}, lambda usual: {},
+        *BROKEN, *PASSING, "packed", *["stale"] * 8, lambda usual: {"items": 5}, lambda usual: {"items": [5, None, {}]}, lambda usual: {},
         lambda usual: {"items": [{"id": item["id"]} for item in usual["items"]]},
         lambda usual: {"items": usual["items"] * 2},
     ],
@@ -87,8 +87,8 @@ class Hostile(Provider):
         if kind == "list":
             self.honest += 1
             if found == "stale":
-                found = (lambda usual: {"items": []}) if self.honest > 4 else None
-                self.honest = 0
+                found = (lambda usual: {"items": []}) if self.honest > 2 else None
+                self.honest = 0 if found else self.honest
             elif found is None and self.as_text:
                 return lambda usual: {"items": [{**item, "seed": str(item["seed"])} for item in usual["items"]]}
         return found
