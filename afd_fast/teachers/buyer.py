@@ -360,7 +360,7 @@ class Buyer:
         part = f"-{(await asyncio.to_thread(checksum, partial))[:8]}.mp4" if is_video else ""
         aside = self.ledger.folder / f"{name}.unusable{part}"
         self._settle(partial, aside)
-        text = self.exchange.clean(str(flaw).replace(str(partial), "").removeprefix(": "))
+        text = self.exchange.clean(str(flaw).rpartition(f"{partial.name}: ")[2])
         return _Trouble(f"its file is no usable video: {text}; kept as {aside.name}", final=is_video)
 
     async def _flaw(self, path: Path, check: Callable[[Path], Any] | None = None) -> VideoError | None:
