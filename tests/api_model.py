@@ -54,7 +54,7 @@ FAULTS = {
         lambda usual: usual | {"content": {"video_url": "http://127.0.0.1:99999/"}}, lambda usual: {"status": 5},
     ],
     "list": [
-        *BROKEN, *PASSING, "packed", "stale", lambda usual: {"items": 5}, lambda usual: {"items": [5, None, {}]}, lambda usual: {},
+        *BROKEN, *PASSING, "packed", *["stale"] * 8, lambda usual: {"items": 5}, lambda usual: {"items": [5, None, {}]}, lambda usual: {},
         lambda usual: {"items": [{"id": item["id"]} for item in usual["items"]]},
         lambda usual: {"items": usual["items"] * 2},
     ],
@@ -87,8 +87,8 @@ class Hostile(Provider):
         if kind == "list":
             self.honest += 1
             if found == "stale":
-                found = (lambda usual: {"items": []}) if self.honest > 4 else None
-                self.honest = 0
+                found = (lambda usual: {"items": []}) if self.honest > 2 else None
+                self.honest = 0 if found else self.honest
             elif found is None and self.as_text:
                 return lambda usual: {"items": [{**item, "seed": str(item["seed"])} for item in usual["items"]]}
         return found
@@ -200,7 +200,7 @@ class Model:
         """One small random schedule: runs under faults, some of them killed, and recovery with and without enough money."""
         rng = random.Random(number)
         words = ["", "", "", "", "refused at once", "refused later", "fails"]
-        prompts = [f"video {i} {rng.choice(words)}".strip() for i in range(rng.randint(1, 5))]
+        prompts = [f"video {i} {rng.choice(words)}".strip() for i in range(rng.randint(1, 4))]
         self.server.reset(number, rng.choice([0.1, 0.3, 0.6]))
         budget = PRICE * rng.randint(1, len(prompts)) + rng.choice([0, 0.05])
         with tempfile.TemporaryDirectory(dir=memory()) as folder:
@@ -208,7 +208,8 @@ class Model:
             for _ in range(rng.randint(1, 2)):
                 self.run(client, round(budget, 2), rng.randint(1, 14) if killed else 0)
             self.recover(client, round(budget, 2))
-            self.recover(client, round(PRICE * len(prompts), 2))
+            if budget < PRICE * len(prompts):
+                self.recover(client, round(PRICE * len(prompts), 2))
             self.total(client)
             hits = dict(self.server.hits)
             assert client.fetch(1e3) == "" and hits == self.server.hits

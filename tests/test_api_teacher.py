@@ -1,11 +1,9 @@
 """The API teacher against a real server on loopback that misbehaves, and killed in the middle."""
 
+import contextlib
 import json
 import os
-import random
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,10 +67,10 @@ def test_refused_and_hopeless_videos_are_final_and_stop_nobody(provider, tmp_pat
     for word in ("InputTextSensitive", "OutputVideoSensitive", "InternalServiceError", "5 frames"):
         assert word in text
     assert provider.charged("refused at once") == 0 and provider.hits["create fails always"] == 2
-    hits = dict(provider.hits)
+    hits, brief = dict(provider.hits), next(k for k, t in provider.tasks.items() if t["prompt"] == "too brief")
     teacher(provider, tmp_path).fetch([(p, 0) for p in prompts])
     assert {k for k, n in provider.hits.items() if n != hits[k]} == {
-        "file cgt-2"
+        f"file {brief}"
     }  # the brief one: its host may have had a bad day
     with pytest.raises(TeacherError, match="'refused later', seed 0: refused .*OutputVideoSensitive"):
         asked("refused later", 0)
@@ -193,7 +191,7 @@ def test_lists_that_lie(provider, tmp_path):
              lambda usual: {"items": [{"id": item["id"]} for item in usual["items"]]}, stale)  # fmt: skip
     text = lambda usual: {"items": [{**item, "seed": str(item["seed"])} for item in usual["items"]]}
     for i, fault in enumerate([*wrong, text]):
-        provider.script = {("create", f"ball {i}"): ["hangup"], ("list", ""): [fault] * (1 if fault is text else 2)}
+        provider.script = {("create", f"ball {i}"): ["hangup"], ("list", ""): [fault] * (1 if fault is text else 3)}
         provider.script["task", "slow"] = [
             lambda usual: {"status": "running"}
         ] * 8  # under way, so that a list must have it
@@ -285,11 +283,43 @@ def test_a_video_that_is_too_short_is_kept_for_a_run_that_needs_less(provider, t
     asked = teacher(provider, tmp_path)
     asked.fetch([("brief", 0), *BALLS[:2]])
     (aside,) = tmp_path.glob("*.unusable-*.mp4")
-    assert aside.name in asked.problems[0] and aside.read_bytes() == provider.short
+    assert (
+        f"(its file is no usable video: 5 frames at 10 fps, 12 are needed; kept as {aside.name})" in asked.problems[0]
+        and aside.read_bytes() == provider.short
+    )
     provider.script = {("task", "brief"): ["404"] * 9}
     less = APITeacher(asked.api, tmp_path, frames=4, size=(16, 16), fps=10, max_usd=9)
     less.fetch([("brief", 0)])
     assert less("brief", 0).shape == (3, 4, 16, 16) and not less.problems and not aside.exists()
+
+
+def test_videos_that_never_fit_are_not_bought_by_the_hundred(provider, tmp_path):
+    pairs = [(f"brief {i}", 0) for i in range(9)]
+    for _ in range(2):
+        with pytest.raises(
+            TeacherError, match="6 of 9 videos are not finished .*none of 3 videos fits this run: .* 5 frames"
+        ):
+            teacher(provider, tmp_path, concurrency=1).fetch(pairs)
+        assert len(provider.tasks) == len(list(tmp_path.glob("*.unusable-*.mp4"))) == 3
+    less = APITeacher(teacher(provider, tmp_path).api, tmp_path, frames=4, size=(16, 16), fps=10, max_usd=9, poll=0.01)
+    less.fetch(pairs)
+    assert less.missing(pairs) == [] and len(provider.tasks) == 9
+
+
+def test_a_wrong_id_is_corrected_by_the_list(provider, tmp_path):
+    """Nobody's, and one whose own answer is lost as well. A provider that tells a seed of its own is believed."""
+    provider.script = {
+        ("create", "ball 0"): [lambda usual: {"id": "cgt-99"}], ("create", "ball 1"): ["hangup"],
+        ("create", "ball 2"): [lambda usual: {"id": "cgt-1"}], ("list", ""): ["500"] * 4,
+        ("task", "ball 3"): [lambda usual: usual | {"seed": 7}] * 99,
+    }  # fmt: skip
+    asked = teacher(provider, tmp_path, concurrency=3, attempts=3)
+    with contextlib.suppress(TeacherError):
+        asked.fetch(BALLS[:4])
+    asked.fetch(BALLS[:4])
+    assert asked.missing(BALLS[:4]) == [] and len(provider.tasks) == 4
+    for prompt, _ in BALLS[:4]:
+        assert provider.tasks[asked._ledger[asked._id(prompt, 0)].task]["prompt"] == prompt
 
 
 def test_a_file_of_a_process_that_died_before_its_record_is_taken(provider, tmp_path):
@@ -411,12 +441,14 @@ def test_every_name_is_on_disk_before_the_next_request(provider, tmp_path, monke
 def test_only_rank_0_buys(provider, tmp_path):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    second = teacher(provider, tmp_path)
+    teacher(provider, tmp_path).fetch(BALLS[:1])
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
     try:
-        teacher(provider, tmp_path).fetch(BALLS)
+        second.fetch(BALLS[:2])
     finally:
         torch.distributed.destroy_process_group()
-    assert not provider.tasks
+    assert len(provider.tasks) == 1 and second.missing(BALLS[:2]) == [BALLS[1]]
 
 
 def test_a_run_without_network_or_key_does_without_the_videos_that_are_left_out(provider, tmp_path, monkeypatch):
@@ -445,55 +477,13 @@ def test_a_full_disk_is_one_line_and_buys_nothing(provider, tmp_path):
     assert len(provider.tasks) == 1 and asked.spent == 0.44
 
 
-CHILD = f"""
-import sys
-from afd_fast.teachers.api import APITeacher
-from afd_fast.teachers.teacher import CallableTeacher
-from afd_fast.teachers.video_api import VideoAPI
-base, folder, count = sys.argv[1:]
-faults = {FAULTS!r}
-pairs = [(f"ball {{i}} {{faults[i % len(faults)]}}", 0) for i in range(int(count))]
-teacher = APITeacher(VideoAPI(base, "seedance", 0.44), folder, frames=12, size=(16, 16), fps=10, max_usd=1e6, poll=0.01, concurrency=16)
-teacher.fetch(pairs)
-print(teacher.summary())
-"""
-
-
-def storm(provider, folder, calls: int, kills: int) -> str:
-    """`calls` videos with every fault, by a process that is killed `kills` times; the summary of the last one."""
-    rng = random.Random(0)
-    for left in range(kills, -1, -1):
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, provider.base_url, str(folder), str(calls)], stdout=subprocess.PIPE, text=True
-        )
-        if left:
-            before = len(provider.tasks)
-            while child.poll() is None and len(provider.tasks) < before + calls // (kills + 1):
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.05))
-            child.kill()
-            child.wait()
-        else:
-            assert child.wait() == 0
-            return child.stdout.read()
-    raise AssertionError
-
-
-def test_killed_processes_lose_nothing_and_pay_nothing_twice(provider, tmp_path):
-    calls = int(os.environ.get("AFD_TEACHER_CALLS", 60))
-    said = storm(provider, tmp_path, calls, kills=3)
-    assert f"{calls} done" in said
-    paid = [provider.charged(p) for p in {t["prompt"] for t in provider.tasks.values()}]
-    assert paid == [1] * calls and len(list(tmp_path.glob("*.mp4"))) == calls
-
-
 def test_random_schedules_of_faults():
-    """The invariants are api_model.py's; AFD_SCHEDULES=2000 for more of them."""
+    """The invariants are api_model.py's; processes are killed at random writes. `python tests/api_model.py` for more."""
     with Hostile() as server:
         model = Model(server)
-        for number in range(int(os.environ.get("AFD_SCHEDULES", 200))):
-            model.schedule(number, killed=number % 5 == 0)
-        assert model.kills > 10 and model.kept > 300
+        for number in range(120):
+            model.schedule(number, killed=number % 10 == 0)
+        assert model.kills > 5 and model.kept > 150
 
 
 def description(provider) -> dict:

@@ -146,7 +146,9 @@ class APITeacher(TeacherBase):
         if not missing:
             return
         if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
-            return  # rank 0 has bought: another one with its own folder would pay again, or find videos that rank 0 missed
+            # rank 0 has bought: another rank could pay again, or get videos that rank 0 missed
+            self._ledger = Ledger(self.folder)
+            return
         try:
             key = self.api.key()
         except ConfigError:

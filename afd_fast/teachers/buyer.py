@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from afd_fast.teachers.video_api import at, check_number
 from afd_fast.video_io import read_video
 
 SEARCHES = 3  # believable lists without the task's seed, before it is created again
+UNFIT = 3  # whole videos that do not fit and none that does, before nothing more is bought
 MOST_PAGES, MOST_TASKS = 1000, 100_000  # of a list
 
 
@@ -79,7 +81,6 @@ class Buyer:
         self.waiting: dict[str, str] = {}
         self.unaffordable: list[str] = []
         self._halt = ""  # why nothing more is created
-        self._left_out: set[str] = set()  # by earlier runs: tried again, and nobody waits for them
         self._listed: dict[str, set[str]] = {}
         self._listed_at = float("-inf")
         self._listing, self._decoding = asyncio.Lock(), asyncio.Lock()
@@ -87,7 +88,6 @@ class Buyer:
     async def run(self, names: Sequence[str], done: Callable[[], None]) -> None:
         """Finish all of them, as far as possible: those that are paid for first, the others while there is money."""
         todo = sorted(names, key=lambda name: self.ledger[name].usd == 0)
-        self._left_out = {name for name in names if self.ledger[name].left_out}
         while todo:
             self.unaffordable, queue = [], iter(todo)
             await asyncio.gather(*(self._work(queue, done) for _ in range(min(self.pace.concurrency, len(todo)))))
@@ -100,14 +100,15 @@ class Buyer:
     async def _work(self, queue: Iterator[str], done: Callable[[], None]) -> None:
         for name in queue:
             try:
-                await self._advance(name)
-            except _Trouble as trouble:
-                self._strike(name, trouble)
+                try:
+                    await self._advance(name)
+                except _Trouble as trouble:
+                    self._strike(name, trouble)
             except _Later as reason:
-                if name not in self._left_out:
+                if not self.ledger[name].left_out:
                     self.waiting[name] = str(reason)
             except _Unaffordable:
-                if name not in self._left_out:
+                if not self.ledger[name].left_out:
                     self.unaffordable.append(name)
                     continue
             except TeacherError as error:  # the disk is full: the others only bring home what is paid for
@@ -191,8 +192,7 @@ class Buyer:
             reason = "the answer to its creation was lost and this API lists no tasks: look at the bill"
             return self.ledger.write(name, state="lost", reason=f"{reason}; remove {name}.json to buy it again")
         seed = str(self.ledger[name].wire_seed)
-        known = [(str(r.wire_seed), r.task) for r in self.ledger if r.state == "created"]
-        believed, flaw = 0, _Unbelievable("")
+        known, believed, flaw = self._under_way(), 0, _Unbelievable("")
         for search in range(1, self.pace.attempts + SEARCHES):
             try:
                 listed = await self._list()
@@ -200,15 +200,20 @@ class Buyer:
                     return self.ledger.write(name, state="created", task=mine)
                 if seed in listed:
                     raise _Unbelievable("the task with its seed was given to another video")
-                if not all(task in listed.get(wire, ()) for wire, task in known):  # it lags behind, or lies
+                if not all(task in listed.get(wire, ()) for task, wire in known.items()):  # it lags behind, or lies
                     raise _Unbelievable("the provider's list lacks tasks that exist")
                 believed += 1
             except _Unbelievable as error:
                 flaw = error
             if believed == SEARCHES:
                 return self.ledger.write(name, state="new", usd=0.0)
+            known = self._under_way()
             await asyncio.sleep(self.pace.poll * search)
         raise flaw
+
+    def _under_way(self) -> dict[str, str]:
+        """Seeds by task: what a list has to hold to be believed."""
+        return {record.task: str(record.wire_seed) for record in self.ledger if record.state == "created"}
 
     def _free(self, listed: dict[str, set[str]], seed: str) -> str | None:
         """A listed task with this seed that no video has yet."""
@@ -268,10 +273,10 @@ class Buyer:
         seed, path = str(record.wire_seed), self.api.task_path
         try:
             content = await self._get(path.replace("{id}", quote(record.task, safe="")))
-            ended = at(content, self.api.status_field) in (*self.api.done, *self.api.failed)
-            if not ended or str(at(content, self.api.seed_field) or seed) == seed:
+            told = str(at(content, self.api.seed_field))
+            if told == seed or all(told != str(r.wire_seed) for r in self.ledger):  # not every provider tells it
                 return content
-            trouble = _Trouble(f"the provider gave it the task {record.task}, which has another seed")
+            trouble = _Trouble(f"the provider gave it the task {record.task}, which is another video's")
         except _Trouble as error:
             trouble = error
         with contextlib.suppress(_Later, _Trouble):
@@ -320,19 +325,25 @@ class Buyer:
             elif flaw := await self._flaw(partial):
                 trouble = await self._set_aside(name, partial, flaw)
                 if trouble.final:
+                    self._stop_if_none_fits(name, str(trouble))
                     break
             else:
                 return await self._keep(name, partial)
             await asyncio.sleep(pause + answer.wait)
         raise trouble
 
+    def _stop_if_none_fits(self, name: str, reason: str) -> None:
+        """Where the API's videos are all too short for this run, buying more of them would be a waste."""
+        others = Counter(record.state for record in self.ledger if record is not self.ledger[name])
+        if others["unusable"] + 1 >= UNFIT and not others["done"]:
+            self._halt = f"nothing more is bought, because none of {UNFIT} videos fits this run: {reason}"
+
     async def _adopt(self, name: str) -> bool:
         """Take a file that is there: of a process that died before the record, or set aside by a run that needed more of it."""
         video = self.ledger.video(name)
-        found = (
-            [video] if video.exists() and not self.ledger[name].sha256 else []
-        )  # with a checksum it is a damaged one
-        for path in [*found, *sorted(video.parent.glob(f"{name}.unusable-*.mp4"))]:
+        aside = sorted(video.parent.glob(f"{name}.unusable-*.mp4"))
+        damaged = bool(self.ledger[name].sha256)  # it was complete once
+        for path in [video, *aside] if video.exists() and not damaged else aside:
             if not await self._flaw(path):
                 await self._keep(name, path)
                 return True
@@ -349,7 +360,7 @@ class Buyer:
         part = f"-{(await asyncio.to_thread(checksum, partial))[:8]}.mp4" if is_video else ""
         aside = self.ledger.folder / f"{name}.unusable{part}"
         self._settle(partial, aside)
-        text = self.exchange.clean(str(flaw).replace(str(partial), "").removeprefix(": "))
+        text = self.exchange.clean(str(flaw).rpartition(f"{partial.name}: ")[2])
         return _Trouble(f"its file is no usable video: {text}; kept as {aside.name}", final=is_video)
 
     async def _flaw(self, path: Path, check: Callable[[Path], Any] | None = None) -> VideoError | None:

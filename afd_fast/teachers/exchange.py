@@ -8,7 +8,7 @@ import logging
 import re
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class Exchange:
         """A file from another host, without the key. TeacherError where the disk refuses."""
         return await self._bounded(self._download(url, file), self.limits.download_s)
 
-    async def _bounded(self, request: Any, seconds: float) -> Answer:
+    async def _bounded(self, request: Awaitable[Answer], seconds: float) -> Answer:
         try:
             return await asyncio.wait_for(request, seconds)
         except BROKEN as error:
