@@ -143,7 +143,7 @@ def read_frames(
     ratio, then area resampling. Raises VideoError that names a file that is unreadable, too short, HDR, or changes its
     size where none is given. Only the file itself is read: no URL, no playlist, no pipe.
     """
-    name = getattr(file, "name", file)
+    name = file if isinstance(file, (str, Path)) else getattr(file, "name", "the video")
     rate = None if fps is None else Fraction(fps).limit_denominator(1001)
     done, shape = 0, None
     try:

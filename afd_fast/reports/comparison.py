@@ -1,6 +1,5 @@
 """A comparison folder -> table for the terminal and one self-contained comparison.html."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +10,10 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.markup import escape
 from rich.table import Table
-from safetensors import safe_open
 from torch import Tensor
 
 from afd_fast.files.text import read_json
-from afd_fast.reports.run import METHODS, SCORES, side_by_side, smooth, style, svg
+from afd_fast.reports.run import METHODS, SCORES, read_samples, side_by_side, smooth, style, svg
 from afd_fast.training.run_folder import read_rows
 
 PROMPTS = 6  # shown
@@ -111,14 +109,13 @@ def write_report(out: str | Path) -> Path:
     panels: dict[str, Tensor] = {}
     prompts: list[str] = []
     for label, folder in firsts.items():
-        with safe_open(folder / "samples.safetensors", "pt") as file:
-            prompts = json.loads(file.metadata()["prompts"])[:PROMPTS]
-            panels.setdefault("base", file.get_tensor("base"))
-            panels[label], teacher = file.get_tensor("student"), file.get_tensor("teacher")
+        prompts, clips = read_samples(folder)
+        panels.setdefault("base", clips["base"])
+        panels[label], teacher = clips["student"], clips["teacher"]
     panels["teacher"] = teacher
     videos = [
         {"prompt": prompt, "strip": side_by_side([clips[0, p] for clips in panels.values()], fps=6, zoom=8)}
-        for p, prompt in enumerate(prompts)
+        for p, prompt in enumerate(prompts[:PROMPTS])
     ]
     titles, rows = table(comparison)
     template = Environment(loader=PackageLoader("afd_fast", "assets"), autoescape=select_autoescape()).get_template(

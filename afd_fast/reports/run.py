@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -17,9 +17,10 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from afd_fast.errors import ConfigError
 from afd_fast.files.text import read_json
 from afd_fast.judges.physics import track
 from afd_fast.training.run_folder import read_rows
@@ -165,13 +166,32 @@ def side_by_side(panels: list[Tensor], fps: float, zoom: int = 10) -> str:
     return "data:video/mp4;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+class Samples(NamedTuple):
+    """What a finished run keeps to look at: P prompts, and of "base", "student" and "teacher" clips
+    [n, P, 3, F, H, W]."""
+
+    prompts: list[str]
+    clips: dict[str, Tensor]
+
+
+def read_samples(run: Path) -> Samples:
+    """ConfigError where the run's file is missing or damaged."""
+    path = run / "samples.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            clips = {name: file.get_tensor(name) for name in ("base", "student", "teacher")}
+            return Samples(json.loads(file.metadata()["prompts"]), clips)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}): continue the run with --resume to make it again"
+        ) from error
+
+
 def write_report(run: str | Path) -> Path:
-    """report.html of a finished run folder."""
+    """report.html of a finished run folder. ConfigError for another folder."""
     run = Path(run)
     result = read_json(run / "result.json")
-    with safe_open(run / "samples.safetensors", "pt") as file:
-        prompts = json.loads(file.metadata()["prompts"])
-        clips = {name: file.get_tensor(name) for name in ("base", "student", "teacher")}  # [n, P, 3, F, H, W]
+    prompts, clips = read_samples(run)
     metrics, evaluations = read_rows(run / "metrics.jsonl"), read_rows(run / "evaluations.jsonl")
     phases = [k for k in metrics[-1] if k.startswith("seconds/")]
     total = {k.removeprefix("seconds/"): sum(m.get(k, 0) for m in metrics) for k in phases}

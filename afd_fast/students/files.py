@@ -32,8 +32,10 @@ def check_source(source: str | Path) -> None:
     """Raises MissingFileError unless `source` exists or can be the name of a repository. In a folder that exists here
     it is a path, though it looks like owner/name."""
     path, name = Path(source), str(source)
-    if path.exists():
+    if path.is_file() or path.is_dir():
         return
+    if path.exists():
+        raise ConfigError(f"{name} is neither a file nor a folder: check the path")
     if isinstance(source, Path) or path.suffix in _FILES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise MissingFileError(f"{name} is neither a file, a folder nor an owner/name repository: check the path")
     if path.parent.exists():
@@ -87,6 +89,8 @@ def check_sums(path: Path) -> None:
 
 def read_tensors(path: Path) -> Any:
     """Contents of a checkpoint file, on the CPU. Raises ConfigError for a damaged file and for one that could run code."""
+    if not path.is_file():
+        raise MissingFileError(f"{path} is not a file: check the path")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
