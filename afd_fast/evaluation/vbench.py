@@ -117,8 +117,6 @@ def run(out: Path, env: Path, dimensions: list[str] | None = None, say: Callable
     python = official.python_of(env, "vbench")
     present = suite(out / SUITE)
     wanted = dimensions or [name for name in DIMENSIONS if name in present]
-    if not prompts:
-        raise ConfigError(f"{path} names no dimension: take the file from github.com/Vchitect/VBench")
     if unknown := set(wanted) - present.keys():
         raise ConfigError(f"{SUITE} has no dimension {', '.join(sorted(unknown))}; it has {', '.join(present)}")
     newest = max((out / "videos" / clip.video).stat().st_mtime for clip in folder.check(out))

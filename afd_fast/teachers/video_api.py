@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from afd_fast.errors import ConfigError
+from afd_fast.files.text import read_json, read_prompts
 
 
 @dataclass(frozen=True)
@@ -173,14 +174,7 @@ PACE = ("concurrency", "poll", "patience")
 
 def read_description(path: Path) -> Description:
     """A JSON description of a teacher. Raises ConfigError that names the file and the entry to change."""
-    if not path.is_file():
-        raise ConfigError(f"{path} is not a file: --teacher api:FILE takes a JSON description (docs/teachers.md)")
-    try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise ConfigError(f"{path} holds a {type(given).__name__}, expected a JSON object (docs/teachers.md)")
+    given = read_json(path)
     for name in ("base_url", "model", "usd_per_video", "max_usd", "prompts"):
         if name not in given:
             raise ConfigError(f"{path} lacks {name!r} (docs/teachers.md)")
@@ -197,16 +191,4 @@ def read_description(path: Path) -> Description:
         raise ConfigError(f"{path}: {error} (docs/teachers.md)") from None
     folder = path.parent / (given.get("folder") or path.stem)
     pace = {name: given[name] for name in PACE if given.get(name) is not None}
-    return Description(api, _lines(path.parent / given["prompts"]), folder, given["max_usd"], pace)
-
-
-def _lines(file: Path) -> list[str]:
-    """The prompts of a text file. Raises ConfigError without any."""
-    try:
-        text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not a text file in UTF-8 ({error}): save it as UTF-8") from None
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise ConfigError(f"{file} holds no prompt: write one prompt per line")
-    return lines
+    return Description(api, read_prompts(path.parent / given["prompts"]), folder, given["max_usd"], pace)
