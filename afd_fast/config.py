@@ -6,6 +6,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from pathlib import PurePath
 from typing import Any, Literal, NamedTuple, cast
 
 from afd_fast.discriminators.config import DiscriminatorConfig
@@ -138,7 +139,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.method not in METHOD_NAMES:
-            raise ConfigError(f"method must be {' or '.join(METHOD_NAMES)}, got {self.method!r}")
+            known = (f'"{name}"' for name in METHOD_NAMES)
+            raise ConfigError(f"method must be {' or '.join(known)}, got {self.method!r}")
         check_at_least(self, 1, "iterations", "teacher_clips", "prompts_per_step", "shards", "checkpoint_every")
         check_at_least(self, 0, "seed")
         if self.rollouts_per_prompt < 2:
@@ -152,10 +154,15 @@ class TrainConfig:
                 f"discriminator.warmup={self.discriminator.warmup} leaves none of iterations={self.iterations} to the "
                 f"student: set discriminator.warmup below {self.iterations}"
             )
-        if not self.name.strip() or not self.name.isprintable() or "/" in self.name or self.name in (".", ".."):
-            raise ConfigError(
-                f"name must be the name of a folder, since the run's is named after it, got {self.name!r}"
-            )
+        folder = PurePath(self.name)  # in runs/
+        if (
+            not self.name.strip()
+            or not self.name.isprintable()
+            or not folder.name
+            or ".." in folder.parts
+            or folder.root
+        ):
+            raise ConfigError(f"name must be that of a folder, since the run's is named after it, got {self.name!r}")
         if self.seed >= 2**63:
             raise ConfigError(f"seed must be below 2**63, got {self.seed}")
         self._check_family()

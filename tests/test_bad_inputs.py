@@ -218,7 +218,7 @@ BAD = {
     "demo": ["--teacher ''", "--teacher folder:nowhere", "--teacher folder:", "--teacher api:nowhere.json", "--teacher http://x",
              "--teacher physics:moon", "--out p.txt", "--out p.txt/run", "--out /proc/x", "--resume", "--resume --overwrite",
              "--resume --out d", "--out d", "--out d --overwrite", "iterations", "nonesuch=1", "=1", "iterations=", "--nonesuch",
-             "seed=1 seed=x", "[/x]", "[bold]=1", "name=[/x]", "name=a/b --resume", "name=..", "student=nowhere/x.pt",
+             "seed=1 seed=x", "[/x]", "[bold]=1", "name=a/b --resume", "name=..", "student=nowhere/x.pt",
              "discriminator=nowhere/x", "discriminator=nofolder"],
     "train": ["", "nonesuch", "demo --out p.txt", "demo teacher=folder:d", "'[/x]'", "demo --dry-run iterations=0",
               "demo --dry-run teacher=folder:nowhere", "afd_table3 --dry-run student=nowhere/x.safetensors",

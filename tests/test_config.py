@@ -61,7 +61,7 @@ def test_overrides_are_typed():
         ("codec_crf=99", "codec_crf must be in 0..51"),
         ("seed=-1", "seed must be at least 0"),
         (f"seed={2**63}", "seed must be below"),
-        ("name= ", "name must not be empty"),
+        ("name= ", "name must be that of a folder"),
         ("rollout.shift=1e39", "rollout.shift=1e.39 gives the steps .* stay above 0"),
         ("rollout.steps=1000,0.5", "must fall and stay above 0"),
         ("rollout.steps=500.7,500.2", "must fall and stay above 0"),

@@ -89,12 +89,12 @@ with job() as ranks:
         work()
     work()
     ranks.wait()
-    print("alive", ranks.rank, ranks.any(ranks.rank == 1), flush=True)
+    print(f"alive {ranks.rank} {ranks.any(ranks.rank == 1)}\\n", end="", flush=True)  # one write: two processes share a pipe
     try:
         with ranks.led():
             assert not ranks.lead, "out of paper"
     except (AFDError, AssertionError) as error:
-        print(type(error).__name__, error, flush=True)
+        print(f"{type(error).__name__} {error}\\n", end="", flush=True)
 """
 
 
