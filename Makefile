@@ -7,7 +7,7 @@ demo: .venv/installed
 	$(BIN)/afd-fast demo --overwrite
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 tests
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels_interpreter.py
 
 bench: .venv/installed
