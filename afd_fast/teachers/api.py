@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import ROUND_UP, Decimal
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from afd_fast.teachers.exchange import Exchange, Limits, silent_logs
 from afd_fast.teachers.records import FINAL, STATES, Ledger, Record, exact
 from afd_fast.teachers.teacher import Request, TeacherBase, nothing
 from afd_fast.teachers.video_api import VideoAPI, at, check_number, read_description
-from afd_fast.video_io import read_video
+from afd_fast.video_io import check_file, read_video
 
 NAMED = 3  # videos that an error names
 
@@ -185,7 +186,8 @@ class APITeacher(TeacherBase):
 
     async def _buy(self, names: list[str], key: str, done: Callable[[], None]) -> Buyer:
         async with Exchange(self.api, key, self.limits) as exchange:
-            buyer = Buyer(self._ledger, exchange, self.pace, self.max_usd, self._load)
+            check = partial(check_file, frames=self.frames, size=self.size, fps=self.fps)
+            buyer = Buyer(self._ledger, exchange, self.pace, self.max_usd, check)
             await buyer.run(names, done)
         return buyer
 
