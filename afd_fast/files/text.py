@@ -34,10 +34,9 @@ def read_prompts(path: Path) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file. Raises ConfigError for anything else."""
+    text = read_text(path)
     try:
-        contents = json.loads(read_text(path))
-    except ConfigError:
-        raise
+        contents = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}): restore the file") from None
     if not isinstance(contents, dict):

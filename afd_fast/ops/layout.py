@@ -43,9 +43,9 @@ def frame_table(
     """
     batch = like.shape[0]
     count = like[0].numel() if batch else 0
-    check_level(name, t)
-    check_frame_dim(frame_dim, like.ndim)
-    if not isinstance(t, Tensor):
+    if not isinstance(t, Tensor):  # expand_t checks a tensor
+        check_level(name, t)
+        check_frame_dim(frame_dim, like.ndim)
         full = like.new_full((batch, 1), float(t), dtype=torch.promote_types(like.dtype, torch.float32))
         return FrameTable(full, max(count, 1))
     t = expand_t(t, like, frame_dim, name)

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from afd_fast.errors import ConfigError, TeacherError, VideoError
-from afd_fast.teachers.buyer import Buyer, Pace, checksum
+from afd_fast.files.durable import checksum
+from afd_fast.teachers.buyer import Buyer, Pace
 from afd_fast.teachers.exchange import Exchange, Limits, silent_logs
 from afd_fast.teachers.records import FINAL, STATES, Ledger, Record, exact
 from afd_fast.teachers.teacher import Request, TeacherBase, nothing

@@ -3,7 +3,6 @@ could cost money, and only an answer that proves that no task was made frees the
 
 import asyncio
 import contextlib
-import hashlib
 import random
 import time
 from collections import Counter
@@ -14,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from afd_fast.errors import TeacherError, VideoError
-from afd_fast.teachers.durable import settle
+from afd_fast.files.durable import checksum, settle
 from afd_fast.teachers.exchange import Answer, Exchange, usable_url
 from afd_fast.teachers.records import Ledger, Record, exact, refused_by_disk, wire_seed
 from afd_fast.teachers.video_api import at, check_number
@@ -385,12 +384,3 @@ def task_id(value: Any) -> str | None:
     """A task's id as text; None if it is none."""
     text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
     return text if 0 < len(text) <= 200 and text.isprintable() else None
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, read by the megabyte."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

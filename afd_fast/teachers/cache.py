@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from afd_fast.errors import VideoError
-from afd_fast.teachers.durable import settle
+from afd_fast.files.durable import settle
 from afd_fast.teachers.teacher import PromptSplit, Request, Teacher, nothing
 from afd_fast.video_io import VideoFormat, checked, read_frames, read_video, write_video
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from afd_fast.errors import ConfigError, TeacherError
-from afd_fast.teachers.durable import settle
+from afd_fast.files.durable import settle
 
 State = Literal["new", "creating", "created", "made", "done", "unusable", "rejected", "refused", "failed", "lost"]
 STATES: tuple[State, ...] = get_args(State)

@@ -2,9 +2,7 @@
 when one is read, by checksums."""
 
 import contextlib
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -14,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from afd_fast.errors import CheckpointError
+from afd_fast.files.durable import checksum, settle, sync
 from afd_fast.students.files import check_sums, first_line
 from afd_fast.training.dcp_reader import PlainPlanner, PlainReader
 from afd_fast.training.distributed import Ranks
@@ -42,10 +41,7 @@ def _settle(path: Path, partial: Path) -> None:
     """Give a complete checkpoint its name, and drop all but the last KEEP."""
     if path.is_dir():  # of an earlier attempt at the same step
         shutil.rmtree(path)
-    partial.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    settle(partial, path)
     for old in saved(path.parent, path.suffix)[KEEP:]:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
@@ -61,8 +57,6 @@ def save(folder: Path, step: int, payload: dict) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
         _settle(path, partial)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         with contextlib.suppress(OSError):
@@ -102,19 +96,9 @@ def standing(folder: Path) -> str:
 
 
 def _write_sums(folder: Path) -> None:
-    sums = {p.name: _sum(p) for p in sorted(folder.iterdir())}
-    with (folder / SUMS).open("w") as file:
-        json.dump(sums, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sum(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
+    sums = {p.name: checksum(p) for p in sorted(folder.iterdir())}
+    (folder / SUMS).write_text(json.dumps(sums, indent=1))
+    sync(folder / SUMS)
 
 
 def load(path: Path) -> dict:
@@ -132,7 +116,7 @@ def load_sharded(path: Path, blank: Callable[[set[str]], dict], ranks: Ranks) ->
     try:
         sums: dict[str, str] = json.loads((path / SUMS).read_text())
         for name in sorted(sums)[ranks.rank :: ranks.world]:
-            if _sum(path / name) != sums[name]:
+            if checksum(path / name) != sums[name]:
                 raise ValueError(f"{name} has changed since it was written")
     except Exception as error:
         damage = error

@@ -7,10 +7,11 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
+from afd_fast.files.durable import sync
 from afd_fast.judges import Scores
 from afd_fast.training.events import EventFile
 from afd_fast.training.run import Metrics
-from afd_fast.training.run_folder import append, read_rows, rewind, settle, write_rows
+from afd_fast.training.run_folder import append, read_rows, rewind, write_rows
 
 
 class Journal:
@@ -38,14 +39,14 @@ class Journal:
     def settle(self) -> None:
         """Have every row on the disk, so that it survives whatever the checkpoint survives that is written next."""
         if self.lead:
-            settle(self.metrics)
+            sync(self.metrics)
 
     def note(self, step: int, text: str) -> None:
         """Log what differs from a run left alone, and keep it for the report."""
         if self.lead:
             self.console.print(f"[yellow]note:[/] {escape(text)}")
             append(self.notes, {"step": step, "text": text})
-            settle(self.notes)
+            sync(self.notes)
 
     def iteration(self, step: int, elapsed: float, metrics: Metrics) -> Metrics:
         """Keep the metrics of the iteration after `step` others; returns their row."""

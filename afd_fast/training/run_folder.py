@@ -15,6 +15,7 @@ import torch
 import afd_fast
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.errors import ConfigError
+from afd_fast.files.durable import settle
 from afd_fast.files.text import read_json
 from afd_fast.training.checkpoint import saved, step_of
 from afd_fast.training.lock import RUN
@@ -115,23 +116,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_suffix(".part")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial.write_text(text)
+    settle(partial, path)
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row to a JSONL file."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def settle(path: Path) -> None:
-    """Have a file that `append` wrote on the disk."""
-    with path.open("a") as file:
-        os.fsync(file.fileno())
 
 
 def read_rows(path: Path, before: int | None = None) -> list[dict[str, Any]]:
