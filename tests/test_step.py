@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from afd_fast.config import TrainConfig
+from afd_fast.errors import TrainingError
 from afd_fast.reference.advantage import PerPromptStatTracker
 from afd_fast.reference.nft import nft_recipe
 from afd_fast.students.lora import disabled, trainable
@@ -12,7 +13,7 @@ from afd_fast.teachers.dataset import Shard
 from afd_fast.teachers.physics import all_prompts
 from afd_fast.training.loop import train_step
 from afd_fast.training.methods import afd
-from afd_fast.training.rollouts import sample_policy
+from afd_fast.training.rollouts import delivered, sample_policy
 from afd_fast.training.state import generator
 from afd_fast.training.update import Targets, policy_recipe, student_backward, update_student
 from tests.runs import changed, student_velocity, toy_run
@@ -224,3 +225,10 @@ def test_without_adapters_every_weight_is_trained_against_a_frozen_copy():
     run.state.ema.shadow = {n: p.detach().clone() for n, p in trainable(student).items()}
     update_student(run, [targets(x0, r)])
     assert all(torch.equal(p, frozen[n]) for n, p in reference.named_parameters())
+
+
+def test_videos_that_are_not_finite_stop_the_run_with_its_iteration(tiny_config):
+    pixels = torch.rand(1, 3, 4, 8, 8)
+    pixels[0, 0, 1, 2, 3] = float("nan")
+    with pytest.raises(TrainingError, match="iteration 0, the student's videos: .* NaN or infinite.*lower update.lr"):
+        delivered(toy_run(tiny_config), pixels)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from afd_fast.errors import ConfigError, TeacherError, VideoError
 from afd_fast.files.durable import checksum
+from afd_fast.files.lock import take
 from afd_fast.teachers.buyer import Buyer, Pace
 from afd_fast.teachers.exchange import Exchange, Limits, silent_logs
 from afd_fast.teachers.records import FINAL, STATES, Ledger, Record, exact
@@ -179,10 +180,8 @@ class APITeacher(TeacherBase):
                 f"{self.folder} cannot be written ({error.strerror}): choose another folder for the videos"
             ) from None
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TeacherError(f"another process is fetching into {self.folder}: wait for it") from None
+            if not take(lock.fileno(), fcntl.LOCK_EX):
+                raise TeacherError(f"another process is fetching into {self.folder}: wait for it")
             yield
 
     async def _buy(self, names: list[str], key: str, done: Callable[[], None]) -> Buyer:

@@ -2,18 +2,16 @@
 
 import contextlib
 import fcntl
-import logging
 import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
 
 from afd_fast.errors import ConfigError
+from afd_fast.files.lock import take
 
 RUN = "afd-fast-run.lock"  # also the mark of a run folder, the only kind that --overwrite empties
 COMPARISON = "afd-fast-comparison.lock"
-
-log = logging.getLogger("afd_fast")
 
 
 @contextlib.contextmanager
@@ -26,7 +24,7 @@ def locked(folder: Path, name: str = RUN) -> Iterator[None]:
             file = held.enter_context((folder / name).open("a+"))
         except OSError as error:
             raise ConfigError(f"{folder} cannot be written ({error.strerror}): choose another --out") from error
-        if not _take(file.fileno(), fcntl.LOCK_EX):
+        if not take(file.fileno(), fcntl.LOCK_EX):
             raise _taken(folder, name)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
@@ -39,19 +37,9 @@ def check_unused(folder: Path, name: str = RUN) -> None:
     if not (folder / name).exists():
         return
     with (folder / name).open() as file:
-        free = _take(file.fileno(), fcntl.LOCK_SH)
+        free = take(file.fileno(), fcntl.LOCK_SH)
     if not free:
         raise _taken(folder, name)
-
-
-def _take(file: int, kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        log.warning("this file system has no locks (%s): start no second process in the same folder", error.strerror)
-    return True
 
 
 def _taken(folder: Path, name: str) -> ConfigError:

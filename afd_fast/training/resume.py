@@ -35,7 +35,9 @@ def reopen(out: Path, config: TrainConfig, note: Note) -> None:
 def check_teacher(out: Path, data: TeacherVideos, note: Note) -> None:
     """Note which of the teacher's videos differ from those that the run started with; the first call keeps their hashes."""
     path = out / "teacher.json"
-    now = {prompt: hashlib.sha256(videos.contiguous().numpy().data).hexdigest() for prompt, videos in data.videos.items()}
+    now = {
+        prompt: hashlib.sha256(videos.contiguous().numpy().data).hexdigest() for prompt, videos in data.videos.items()
+    }
     if path.exists():
         try:
             before = read_json(path)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.discriminators.discriminator import Clips, Features
-from afd_fast.errors import TrainingError
+from afd_fast.errors import TrainingError, VideoError
 from afd_fast.rollout import rollout
 from afd_fast.teachers.dataset import Shard
 from afd_fast.training.run import Run
@@ -122,12 +122,12 @@ def clip(run: Run, latents: Tensor, first: int = 0) -> Tensor:
 
 def delivered(run: Run, pixels: Tensor) -> Tensor:
     """The student's pixels [b, 3, F, H, W] through the door. TrainingError where they are NaN or infinite."""
-    if not pixels.isfinite().all():
+    try:
+        return deliver(pixels, run.config.codec_crf)
+    except VideoError as error:
         raise TrainingError(
-            f"iteration {run.state.step}: the student's videos have pixels that are NaN or infinite; the last checkpoint is "
-            "valid: lower update.lr"
-        )
-    return deliver(pixels, run.config.codec_crf)
+            f"iteration {run.state.step}, the student's videos: {error}; the last checkpoint is valid: lower update.lr"
+        ) from error
 
 
 def score(run: Run, rollouts: Rollouts) -> None:
