@@ -1,7 +1,10 @@
 """Decoding in chunks, the prompt cache, and prompts to files, on tiny random models."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from afd_fast.cli.main import app
@@ -10,7 +13,7 @@ from afd_fast.generate import GenerateOptions, GenerateStats, Job, file_name, ge
 from afd_fast.rollout import rollout
 from afd_fast.students.wan.family import tiny
 from afd_fast.students.wan.text import TextEncoder, clean_prompt
-from afd_fast.students.wan.vae import WanDecoder
+from afd_fast.students.wan.vae import WanDecoder, channels_last
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,14 @@ class TestDecoder:
     def test_stream(self, vae, latents, official, sizes):
         stream = WanDecoder(vae.double()).stream()
         assert torch.equal(torch.cat([stream(part) for part in latents.split(sizes, 2)], 2), official[torch.float64])
+
+    def test_the_layout_of_a_gpu_is_the_same_function(self, vae, latents, official):
+        moved = copy.deepcopy(vae).double()
+        channels_last(moved)  # 2-D convolutions, which cannot have it, are among them
+        kinds = {m.weight.ndim for m in moved.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))}
+        wide = [m.weight for m in moved.modules() if isinstance(m, nn.Conv3d)]
+        assert kinds == {4, 5} and all(w.is_contiguous(memory_format=torch.channels_last_3d) for w in wide)
+        assert (WanDecoder(moved)(latents) - official[torch.float64]).abs().max() < 1e-12
 
     def test_refusals(self, vae, latents):
         stream = WanDecoder(vae.float()).stream()

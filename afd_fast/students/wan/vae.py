@@ -12,27 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afd_fast.students.files import loading
+
+
+def channels_last(vae: nn.Module) -> None:
+    """Weights of 3-D convolutions to channels_last_3d, the layout of cuDNN's Hopper kernels; 2-D ones cannot have it."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 class WanDecoder:
     """Decoder and encoder around `vae`, an AutoencoderKLWan of diffusers, which has no types.
 
-    chunk: latent frames per call after the first frame (more are faster and take more memory). On CUDA the
-    convolutions' weights are converted to channels_last_3d, the layout that cuDNN's Hopper kernels need.
+    chunk: latent frames per call after the first frame (more are faster and take more memory). Give the VAE where it
+    is to stay: on CUDA its weights get another layout (`channels_last`).
     """
 
     def __init__(self, vae: Any, *, chunk: int = 3):
         if chunk < 1:
             raise ValueError(f"got chunk={chunk}, expected at least 1 latent frame per call")
         self.vae, self.chunk = vae.eval().requires_grad_(False), chunk
-        if next(vae.parameters()).device.type == "cuda":
-            vae.to(memory_format=torch.channels_last_3d)
+        device = next(vae.parameters()).device
+        if device.type == "cuda":
+            channels_last(vae)
         shape = (1, -1, 1, 1, 1)
-        self.mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32).view(shape)
-        self.std = torch.tensor(vae.config.latents_std, dtype=torch.float32).view(shape)
+        self.mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32, device=device).view(shape)
+        self.std = torch.tensor(vae.config.latents_std, dtype=torch.float32, device=device).view(shape)
 
     @classmethod
     def from_pretrained(
