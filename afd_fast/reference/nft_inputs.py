@@ -103,7 +103,7 @@ def expand_r(r: Tensor, v: Tensor, frame_dim: int | None, cu_seqlens: Tensor | N
     batch = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if r.ndim == 1 and r.shape[0] == batch:
         return r
-    if r.ndim == v.ndim and frame_dim is None and all(a in (1, b) for a, b in zip(r.shape, v.shape)):
+    if r.ndim == v.ndim and all(a in (1, b) for a, b in zip(r.shape, v.shape)):
         per_sample = cu_seqlens is None and r.shape[0] == batch and r[:1].numel() == 1
         return r.reshape(batch) if per_sample else r
     if r.ndim == 2 and frame_dim is not None and tuple(r.shape) == (batch, v.shape[frame_dim % v.ndim]):
@@ -163,6 +163,11 @@ def check_target(t: Tensor, x_t: Tensor | None, recipe: NFTRecipe) -> None:
         raise ValueError("a velocity-space recipe cannot recover the noise from x_t at t = 0: give noise= or seed=")
 
 
+def as_weights(mask: Tensor) -> Tensor:
+    """The mask itself where it is floating point, then it holds weights; else booleans."""
+    return mask if mask.is_floating_point() else mask != 0
+
+
 def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
     """element_mask as a view of like's shape: weights where it is floating point, else booleans."""
     if not isinstance(mask, Tensor):
@@ -174,7 +179,7 @@ def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
             f"element_mask {tuple(mask.shape)} must have as many axes as v {tuple(like.shape)} and broadcast"
         )
     _check_weight("element_mask", mask)
-    return (mask if mask.is_floating_point() else mask != 0).expand(like.shape)
+    return as_weights(mask).expand(like.shape)
 
 
 def check_packed(
@@ -247,8 +252,8 @@ class _Weights(NamedTuple):
 def _batch_weights(r: Tensor, elements: Tensor, inputs: NFTInputs, recipe: NFTRecipe) -> _Weights:
     """What each sample's loss and prior are multiplied with before they are summed; r in the working dtype."""
     sample_mask, ref_mask = inputs.get("sample_mask"), inputs.get("ref_mask")
-    valid = torch.ones_like(r) if sample_mask is None else sample_mask.to(r.dtype)
-    chosen = valid if ref_mask is None else valid * ref_mask.to(r.dtype)
+    valid = torch.ones_like(r) if sample_mask is None else as_weights(sample_mask).to(r.dtype)
+    chosen = valid if ref_mask is None else valid * as_weights(ref_mask).to(r.dtype)
     if recipe.ref_empty == "all":
         chosen = torch.where(chosen.sum() > 0, chosen, valid)
     mean = recipe.batch_reduction == "mean"
