@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from afd_fast.cli.main import app
@@ -62,11 +63,14 @@ class TestDecoder:
     def test_channels_last(self, vae, latents, official):
         """The layout of a GPU; every step keeps it."""
         decoder = WanDecoder(copy.deepcopy(vae).double())
-        channels_last(decoder.vae)
+        channels_last(decoder.vae)  # 2-D convolutions are among them
+        convolutions = [m for m in decoder.vae.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
+        forms = {4: torch.channels_last, 5: torch.channels_last_3d}
+        assert {m.weight.ndim for m in convolutions} == {4, 5}
+        assert all(m.weight.is_contiguous(memory_format=forms[m.weight.ndim]) for m in convolutions)
         stream = decoder.stream()
         assert torch.equal(stream(latents), official[torch.float64])
-        form = torch.channels_last_3d
-        assert all(x.is_contiguous(memory_format=form) for conv, x in stream.past.items() if conv.in_channels > 16)
+        assert all(x.is_contiguous(memory_format=forms[5]) for conv, x in stream.past.items() if conv.in_channels > 16)
 
     def test_gradient(self, vae, latents):
         """The same video with and without a gradient, and a gradient that follows it."""
