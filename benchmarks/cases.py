@@ -17,7 +17,8 @@ import afd_fast
 from afd_fast.ops.inputs import Inputs
 from afd_fast.reference import flow
 from afd_fast.reference import nft as reference
-from afd_fast.reference.nft import NFTInputs, RecipeName
+from afd_fast.reference.nft_inputs import NFTInputs
+from afd_fast.reference.recipes import RecipeName
 from benchmarks import eager, one_launch
 
 SHAPES = {"wan": (21, 16, 60, 104), "sd3": (16, 64, 64), "tiny": (4, 8, 8), "flat": (1 << 20,)}

@@ -10,7 +10,7 @@ import inspect
 from typing import Any, Literal, overload
 
 import torch
-from afd_kernels.layout import COEFFICIENTS, Row, Total, rows_contiguous
+from afd_kernels.layout import COEFFICIENTS, Row, Total
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
@@ -19,12 +19,15 @@ from typing_extensions import Unpack
 
 from afd_fast.ops import native
 from afd_fast.ops._register import operator
+from afd_fast.ops.buffer import check_out, is_own
 from afd_fast.ops.inputs import SCHEMA, Inputs
 from afd_fast.ops.layout import Walk, memory_order, noise_levels
 from afd_fast.ops.noise import wrap_seed
 from afd_fast.reference import nft as reference
+from afd_fast.reference import nft_inputs as checks
 from afd_fast.reference.flow import check_sigma, check_t
-from afd_fast.reference.nft import NFTInputs, NFTStats
+from afd_fast.reference.nft import NFTStats
+from afd_fast.reference.nft_inputs import NFTInputs
 from afd_fast.reference.recipes import NFTRecipe, RecipeName, as_recipe, recipe_from_key
 from afd_fast.reference.transforms import under_func
 
@@ -307,31 +310,31 @@ def nft_loss(
     Raises: TypeError, ValueError: as `NFTRecipe`, `forward_noise`, and for r outside [0, 1] or not [B].
     """
     recipe = as_recipe(recipe)
-    reference.check_nft(v, x0, r, {
+    checks.check_nft(v, x0, r, {
         "noise": noise, "x_t": x_t, "v_old": v_old, "v_ref": v_ref, "sample_mask": sample_mask, "ref_mask": ref_mask,
         "cu_seqlens": cu_seqlens, "check_nan": check_nan,
     })  # fmt: skip
-    noise, seed, x_t = reference.choose_source(noise, seed, x_t, recipe)
-    _check_out(out, v, (x0, r, t, noise, x_t, v_old, v_ref, sigma, sample_mask, ref_mask, element_mask, cu_seqlens))
+    noise, seed, x_t = checks.choose_source(noise, seed, x_t, recipe)
+    check_out(out, v, (x0, r, t, noise, x_t, v_old, v_ref, sigma, sample_mask, ref_mask, element_mask, cu_seqlens))
     if "x0" not in (recipe.space, recipe.ref_space):
         sigma = None
     order = None
     if cu_seqlens is not None:
-        reference.check_packed(t, sigma, cu_seqlens, seed, frame_dim)
+        checks.check_packed(t, sigma, cu_seqlens, seed, frame_dim)
     elif seed is None:  # the elements of a seed's noise are numbered in logical order
         order = memory_order(v)
     levels, coefficients = noise_levels(t, sigma, Walk(v, frame_dim, order, cu_seqlens))
     check_t(levels.t)
     if coefficients is not None:
         check_sigma(coefficients)
-    reference.check_target(levels.t, x_t, recipe)
-    mask = None if element_mask is None else reference.expand_mask(element_mask, v)
+    checks.check_target(levels.t, x_t, recipe)
+    mask = None if element_mask is None else checks.expand_mask(element_mask, v)
     if order is not None:
         v, x0 = v.permute(order), x0.permute(order)
         noise, x_t, v_old, v_ref, mask, out = (
             None if x is None else x.permute(order) for x in (noise, x_t, v_old, v_ref, mask, out)
         )
-    if out is not None and not (out.is_contiguous() if cu_seqlens is not None else _is_own(out)):
+    if out is not None and not (out.is_contiguous() if cu_seqlens is not None else is_own(out)):
         raise ValueError("out must have v's memory layout: every sample contiguous, and none over another")
     v_old, v_ref = (None if x is None else x.detach() for x in (v_old, v_ref))
     compiling, transformed = torch.compiler.is_compiling(), under_func()
@@ -352,43 +355,3 @@ def nft_loss(
     policy, prior, signal = totals.unbind()
     named = dict(zip(STATISTICS, rows.unbind()))
     return loss, NFTStats(policy_loss=policy, prior_loss=prior, signal=signal, **named)
-
-
-def _check_out(out: Tensor | None, v: Tensor, inputs: tuple[Tensor | float | None, ...]) -> None:
-    """ValueError for a buffer that could give a wrong gradient."""
-    if out is None:
-        return
-    if torch.compiler.is_compiling() or under_func():
-        raise ValueError(
-            "out= is for eager calls: torch.compile and torch.func plan their memory themselves. Leave it out"
-        )
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a tensor like v, got {type(out).__name__}")
-    if out.shape != v.shape or out.dtype != v.dtype or out.device != v.device:
-        raise ValueError(
-            f"out must be like v: {tuple(v.shape)} {v.dtype} on {v.device}, got {tuple(out.shape)} {out.dtype}"
-        )
-    held = v.grad if v.is_leaf else None
-    if out.requires_grad or any(isinstance(x, Tensor) and _overlap(out, x) for x in (v, held, *inputs)):
-        raise ValueError(
-            "out must be a separate buffer without requires_grad: it shares memory with an input or v.grad"
-        )
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory from the first to the last element of a and b meets."""
-    if not (a.numel() and b.numel()) or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-    (a_first, a_end), (b_first, b_end) = _span(a), _span(b)
-    return a_first < b_end and b_first < a_end
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and of the one after the last."""
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.itemsize
-
-
-def _is_own(out: Tensor) -> bool:
-    """Whether every sample is contiguous and no two overlap."""
-    return rows_contiguous(out) and (out.shape[0] < 2 or out.stride(0) >= out[0].numel())

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pymunk
 import torch
 from torch import Tensor
 
@@ -115,6 +114,8 @@ def simulate(
     radius: float, state: State, gravity: float, elasticity: float, frames: int = FRAMES, substeps: int = 20
 ) -> np.ndarray:
     """Centres [F, 2] of a ball that starts in `state`, in a box with floor and side walls."""
+    import pymunk
+
     space = pymunk.Space()
     space.gravity = (0, -gravity)
     space.collision_slop = 1e-4

@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ftfy
 import torch
 from torch import Tensor
 
@@ -29,6 +28,8 @@ log = logging.getLogger("afd_fast")
 def clean_prompt(prompt: str) -> str:
     """As the official tokenizer does it: ftfy repairs encoding, quotes, width and ligatures; HTML entities are resolved twice;
     runs of whitespace become one space."""
+    import ftfy
+
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
