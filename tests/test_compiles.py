@@ -33,7 +33,7 @@ SWEEPS = {  # flags, tensors read, bytes a bf16 element moves, instructions an e
     "adaptive, seed, gradient": (dict(X0=True, SOURCE=SEED, HAS_OLD=True, GRAD=True, SUMS=PRIOR), "v x0 old ref", 10, 97),
     "adaptive, x_t, sums": (dict(X0=True, SOURCE=X_T, HAS_OLD=True, SUMS=ADAPTIVE | PRIOR), "v x0 y old ref", 10, 36),
     "adaptive, x_t, gradient": (dict(X0=True, SOURCE=X_T, HAS_OLD=True, GRAD=True, SCALED=True), "v x0 y old ref", 12, 28),
-    "adaptive, noise, stats": (dict(X0=True, HAS_OLD=True, SUMS=EVERY & ~Slot.KEPT.bit), "v x0 y old ref", 10, 50),
+    "adaptive, noise, stats": (dict(X0=True, HAS_OLD=True, SUMS=EVERY & ~Slot.KEPT.bit), "v x0 y old ref", 10, 60),
     "mask": (dict(GRAD=True, SUMS=PLAIN | Slot.KEPT.bit, HAS_MASK=True), "v x0 y ref mask", 11, 39),
     "per-frame t": (dict(X0=True, GRAD=True, SUMS=PLAIN, PER_FRAME=True), "v x0 y ref", 10, 65),
     "packed": (dict(X0=True, SOURCE=X_T, HAS_OLD=True, GRAD=True, SUMS=PLAIN, PACKED=True, CU_BLOCK=16), "v x0 y old ref", 12, 45),

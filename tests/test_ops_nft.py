@@ -330,7 +330,7 @@ def test_cpp_has_the_same_names_in_the_same_order(enum):
 
 
 def test_rows_are_fields_of_the_stats():
-    totals = {"policy_loss", "prior_loss", "signal"}
+    totals = {"policy_loss", "prior_loss", "signal", "r_mean"}
     assert set(ops.STATISTICS) | totals == set(afd_fast.NFTStats._fields) and len(totals) == len(Total)
 
 

@@ -49,6 +49,11 @@ class NFTStats(NamedTuple):
     signal: Tensor  # scalar, mean of (2r - 1) (pos + neg) / 2: moves where the loss value is flat in r
     v_norm: Tensor  # ||v||_2
     v_ref_norm: Tensor  # ||v_ref||_2, 0 without v_ref
+    old_deviation_max: Tensor  # max (v - v_old)^2
+    old_prior: Tensor  # mean (v_old - v_ref)^2, 0 without v_ref
+    x0_square: Tensor  # mean x0^2, which trainers log as x0_norm
+    x0_square_max: Tensor  # max x0^2
+    r_mean: Tensor  # scalar, mean r
 
 
 class NFTTerms(NamedTuple):
@@ -174,10 +179,15 @@ def nft_terms(
         signal = (2 * p.r - 1) * (pos + neg) / 2
         if p.r_each is not None:  # the mean of (2 r - 1) (e+^2 / W+ + e-^2 / W-) / 2
             signal = each.energies[0] - pos / 2 + neg / 2 - each.energies[1]
+        drift, nothing = (p.v - p.v_old).square(), torch.zeros_like(p.r)
+        average = lambda x: x.mean() if len(x) else x.sum()
         stats = NFTStats(
-            policy, prior, pos, neg, each.w_pos, each.w_neg, prior_each, p.sum((p.v - p.v_old).square()) / p.elements,
-            signal.mean() if len(signal) else signal.sum(), p.plain_sum(p.v.square()).sqrt(),
-            torch.zeros_like(p.r) if p.v_ref is None else p.plain_sum(p.v_ref.square()).sqrt(),
+            policy_loss=policy, prior_loss=prior, pos_loss=pos, neg_loss=neg, weight_pos=each.w_pos, weight_neg=each.w_neg,
+            prior=prior_each, old_deviation=p.sum(drift) / p.elements, signal=average(signal),
+            v_norm=p.plain_sum(p.v.square()).sqrt(),
+            v_ref_norm=nothing if p.v_ref is None else p.plain_sum(p.v_ref.square()).sqrt(), old_deviation_max=p.max(drift),
+            old_prior=nothing if p.v_ref is None else p.sum((p.v_old - p.v_ref).square()) / p.elements,
+            x0_square=p.sum(p.x0.square()) / p.elements, x0_square_max=p.max(p.x0.square()), r_mean=average(p.r),
         )  # fmt: skip
     return NFTTerms(policy, prior, NFTStats(*(x.detach() for x in stats)))
 

@@ -223,6 +223,11 @@ class Prepared(NamedTuple):
         x = x.reshape(x.shape[0], x[0].numel() if len(x) else 0).sum(1)
         return x if self.rows is None else torch.zeros_like(self.r).index_add(0, self.rows, x)
 
+    def max(self, x: Tensor) -> Tensor:
+        """Like v, nowhere negative -> [B]."""
+        x = x.reshape(x.shape[0], -1).amax(1) if x.numel() else x.new_zeros(x.shape[0])
+        return x if self.rows is None else torch.zeros_like(self.r).scatter_reduce(0, self.rows, x, "amax")
+
     def sum(self, x: Tensor) -> Tensor:
         """Like v -> [B], weighted."""
         return self.plain_sum(x if self.weights is None else self.weights * x)
