@@ -25,7 +25,7 @@ import torch
 from afd_kernels.layout import COEFFICIENTS, Slot
 from torch import Tensor
 
-from afd_fast.ops import nft as ops
+from afd_fast.ops import nft_operators as ops
 from afd_fast.ops.inputs import Inputs
 from afd_fast.reference import flow
 from afd_fast.reference.recipes import NFTRecipe, nft_recipe
@@ -200,7 +200,7 @@ def noise_cases() -> Iterator[NoiseCase]:
 
 
 NOISE = list(noise_cases())
-LOSS = [LossCase(i, ops._sums(i), ops._gradient(1.0, i._replace(v=i.v.float()))) for i in cases()]
+LOSS = [LossCase(i, ops._sums(i), ops._gradient((1.0, 1.0), i._replace(v=i.v.float()))) for i in cases()]
 PART = torch.randn(len(Slot), 2 * 2500, generator=torch.Generator().manual_seed(1))
 
 

@@ -18,7 +18,7 @@ from afd_kernels import noise as noise_kernels
 from afd_kernels.layout import COEFFICIENTS, Row
 
 import afd_fast
-from afd_fast.ops import nft as ops
+from afd_fast.ops import nft_operators as ops
 from afd_fast.reference import flow
 from tests.interpreter import install, sanitize
 
@@ -55,7 +55,7 @@ def check(i, scale=3.0, watch=True):
     tensors = [n for n, x in zip(TENSORS, (i.v, i.x0, i.v_old, i.v_ref)) if x is not None]
     tensors += [] if i.seed is not None else ["y_ptr"]
     loss, totals, rows = ops._sums(i)
-    exact = ops._gradient(1.0, i._replace(v=i.v.float())).double()
+    exact = ops._gradient((1.0, 1.0), i._replace(v=i.v.float())).double()
     with sanitize() as report:
         found = kernels.nft_loss(*i)
     report.check(read_once=tensors if watch else ())

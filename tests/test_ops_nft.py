@@ -11,7 +11,7 @@ from afd_kernels.layout import Row, Slot, Source, Total
 
 import afd_fast
 from afd_fast.ops import layout, native
-from afd_fast.ops import nft as ops
+from afd_fast.ops import nft_operators as ops
 from afd_fast.ops._register import is_wide
 from afd_fast.ops.noise import wrap_seed
 
@@ -242,7 +242,7 @@ def _inputs(dtype=torch.float32, recipe="diffusionnft", **change):
     values = dict(
         v=i["v"].detach(), x0=i["x0"], r=i["r"], t=i["t"][:, None].contiguous(), noise=i["noise"], seed=None, x_t=None,
         v_old=i["v_old"], v_ref=i["v_ref"], sigma=None, sample_mask=None, ref_mask=None, element_mask=None,
-        cu_seqlens=None, inner=30, recipe=afd_fast.nft_recipe(recipe).key, stats=True,
+        each=None, policy_weight=None, prior_weight=None, cu_seqlens=None, inner=30, recipe=afd_fast.nft_recipe(recipe).key, stats=True,
     )  # fmt: skip
     return ops.Inputs(**values | change)
 
@@ -253,10 +253,12 @@ def test_opcheck(dtype):
     if dtype == torch.float64:
         i = i._replace(t=i.t.double())
     check = lambda op, args: torch.library.opcheck(op, args, test_utils=tests)
-    _, _, rows = ops._loss(*i)
-    one = torch.ones((), dtype=rows.dtype)
+    _, _, rows = ops.loss(*i)
+    one = torch.ones(2, dtype=rows.dtype)
     check(torch.ops.afd_fast.nft_loss.default, tuple(i))
     check(torch.ops.afd_fast.nft_loss.default, tuple(i._replace(noise=None, seed=3, v_old=None, v_ref=None)))
+    dense = i._replace(each=torch.rand_like(i.v, dtype=rows.dtype), policy_weight=i.r, element_mask=i.v.abs())
+    check(torch.ops.afd_fast.nft_loss.default, tuple(dense))
     check(torch.ops.afd_fast.nft_loss_with_grad.default, (*i, torch.empty_like(i.v)))
     check(torch.ops.afd_fast.nft_loss_backward.default, (one, rows, *i))
     check(torch.ops.afd_fast.nft_loss_redo.default, (3 * one, rows, *i, torch.empty_like(i.v)))

@@ -226,14 +226,14 @@ def nft_loss(
 
 def nft_grad(
     v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: RecipeName | NFTRecipe = "afd",
-    **inputs: Unpack[NFTInputs],
+    scales: tuple[float, float] = (1.0, 1.0), **inputs: Unpack[NFTInputs],
 ) -> Tensor:  # fmt: skip
-    """d nft_loss / d v in closed form, in the working dtype; arguments as `nft_loss`."""
+    """d nft_loss / d v in closed form, in the working dtype, with policy and prior times `scales`; arguments as `nft_loss`."""
     recipe = as_recipe(recipe)
     p = prepare(v.detach(), x0, r, t, recipe, inputs)
     policy = _policy_terms(p, recipe)
     size = p.elements if recipe.sample_reduction == "mean" else 1
-    scale = recipe.factor * p.sample_weight
+    scale = scales[0] * recipe.factor * p.sample_weight
     if policy.at_limit is not None:
         scale = torch.where(policy.at_limit, 0, scale)
     pos, neg = policy.energies
@@ -270,5 +270,5 @@ def nft_grad(
         by_r = p.r_each if p.r_each is not None else p.spread(p.r)
         gap = by_r * gap if recipe.ref_weight == "r" else gap
         gap = gap if p.weights is None else p.weights * gap
-        grad = grad + p.spread(2 * recipe.ref_coef / size * p.ref_weight) * gap
+        grad = grad + p.spread(scales[1] * 2 * recipe.ref_coef / size * p.ref_weight) * gap
     return grad

@@ -25,8 +25,12 @@ class Slot(IntEnum):
     REF = 8  # v_ref^2
     X0 = 9  # x0^2
     OLD_REF = 10  # (v_old - v_ref)^2
-    X0_MAX = 11  # x0^2; this and the next are maxima, not sums
-    DRIFT_MAX = 12  # (v - v_old)^2
+    R_POS = 11  # r e+^2, for an r per element; so the next three
+    R_NEG = 12  # (1 - r) e-^2
+    R_PRIOR = 13  # r m (v - v_ref)^2
+    R = 14
+    X0_MAX = 15  # x0^2; this and the next are maxima, not sums
+    DRIFT_MAX = 16  # (v - v_old)^2
 
     @property
     def bit(self) -> int:
@@ -52,8 +56,8 @@ class Row(IntEnum):
     OLD_PRIOR = 9
     X0_SQUARE = 10
     X0_SQUARE_MAX = 11
-    DIFFERENCE = 12  # c+ - c-
-    SUM = 13  # c+ + c-
+    DIFFERENCE = 12  # c+ - c-; with an r per element: c+ at r = 1
+    SUM = 13  # c+ + c-; with an r per element: c- at r = 0
     REFERENCE = 14  # c_ref
 
 
