@@ -9,6 +9,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels_interpreter.py
+	$(BIN)/python -m pytest -q -p tests.fake_cuda.device tests/fake_cuda
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.run

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 import re
 import subprocess
 import tempfile
@@ -97,6 +98,6 @@ def _traffic(ttgir: str) -> tuple[collections.Counter, collections.Counter]:
         return name
 
     found = {"load": collections.Counter(), "store": collections.Counter()}
-    for kind, pointer, _, size in re.findall(r"tt\.(load|store) %(\w+).*?: (tensor<(\d+)x!tt\.ptr|!tt\.ptr)", ttgir):
-        found[kind][root(pointer)] += int(size or 1)
+    for kind, pointer, shape in re.findall(r"tt\.(load|store) %(\w+).*?: (?:tensor<([\dx]+)x)?!tt\.ptr", ttgir):
+        found[kind][root(pointer)] += math.prod(map(int, shape.split("x"))) if shape else 1
     return found["load"], found["store"]

@@ -283,7 +283,7 @@ def estimate(config: TrainConfig) -> Estimate:
         with torch.no_grad():
             decode, largest = metered(lambda: stream(latents), net.size)
         vae = sum(p.nbytes for p in decoder.vae.parameters())
-        vae_needs = b * (largest + sum(x.nbytes for x in stream.features if isinstance(x, Tensor)))
+        vae_needs = b * (largest + sum(x.nbytes for x in stream.past.values()))
     text = formulas.text_encoder(config.prompts_per_step // shards, s.text_len) if net.real else Work()
     trained = sum(p.numel() for p in trainable(family.student).values())
     phases = {
