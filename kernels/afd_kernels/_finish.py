@@ -8,7 +8,7 @@ import triton.language as tl
 
 from afd_kernels.layout import MAXIMA, Row, Slot, Total
 
-# A kernel reads globals only as constexpr. S_: a slot of the sums, BIT_: its bit in SUMS, R_: a row, T_: a total.
+# A kernel reads globals only as constexpr. S_: a slot of the sums, R_: a row, T_: a total.
 S_SIZE = tl.constexpr(Slot.SIZE.value)
 S_SIZE_GAP = tl.constexpr(Slot.SIZE_GAP.value)
 S_POS = tl.constexpr(Slot.POS.value)
@@ -138,10 +138,11 @@ def finish_kernel(
         kept = _sum(sums_ptr, samples, S_KEPT, o, m)
     elements = kept
     kept = _divisor(kept)
-    size = kept * 0.0 + 1.0
+    zero = tl.zeros((BLOCK,), tl.float64)
+    size = zero + 1.0
     if SAMPLE_MEAN:
         size = kept
-    r = kept * 0.0 + 0.5
+    r = zero + 0.5
     if HAS_EACH:
         if FINAL:
             r = _sum(sums_ptr, samples, S_R, o, m) / kept
@@ -169,9 +170,9 @@ def finish_kernel(
     if BY_R:
         if not HAS_EACH:
             rho = rho * r
-    w_pos = kept * 0.0 + 1.0
+    w_pos = zero + 1.0
     w_neg = w_pos
-    gap = kept * 0.0  # W+ - W-
+    gap = zero  # W+ - W-
     if ADAPTIVE:
         raw = _sum(sums_ptr, samples, S_SIZE, o, m) / kept
         w_pos = tl.maximum(raw, floor)
@@ -181,7 +182,7 @@ def finish_kernel(
                 other = raw - _sum(sums_ptr, samples, S_SIZE_GAP, o, m) / kept
                 w_neg = tl.maximum(other, floor)
                 gap = w_pos - w_neg
-    pos = kept * 0.0
+    pos = zero
     if FINAL or DPO:
         pos = _sum(sums_ptr, samples, S_POS, o, m) / size / w_pos
     neg = pos
@@ -208,8 +209,8 @@ def finish_kernel(
     _row(rows_ptr, samples, R_SUM, o, m, total_row)
     _row(rows_ptr, samples, R_REFERENCE, o, m, 2.0 * ref_coef / size * rho)
     if FINAL:
-        prior = kept * 0.0
-        loss_prior = prior
+        prior = zero
+        loss_prior = zero
         if HAS_REF:
             prior = _sum(sums_ptr, samples, S_PRIOR, o, m) / size
             loss_prior = prior
@@ -222,7 +223,6 @@ def finish_kernel(
             if HAS_REF:
                 if BY_R:
                     loss_prior = _sum(sums_ptr, samples, S_R_PRIOR, o, m) / size
-        zero = kept * 0.0
         policy = tl.sum(tl.where(m, weight * factor * policy_each, 0.0))
         total = tl.sum(tl.where(m, rho * loss_prior, 0.0))
         tl.store(loss_ptr, (policy + ref_coef * total).to(tl.float32))

@@ -201,7 +201,7 @@ class _Call:
     """The arguments of one operator call, brought to what the kernels read; one per call, no state kept."""
 
     def __init__(self, v, x0, r, t, noise, seed, x_t, v_old, v_ref, sigma, sample_mask, ref_mask, element_mask,
-                 cu_seqlens, inner, recipe, stats):  # fmt: skip
+                 each, policy_weight, prior_weight, cu_seqlens, inner, recipe, stats):  # fmt: skip
         self.recipe = c = json.loads(recipe)
         self.samples = r.shape[0]
         self.packed, self.length = cu_seqlens is not None, v.shape[0]
@@ -222,7 +222,8 @@ class _Call:
             self.tensors[0], self.strides[0] = self.v.contiguous(), width
         self.t, self.sigma = t.float(), t if sigma is None else sigma.float()
         self.r, self.inner = r.float().contiguous(), inner
-        self.masks = [None if x is None else (x != 0).view(torch.uint8) for x in (sample_mask, ref_mask)]
+        self.masks = [None if x is None else x.float().contiguous() if x.is_floating_point() else x.view(torch.uint8)
+                      for x in (sample_mask, ref_mask, policy_weight, prior_weight)]  # fmt: skip
         self.cu = self.r if cu_seqlens is None else cu_seqlens.contiguous()
         self.seed = seed or 0
         self.adaptive = c["weighting"] == "adaptive"
@@ -261,23 +262,25 @@ class _Call:
             **self.place,
         )  # fmt: skip
 
-    def finish(self, new: int, known: int) -> None:
-        """Reduce the slots `new`; coefficients, and the loss where the sums `known` are there."""
+    def finish(self, new: int, final: bool = True) -> None:
+        """Reduce the slots `new`; coefficients, and the loss where that was the last of them."""
         if new:
             reduce_kernel[(self.samples, len(Slot))](
                 self.part, self.sums, self.cu, self.count, self.programs, self.length, self.samples, self.tiles, SUMS=new,
                 num_warps=WARPS, **self.place,
             )  # fmt: skip
         c = self.recipe
-        valid, chosen = (self.r if x is None else x for x in self.masks)
+        valid, chosen, policy, prior = self.masks
         finish_kernel[(1,)](
-            self.sums, self.r, valid, chosen, self.cu, self.loss, self.totals, self.rows, self.count, self.length,
+            self.sums, self.r, *(self.r if x is None else x for x in self.masks), self.cu, self.loss, self.totals, self.rows, self.count, self.length,
             self.samples,
-            c["beta"], c["ref_coef"], c["factor"], c["weight_floor"], ADAPTIVE=self.adaptive,
+            c["beta"], c["ref_coef"], c["factor"], c["weight_floor"], c["dpo_beta"], ADAPTIVE=self.adaptive,
+            SHARED=c["shared_weight"], DPO=c["form"] == "dpo",
             SAMPLE_MEAN=c["sample_reduction"] == "mean", BATCH_MEAN=c["batch_reduction"] == "mean",
+            REF_BATCH=c["ref_reduction"] == "batch",
             BY_R=c["ref_weight"] == "r", EMPTY_ALL=c["ref_empty"] == "all", HAS_OLD=self.old, HAS_REF=self.ref,
-            HAS_VALID=self.masks[0] is not None, HAS_CHOSEN=self.masks[1] is not None, HAS_MASK=self.flags["HAS_MASK"],
-            SUMS=known, STATS=self.stats, PACKED=self.packed, BLOCK=triton.next_power_of_2(self.samples),
+            HAS_VALID=valid is not None, HAS_CHOSEN=chosen is not None, HAS_POLICY=policy is not None,
+            HAS_PRIOR=prior is not None, HAS_MASK=self.flags["HAS_MASK"], HAS_EACH=False, FINAL=final, STATS=self.stats, PACKED=self.packed, BLOCK=triton.next_power_of_2(self.samples),
             num_warps=WARPS,
         )  # fmt: skip
 
@@ -288,30 +291,29 @@ def nft_loss(*args):
     sums = call.policy | call.prior | call.extra
     with on(call.v):
         call.sweep(sums)
-        call.finish(sums, sums)
+        call.finish(sums)
     return call.loss, call.totals, call.rows
 
 
 def nft_loss_with_grad(*args):
     """The same, and the gradient for grad_output 1: in the same sweep unless its coefficients need sums first."""
     call, grad = _Call(*args[:-1]), args[-1]
-    first = (
-        call.policy if call.adaptive or (call.flags["HAS_MASK"] and call.recipe["sample_reduction"] == "mean") else 0
-    )
+    c = call.recipe
+    by_elements = c["sample_reduction"] == "mean" or c["ref_reduction"] == "batch"
+    sums_first = call.adaptive or c["form"] == "dpo" or (call.flags["HAS_MASK"] and by_elements)
+    first = call.policy if sums_first else 0
     second = (call.policy | call.prior | call.extra) & ~first
     with on(call.v):
         if first:
             call.sweep(first, has_ref=False)
-            call.finish(first, first & ~Slot.POS.bit)
-        else:
-            call.finish(0, 0)
+        call.finish(first, final=False)
         call.sweep(second, grad)
-        call.finish(second, first | second)
+        call.finish(second)
     return call.loss, call.totals, call.rows
 
 
 def nft_loss_backward(grad_output, coefficients, *args):
-    """grad_output times the gradient, in v's dtype."""
+    """The gradient times grad_output [2], of policy and prior, in v's dtype."""
     call = _Call(*args)
     grad = torch.empty(call.like.shape, dtype=call.like.dtype, device=call.like.device)
     call.rows = coefficients
@@ -321,7 +323,7 @@ def nft_loss_backward(grad_output, coefficients, *args):
 
 
 def nft_loss_redo(grad_output, coefficients, *args):
-    """Rewrite `grad`, which holds the gradient for grad_output 1, unless that is what grad_output is."""
+    """Rewrite `grad`, which holds the gradient for grad_output [1, 1], unless that is what grad_output is."""
     call, grad = _Call(*args[:-1]), args[-1]
     call.rows = coefficients
     with on(call.v):
