@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from afd_fast import dropin
 from afd_fast.ops import NFTStats, bt_loss, forward_noise, nft_loss
 from afd_fast.ops.module import NFTLoss
 from afd_fast.reference.advantage import PerPromptStatTracker, reward_to_r
@@ -13,6 +14,7 @@ __all__ = [
     "NFTStats",
     "PerPromptStatTracker",
     "bt_loss",
+    "dropin",
     "forward_noise",
     "nft_loss",
     "nft_recipe",

@@ -12,6 +12,11 @@ from afd_fast.teachers.teacher import PromptSplit
 from afd_fast.video_io import write_video
 
 
+def pytest_addoption(parser):
+    parser.addoption("--trainers", metavar="PATH", help="a folder of trainers' checkouts, for test_trainers.py")
+    parser.addoption("--time", action="store_true", help="test_trainers.py also prints times and memory (with -s)")
+
+
 @pytest.fixture(autouse=True)
 def _threads():
     torch.set_num_threads(1)

@@ -33,7 +33,7 @@ SWEEPS = {  # flags, tensors read, bytes a bf16 element moves, instructions an e
     "adaptive, seed, gradient": (dict(X0=True, SOURCE=SEED, HAS_OLD=True, GRAD=True, SUMS=PRIOR), "v x0 old ref", 10, 97),
     "adaptive, x_t, sums": (dict(X0=True, SOURCE=X_T, HAS_OLD=True, SUMS=ADAPTIVE | PRIOR), "v x0 y old ref", 10, 36),
     "adaptive, x_t, gradient": (dict(X0=True, SOURCE=X_T, HAS_OLD=True, GRAD=True, SCALED=True), "v x0 y old ref", 12, 28),
-    "adaptive, noise, stats": (dict(X0=True, HAS_OLD=True, SUMS=EVERY & ~Slot.KEPT.bit), "v x0 y old ref", 10, 50),
+    "adaptive, noise, stats": (dict(X0=True, HAS_OLD=True, SUMS=EVERY & ~Slot.KEPT.bit), "v x0 y old ref", 10, 60),
     "mask": (dict(GRAD=True, SUMS=PLAIN | Slot.KEPT.bit, HAS_MASK=True), "v x0 y ref mask", 11, 39),
     "per-frame t": (dict(X0=True, GRAD=True, SUMS=PLAIN, PER_FRAME=True), "v x0 y ref", 10, 65),
     "packed": (dict(X0=True, SOURCE=X_T, HAS_OLD=True, GRAD=True, SUMS=PLAIN, PACKED=True, CU_BLOCK=16), "v x0 y old ref", 12, 45),
@@ -117,11 +117,17 @@ FINISH = dict(
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_everything_compiles(capability, dtype):
     full = OFF | dict(
-        X0=True, REF_X0=True, SOURCE=SEED, HAS_OLD=True, HAS_MASK=True, HAS_SIGMA=True, GRAD=True, SCALED=True,
-        SUMS=EVERY,
+        X0=True, REF_X0=True, SOURCE=SEED, HAS_OLD=True, HAS_MASK=True, HAS_SIGMA=True, SUMS=EVERY,
     )  # fmt: skip
+    gradient = dict(GRAD=True, SUMS=EVERY & ~(Slot.SIZE.bit | Slot.SIZE_GAP.bit))  # these two come from a sweep before
+    both = build(kernels.sweep_kernel, dtype, full | gradient, capability)
+    assert (
+        both.spills <= 16
+    )  # registers, to the cache: statistics of masked samples from a seed, in the gradient's sweep
+    plain = dict(GRAD=True, SUMS=PLAIN | Slot.NEG.bit | Slot.KEPT.bit)
     for kernel, flags in (
-        (kernels.sweep_kernel, full), (kernels.sweep_kernel, OFF | dict(SOURCE=X_T, GRAD=True, GUARD=True, SCALED=True)),
+        (kernels.sweep_kernel, full), (kernels.sweep_kernel, full | gradient | dict(HAS_MASK=False)),
+        (kernels.sweep_kernel, full | plain), (kernels.sweep_kernel, full | plain | dict(SCALED=True)), (kernels.sweep_kernel, OFF | dict(SOURCE=X_T, GRAD=True, GUARD=True, SCALED=True)),
         (kernels.reduce_kernel, dict(SUMS=EVERY, PACKED=True, CU_BLOCK=8)), (kernels.finish_kernel, FINISH),
         (kernels.finish_kernel, FINISH | dict(PACKED=True, SUMS=0, ADAPTIVE=False)),
         (noise_kernels.forward_noise_kernel, dict(SEED=True, PER_FRAME=True)),

@@ -1,4 +1,4 @@
-"""The C++ CPU library (kernels/csrc/afd_cpu.cpp), called through ctypes on data_ptr; float32 and bfloat16.
+"""The C++ CPU library (kernels/csrc/afd_cpu.cpp), called through ctypes on data_ptr; float32, bfloat16 and float16.
 
 setup.py builds it where CMake and a C++ compiler are found. Without it, and for other dtypes, the operators run the
 PyTorch reference; `afd_fast.ops.backends()` tells which.
@@ -17,7 +17,7 @@ from afd_fast.ops.inputs import Inputs
 from afd_fast.reference.nft import check_offsets
 from afd_fast.reference.recipes import recipe_from_key
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROWS = len(Row)
 NAME = "libafd_cpu.so"
 
@@ -62,7 +62,7 @@ def _loaded() -> ctypes.CDLL:
 
 
 def serves(*tensors: Tensor | None) -> bool:
-    """Whether the library handles these tensors: it is built, all float32 or bfloat16, on the CPU."""
+    """Whether the library handles these tensors: it is built, all of a type in `TYPES`, on the CPU."""
     given = [x for x in tensors if x is not None]
     fits = all(x.dtype in TYPES and x.device.type == "cpu" for x in given)
     return fits and given[0].numel() > 0 and library() is not None

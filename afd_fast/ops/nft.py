@@ -1,7 +1,7 @@
 """nft_loss as operators: one sweep for the sums, one for the gradient, or both at once where the recipe allows.
 
 Legend: B samples, T packed rows, F frames, w the working dtype (float32, float64 for float64).
-`rows` [11, B] holds the results per sample, in the order of `Row`; the last three are the gradient's coefficients:
+`rows` [15, B] holds the results per sample, in the order of `Row`; the last three are the gradient's coefficients:
 dL/dv = s [(c+ - c-) a + (c+ + c-) d] + c_ref m (v - v_ref), see kernels/csrc/afd_core.h.
 """
 
@@ -29,7 +29,7 @@ from afd_fast.reference.recipes import NFTRecipe, RecipeName, as_recipe, recipe_
 from afd_fast.reference.transforms import under_func
 
 STATISTICS = [row.name.lower() for row in Row if row < COEFFICIENTS]  # fields of NFTStats
-Sums = tuple[Tensor, Tensor, Tensor]  # what the operators return: loss, totals [3], rows [11, B]
+Sums = tuple[Tensor, Tensor, Tensor]  # what the operators return: loss, totals [4], rows [15, B]
 
 
 class _Plain(NFTInputs):
@@ -71,7 +71,7 @@ def _sums(i: Inputs) -> Sums:
         loss, s = reference.nft_loss(**_plain(i), return_stats=True)
         none = torch.zeros_like(s.pos_loss)
         rows = [getattr(s, name) for name in STATISTICS] + [none] * (len(Row) - COEFFICIENTS)
-        return loss.clone(), torch.stack([s.policy_loss, s.prior_loss, s.signal]), torch.stack(rows)
+        return loss.clone(), torch.stack([s.policy_loss, s.prior_loss, s.signal, s.r_mean]), torch.stack(rows)
 
 
 def _gradient(grad_output: Tensor | float, i: Inputs) -> Tensor:
@@ -349,9 +349,9 @@ def nft_loss(
     ))  # fmt: skip
     if not return_stats:
         return loss
-    policy, prior, signal = totals.unbind()
+    policy, prior, signal, r_mean = totals.unbind()
     named = dict(zip(STATISTICS, rows.unbind()))
-    return loss, NFTStats(policy_loss=policy, prior_loss=prior, signal=signal, **named)
+    return loss, NFTStats(policy_loss=policy, prior_loss=prior, signal=signal, r_mean=r_mean, **named)
 
 
 def _check_out(out: Tensor | None, v: Tensor, inputs: tuple[Tensor | float | None, ...]) -> None:

@@ -64,6 +64,11 @@ class NFTStats(NamedTuple):
     signal: Tensor  # scalar, mean of (2r - 1) (pos + neg) / 2: moves where the loss value is flat in r
     v_norm: Tensor  # ||v||_2
     v_ref_norm: Tensor  # ||v_ref||_2, 0 without v_ref
+    old_deviation_max: Tensor  # max (v - v_old)^2
+    old_prior: Tensor  # mean (v_old - v_ref)^2, 0 without v_ref
+    x0_square: Tensor  # mean x0^2, which trainers log as x0_norm
+    x0_square_max: Tensor  # max x0^2
+    r_mean: Tensor  # scalar, mean r
 
 
 class _Prepared(NamedTuple):
@@ -89,6 +94,11 @@ class _Prepared(NamedTuple):
         """Like v -> [B]."""
         x = x.reshape(x.shape[0], x[0].numel() if len(x) else 0).sum(1)
         return x if self.rows is None else torch.zeros_like(self.r).index_add(0, self.rows, x)
+
+    def max(self, x: Tensor) -> Tensor:
+        """Like v, nowhere negative -> [B]."""
+        x = x.reshape(x.shape[0], -1).amax(1) if x.numel() else x.new_zeros(x.shape[0])
+        return x if self.rows is None else torch.zeros_like(self.r).index_reduce(0, self.rows, x, "amax")
 
 
 def _check_like_v(v: Tensor, given: dict[str, Tensor]) -> None:
@@ -342,11 +352,15 @@ def nft_loss(
     if not return_stats:
         return loss
     with torch.no_grad():
-        signal = (2 * p.r - 1) * (pos + neg) / 2
+        signal, drift, nothing = (2 * p.r - 1) * (pos + neg) / 2, (p.v - p.v_old).square(), torch.zeros_like(p.r)
+        average = lambda x: x.mean() if len(x) else x.sum()
         stats = NFTStats(
-            policy, prior, pos, neg, w_pos, w_neg, prior_each, p.sum((p.v - p.v_old).square()) / p.elements,
-            signal.mean() if len(signal) else signal.sum(), p.sum(p.v.square()).sqrt(),
-            torch.zeros_like(p.r) if p.v_ref is None else p.sum(p.v_ref.square()).sqrt(),
+            policy_loss=policy, prior_loss=prior, pos_loss=pos, neg_loss=neg, weight_pos=w_pos, weight_neg=w_neg,
+            prior=prior_each, old_deviation=p.sum(drift) / p.elements, signal=average(signal),
+            v_norm=p.sum(p.v.square()).sqrt(),
+            v_ref_norm=nothing if p.v_ref is None else p.sum(p.v_ref.square()).sqrt(), old_deviation_max=p.max(drift),
+            old_prior=nothing if p.v_ref is None else p.sum((p.v_old - p.v_ref).square()) / p.elements,
+            x0_square=p.sum(p.x0.square()) / p.elements, x0_square_max=p.max(p.x0.square()), r_mean=average(p.r),
         )  # fmt: skip
     return loss, NFTStats(*(x.detach() for x in stats))
 

@@ -6,7 +6,7 @@ Two launches of a few programs, in a fixed order; slots and rows as in layout.py
 import triton
 import triton.language as tl
 
-from afd_kernels.layout import Row, Slot, Total
+from afd_kernels.layout import MAXIMA, Row, Slot, Total
 
 # A kernel reads globals only as constexpr. S_: a slot of the sums, BIT_: its bit in SUMS, R_: a row, T_: a total.
 S_SIZE = tl.constexpr(Slot.SIZE.value)
@@ -18,6 +18,11 @@ S_KEPT = tl.constexpr(Slot.KEPT.value)
 S_DRIFT = tl.constexpr(Slot.DRIFT.value)
 S_V = tl.constexpr(Slot.V.value)
 S_REF = tl.constexpr(Slot.REF.value)
+S_X0 = tl.constexpr(Slot.X0.value)
+S_OLD_REF = tl.constexpr(Slot.OLD_REF.value)
+S_X0_MAX = tl.constexpr(Slot.X0_MAX.value)
+S_DRIFT_MAX = tl.constexpr(Slot.DRIFT_MAX.value)
+FIRST_MAX = tl.constexpr(MAXIMA.value)
 BIT_POS = tl.constexpr(Slot.POS.bit)
 BIT_PRIOR = tl.constexpr(Slot.PRIOR.bit)
 BIT_KEPT = tl.constexpr(Slot.KEPT.bit)
@@ -29,12 +34,17 @@ R_PRIOR = tl.constexpr(Row.PRIOR.value)
 R_OLD_DEVIATION = tl.constexpr(Row.OLD_DEVIATION.value)
 R_V_NORM = tl.constexpr(Row.V_NORM.value)
 R_V_REF_NORM = tl.constexpr(Row.V_REF_NORM.value)
+R_OLD_DEVIATION_MAX = tl.constexpr(Row.OLD_DEVIATION_MAX.value)
+R_OLD_PRIOR = tl.constexpr(Row.OLD_PRIOR.value)
+R_X0_SQUARE = tl.constexpr(Row.X0_SQUARE.value)
+R_X0_SQUARE_MAX = tl.constexpr(Row.X0_SQUARE_MAX.value)
 R_DIFFERENCE = tl.constexpr(Row.DIFFERENCE.value)
 R_SUM = tl.constexpr(Row.SUM.value)
 R_REFERENCE = tl.constexpr(Row.REFERENCE.value)
 T_POLICY = tl.constexpr(Total.POLICY.value)
 T_PRIOR = tl.constexpr(Total.PRIOR.value)
 T_SIGNAL = tl.constexpr(Total.SIGNAL.value)
+T_R_MEAN = tl.constexpr(Total.R_MEAN.value)
 
 
 @triton.jit
@@ -51,7 +61,7 @@ def reduce_kernel(
     part_ptr, sums_ptr, cu_ptr, count: tl.int64, programs: tl.int64, length: tl.int64, samples: tl.int32,
     tiles: tl.int32, SUMS: tl.constexpr, PACKED: tl.constexpr, CU_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sums[slot, sample] = sum of part[slot, tiles of the sample], float64."""
+    """sums[slot, sample] = sum (or maximum) of part[slot, tiles of the sample], float64."""
     sample = tl.program_id(0)
     slot = tl.program_id(1)
     if (SUMS >> slot) & 1:
@@ -67,9 +77,14 @@ def reduce_kernel(
         n = tl.arange(0, 1024)
         total = tl.zeros((1024,), tl.float64)
         part = part_ptr + slot * programs + first
-        for i in range(0, size, 1024):
-            total += tl.load(part + i + n, mask=i + n < size, other=0.0).to(tl.float64)
-        tl.store(sums_ptr + slot * samples + sample, tl.sum(total))
+        if slot < FIRST_MAX:
+            for i in range(0, size, 1024):
+                total += tl.load(part + i + n, mask=i + n < size, other=0.0).to(tl.float64)
+            tl.store(sums_ptr + slot * samples + sample, tl.sum(total))
+        else:  # of squares, so 0 is no more than any
+            for i in range(0, size, 1024):
+                total = tl.maximum(total, tl.load(part + i + n, mask=i + n < size, other=0.0).to(tl.float64))
+            tl.store(sums_ptr + slot * samples + sample, tl.max(total))
 
 
 @triton.jit
@@ -80,6 +95,13 @@ def _row(rows_ptr, samples, k: tl.constexpr, o, m, x):
 @triton.jit
 def _sum(sums_ptr, samples, k: tl.constexpr, o, m):
     return tl.load(sums_ptr + samples * k + o, mask=m, other=0.0)
+
+
+@triton.jit
+def _highest(sums_ptr, samples, total: tl.constexpr, most: tl.constexpr, o, m):
+    """A maximum, which may miss a NaN; the sum does not."""
+    total = _sum(sums_ptr, samples, total, o, m)
+    return tl.where(total != total, total, _sum(sums_ptr, samples, most, o, m))
 
 
 @triton.jit
@@ -158,6 +180,7 @@ def finish_kernel(
         tl.store(totals_ptr + T_PRIOR, total.to(tl.float32))
         signal = tl.sum(tl.where(m, (2.0 * r - 1.0) * (pos + neg) / 2.0, 0.0)) / samples
         tl.store(totals_ptr + T_SIGNAL, signal.to(tl.float32))
+        tl.store(totals_ptr + T_R_MEAN, (tl.sum(tl.where(m, r, 0.0)) / samples).to(tl.float32))
         _row(rows_ptr, samples, R_POS_LOSS, o, m, pos)
         _row(rows_ptr, samples, R_NEG_LOSS, o, m, neg)
         _row(rows_ptr, samples, R_WEIGHT_POS, o, m, w_pos)
@@ -166,12 +189,24 @@ def finish_kernel(
         deviation = zero
         norm = zero
         ref_norm = zero
+        deviation_max = zero
+        old_prior = zero
+        square = zero
+        square_max = zero
         if STATS:
             norm = tl.sqrt(_sum(sums_ptr, samples, S_V, o, m))
+            square = _sum(sums_ptr, samples, S_X0, o, m) / kept
+            square_max = _highest(sums_ptr, samples, S_X0, S_X0_MAX, o, m)
             if HAS_OLD:
                 deviation = _sum(sums_ptr, samples, S_DRIFT, o, m) / kept
+                deviation_max = _highest(sums_ptr, samples, S_DRIFT, S_DRIFT_MAX, o, m)
             if HAS_REF:
                 ref_norm = tl.sqrt(_sum(sums_ptr, samples, S_REF, o, m))
+                old_prior = _sum(sums_ptr, samples, S_OLD_REF, o, m) / kept
         _row(rows_ptr, samples, R_OLD_DEVIATION, o, m, deviation)
         _row(rows_ptr, samples, R_V_NORM, o, m, norm)
         _row(rows_ptr, samples, R_V_REF_NORM, o, m, ref_norm)
+        _row(rows_ptr, samples, R_OLD_DEVIATION_MAX, o, m, deviation_max)
+        _row(rows_ptr, samples, R_OLD_PRIOR, o, m, old_prior)
+        _row(rows_ptr, samples, R_X0_SQUARE, o, m, square)
+        _row(rows_ptr, samples, R_X0_SQUARE_MAX, o, m, square_max)

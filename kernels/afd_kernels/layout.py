@@ -12,7 +12,7 @@ TILE = 4096  # elements per program, and per noise tile: 1024 Philox counters wi
 
 
 class Slot(IntEnum):
-    """The sums over the elements of a sample."""
+    """The sums over the elements of a sample, then the maxima."""
 
     SIZE = 0  # |e+|
     SIZE_GAP = 1  # |e+| - |e-|
@@ -23,6 +23,10 @@ class Slot(IntEnum):
     DRIFT = 6  # (v - v_old)^2
     V = 7  # v^2
     REF = 8  # v_ref^2
+    X0 = 9  # x0^2
+    OLD_REF = 10  # (v_old - v_ref)^2
+    X0_MAX = 11  # x0^2; this and the next are maxima, not sums
+    DRIFT_MAX = 12  # (v - v_old)^2
 
     @property
     def bit(self) -> int:
@@ -30,8 +34,11 @@ class Slot(IntEnum):
         return 1 << self
 
 
+MAXIMA = Slot.X0_MAX  # the first slot that is a maximum
+
+
 class Row(IntEnum):
-    """The results per sample. The first eight are fields of `NFTStats`, the last three coefficients of the gradient."""
+    """The results per sample: fields of `NFTStats`, and last the three coefficients of the gradient."""
 
     POS_LOSS = 0
     NEG_LOSS = 1
@@ -41,9 +48,13 @@ class Row(IntEnum):
     OLD_DEVIATION = 5
     V_NORM = 6
     V_REF_NORM = 7
-    DIFFERENCE = 8  # c+ - c-
-    SUM = 9  # c+ + c-
-    REFERENCE = 10  # c_ref
+    OLD_DEVIATION_MAX = 8
+    OLD_PRIOR = 9
+    X0_SQUARE = 10
+    X0_SQUARE_MAX = 11
+    DIFFERENCE = 12  # c+ - c-
+    SUM = 13  # c+ + c-
+    REFERENCE = 14  # c_ref
 
 
 COEFFICIENTS = Row.DIFFERENCE  # the first row that is no statistic
@@ -55,6 +66,7 @@ class Total(IntEnum):
     POLICY = 0
     PRIOR = 1
     SIGNAL = 2
+    R_MEAN = 3
 
 
 class Source(IntEnum):

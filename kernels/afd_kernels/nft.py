@@ -17,10 +17,11 @@ from torch import Tensor
 
 from afd_kernels._finish import R_DIFFERENCE, R_REFERENCE, R_SUM, finish_kernel, packed_rows, reduce_kernel
 from afd_kernels._launch import WARPS, check_size, on, rows
-from afd_kernels.layout import TILE, Row, Slot, Source, Total
+from afd_kernels.layout import MAXIMA, TILE, Row, Slot, Source, Total
 from afd_kernels.noise import level, normal4
 
 SLOTS = tl.constexpr(len(Slot))
+FIRST_MAX = tl.constexpr(MAXIMA.value)
 SEED = tl.constexpr(Source.SEED.value)
 X_T = tl.constexpr(Source.X_T.value)
 
@@ -105,6 +106,10 @@ def _part(
     neg = a - d
     size = tl.abs(pos)
     drift = v - old
+    clean = x0
+    if HAS_MASK:
+        clean = tl.where(keep, x0, 0.0)
+    behind = old - ref
     return (
         size,
         size - tl.abs(neg),
@@ -115,13 +120,17 @@ def _part(
         drift * drift,
         v * v,
         ref * ref,
+        clean * clean,
+        behind * behind,
+        clean * clean,
+        drift * drift,
     )
 
 
 @triton.jit
 def _plus(a, b):
     return (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7],
-            a[8] + b[8])  # fmt: skip
+            a[8] + b[8], a[9] + b[9], a[10] + b[10], tl.maximum(a[11], b[11]), tl.maximum(a[12], b[12]))  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -177,7 +186,10 @@ def sweep_kernel(
     programs = tl.num_programs(0).to(tl.int64)
     for k in tl.static_range(SLOTS):
         if (SUMS >> k) & 1:
-            tl.store(part_ptr + k * programs + pid, tl.sum(a[k]))
+            if k < FIRST_MAX:
+                tl.store(part_ptr + k * programs + pid, tl.sum(a[k]))
+            else:
+                tl.store(part_ptr + k * programs + pid, tl.max(a[k]))
 
 
 def _bits(wanted: dict[Slot, bool]) -> int:
@@ -227,7 +239,10 @@ class _Call:
             Slot.KEPT: byte_mask is not None,
         })  # fmt: skip
         self.prior = _bits({Slot.PRIOR: self.ref})
-        self.extra = _bits({Slot.DRIFT: self.old, Slot.V: True, Slot.REF: self.ref}) if stats else 0
+        self.extra = _bits({
+            Slot.DRIFT: self.old, Slot.V: True, Slot.REF: self.ref, Slot.X0: True, Slot.OLD_REF: self.ref,
+            Slot.X0_MAX: True, Slot.DRIFT_MAX: self.old,
+        }) if stats else 0  # fmt: skip
         self.stats = stats
         new = functools.partial(torch.empty, dtype=torch.float32, device=v.device)
         self.part, self.sums = new(len(Slot), self.programs), new(len(Slot), self.samples, dtype=torch.float64)

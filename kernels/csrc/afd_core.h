@@ -12,12 +12,13 @@
 
 enum { AFD_QUARTER = 1024, AFD_TILE = 4096 };
 // The names and numbers of kernels/afd_kernels/layout.py: slots of the sums, rows of the result, totals, sources.
-enum AfdSlot { S_SIZE, S_SIZE_GAP, S_POS, S_NEG, S_PRIOR, S_KEPT, S_DRIFT, S_V, S_REF, AFD_SLOTS };
+enum AfdSlot { S_SIZE, S_SIZE_GAP, S_POS, S_NEG, S_PRIOR, S_KEPT, S_DRIFT, S_V, S_REF, S_X0, S_OLD_REF,
+               S_X0_MAX, S_DRIFT_MAX, AFD_SLOTS };
 enum AfdRow { R_POS_LOSS, R_NEG_LOSS, R_WEIGHT_POS, R_WEIGHT_NEG, R_PRIOR, R_OLD_DEVIATION, R_V_NORM, R_V_REF_NORM,
-              R_DIFFERENCE, R_SUM, R_REFERENCE, AFD_ROWS };
-enum AfdTotal { T_POLICY, T_PRIOR, T_SIGNAL };
+              R_OLD_DEVIATION_MAX, R_OLD_PRIOR, R_X0_SQUARE, R_X0_SQUARE_MAX, R_DIFFERENCE, R_SUM, R_REFERENCE, AFD_ROWS };
+enum AfdTotal { T_POLICY, T_PRIOR, T_SIGNAL, T_R_MEAN };
 enum AfdSource { AFD_NOISE, AFD_SEED, AFD_XT };
-enum { AFD_F32 = 0, AFD_BF16 = 1 };
+enum { AFD_F32 = 0, AFD_BF16 = 1, AFD_F16 = 2 };
 
 // One call; plain C so that ctypes can fill it. Strides count elements between samples; null means absent.
 struct AfdCall {
@@ -28,7 +29,7 @@ struct AfdCall {
   const int64_t* cu;                                // packed rows [B + 1]
   const float *r, *valid, *chosen;                  // [B]; masks as 0 / 1
   float* rows;                                      // [AFD_ROWS, B]; the gradient reads its last three
-  float *loss, *totals;                             // [1], [3]
+  float *loss, *totals;                             // [1], [4]
   double* sums;                                     // [AFD_SLOTS, B]
   double* part;                                     // [tiles, AFD_SLOTS]
   int64_t v_stride, x0_stride, y_stride, old_stride, ref_stride, grad_stride, mask_stride;
@@ -124,6 +125,10 @@ AFD_HD AfdElement<F> afd_element(F v, F w, F old, F ref, const AfdConstants& k) 
   return {a, d, gap, grad + k.reference * gap};
 }
 
+// Two parts of a slot into one: the slots from S_X0_MAX are maxima of squares. A maximum may miss a NaN; afd_highest does not.
+AFD_HD double afd_join(int slot, double a, double b) { return slot < S_X0_MAX ? a + b : a > b ? a : b; }
+AFD_HD double afd_highest(double sum, double most) { return sum != sum ? sum : most; }
+
 struct AfdBatch { double per_sample, per_chosen; bool all; };  // what the masks of the whole batch say
 struct AfdTerms { double policy, prior, signal; };
 
@@ -163,7 +168,9 @@ AFD_HD AfdTerms afd_sample(const AfdCall& c, const AfdBatch& batch, int64_t b, c
   double pos = sums[S_POS * stride] / size / w_pos, neg = sums[S_NEG * stride] / size / w_neg;
   double q = sums[S_PRIOR * stride] / size;
   double row[R_DIFFERENCE] = {pos, neg, w_pos, w_neg, q, sums[S_DRIFT * stride] / kept, afd_sqrt64(sums[S_V * stride]),
-                              afd_sqrt64(sums[S_REF * stride])};  // the statistics, in the order of AfdRow
+                              afd_sqrt64(sums[S_REF * stride]),  // the statistics, in the order of AfdRow
+                              afd_highest(sums[S_DRIFT * stride], sums[S_DRIFT_MAX * stride]), sums[S_OLD_REF * stride] / kept,
+                              sums[S_X0 * stride] / kept, afd_highest(sums[S_X0 * stride], sums[S_X0_MAX * stride])};
   for (int i = 0; i < R_DIFFERENCE; i++) c.rows[i * B + b] = (float)row[i];
   return {weight * c.factor * (r * pos + (1 - r) * neg), rho * q, (2 * r - 1) * (pos + neg) / 2};
 }
@@ -173,6 +180,9 @@ AFD_HD void afd_total(const AfdCall& c, AfdTerms sum) {
   c.totals[T_POLICY] = (float)sum.policy;
   c.totals[T_PRIOR] = (float)sum.prior;
   c.totals[T_SIGNAL] = (float)(c.samples ? sum.signal / c.samples : 0);
+  double r = 0;
+  for (int64_t b = 0; b < c.samples; b++) r += c.r[b];
+  c.totals[T_R_MEAN] = (float)(c.samples ? r / c.samples : 0);
 }
 
 AFD_HD void afd_finish(const AfdCall& c, bool has_sums) {

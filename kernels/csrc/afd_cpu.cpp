@@ -22,7 +22,7 @@ typedef uint32_t U __attribute__((vector_size(32)));
 typedef int32_t I __attribute__((vector_size(32)));
 typedef uint16_t H __attribute__((vector_size(16)));
 
-INLINE int64_t size_of(int type) { return type == AFD_BF16 ? 2 : 4; }
+INLINE int64_t size_of(int type) { return type == AFD_F32 ? 4 : 2; }
 INLINE const char* at(const void* p, int type, int64_t i) { return (const char*)p + i * size_of(type); }
 
 // To nearest even, in the high half. A NaN whose payload is all ones would overflow: only a float32 input can bring one.
@@ -32,7 +32,30 @@ INLINE U round_bf16(F f) {
   return (CAREFUL ? (U)(f != f ? (I)(u | 0x400000) : (I)r) : r) & 0xFFFF0000;
 }
 
-// Sixteen elements. SPLIT: the even ones and the odd ones, what a bfloat16 load gives for a shift and a mask.
+INLINE U pick(I mask, U a, U b) { return ((U)mask & a) | (~(U)mask & b); }
+
+// float16 in the low half of each lane. A subnormal becomes the difference of two normal numbers, so that a thread which
+// flushes subnormals reads it too.
+INLINE F from_f16(U h) {
+  U bits = (h & 0x7FFF) << 13, normal = bits + (112u << 23);
+  F small = (F)(bits + (113u << 23)) - 0x1p-14f;
+  U out = pick(bits < 1u << 23, (U)small, pick(bits >= 0x1Fu << 23, normal + (112u << 23), normal));
+  return (F)(out | (h & 0x8000) << 16);
+}
+
+// To nearest even, in the low half: infinity from 65520 on, NaN stays NaN; below 2^-14 an addition does the rounding.
+INLINE U to_f16(F f) {
+  U u = (U)f, bits = u & 0x7FFFFFFF;
+  U normal = (bits - (112u << 23) + 0xFFF + ((bits >> 13) & 1)) >> 13, small = (U)((F)bits + 0.5f) - 0x3F000000u;
+  U large = pick(bits > 0x7F800000u, U{} + 0x7E00, U{} + 0x7C00);
+  return pick(bits < 113u << 23, small, pick(bits >= 143u << 23, large, normal)) | (u >> 16 & 0x8000);
+}
+
+// To a type of 16 bits, as a float again.
+template <bool CAREFUL>
+INLINE F rounded(F f, int type) { return type == AFD_BF16 ? (F)round_bf16<CAREFUL>(f) : from_f16(to_f16(f)); }
+
+// Sixteen elements. SPLIT: the even ones and the odd ones, what a load of 16-bit numbers gives for a shift and a mask.
 struct Pair { F x[2]; };
 
 template <bool SPLIT>
@@ -41,6 +64,11 @@ INLINE Pair load(const void* p, int type, int64_t i) {
     U u;
     memcpy(&u, (const uint16_t*)p + i, sizeof u);
     return {(F)(u << 16), (F)(u & 0xFFFF0000)};
+  }
+  if (SPLIT && type == AFD_F16) {
+    U u;
+    memcpy(&u, (const uint16_t*)p + i, sizeof u);
+    return {from_f16(u & 0xFFFF), from_f16(u >> 16)};
   }
   F a, b;
   memcpy(&a, (const float*)p + i, sizeof a);
@@ -69,6 +97,11 @@ template <bool SPLIT, bool STREAM = false, bool CAREFUL = true>
 INLINE void store(void* p, int type, int64_t i, Pair f) {
   if (SPLIT && type == AFD_BF16) {
     U u = round_bf16<CAREFUL>(f.x[0]) >> 16 | round_bf16<CAREFUL>(f.x[1]);
+    write<STREAM>((uint16_t*)p + i, &u, sizeof u);
+    return;
+  }
+  if (SPLIT && type == AFD_F16) {
+    U u = to_f16(f.x[0]) | to_f16(f.x[1]) << 16;
     write<STREAM>((uint16_t*)p + i, &u, sizeof u);
     return;
   }
@@ -105,9 +138,12 @@ struct Run {  // elements with one t and sigma
   F acc[AFD_SLOTS];
 };
 
-// TYPE: what all tensors are, or ANY; then masks and stats are possible too. OLD: whether there is a v_old.
-enum { ANY = -1, STEP = 2 * W };
-template <int TYPE, bool OLD, bool GRAD, bool SUMS>
+INLINE F larger(F a, F b) { return (F)pick(a > b, (U)a, (U)b); }
+
+// TYPE: what all tensors are (y may be float32 among 16-bit ones), or ANY; then masks are possible too. OLD: whether there is
+// a v_old. SUMS: none, those of the loss, or with the statistics.
+enum { ANY = -1, STEP = 2 * W, LOSS = 1, STATS = 2 };
+template <int TYPE, bool OLD, bool GRAD, int SUMS>
 INLINE void step(const AfdCall& c, Run& u, int64_t i) {
   constexpr bool SPLIT = TYPE != AFD_F32;
   auto type = [](int of) { return TYPE == ANY ? of : TYPE; };
@@ -115,7 +151,7 @@ INLINE void step(const AfdCall& c, Run& u, int64_t i) {
   Pair Y = load<SPLIT>(u.y, SPLIT ? u.y_type : 0, i), O = OLD ? load<SPLIT>(u.old, type(c.old_type), i) : V;
   if (u.ref) R = load<SPLIT>(u.ref, type(c.ref_type), i);
   for (const char* p : {u.v, u.x0, u.y, u.ref})  // without: 1.2 of a copy, with: 1.0 (two cores, 32 Mi elements)
-    if (TYPE == AFD_BF16 && p) __builtin_prefetch(p + 2 * i + 768);
+    if ((TYPE == AFD_BF16 || TYPE == AFD_F16) && p) __builtin_prefetch(p + 2 * i + 768);
   U bytes = {};
   if (TYPE == ANY && u.mask) {
     H pairs;
@@ -133,7 +169,7 @@ INLINE void step(const AfdCall& c, Run& u, int64_t i) {
     if (c.x0_space) {
       if (c.source != AFD_XT) {
         y = (1.0f - u.t) * x0 + u.t * y;
-        if (type(c.x0_type) == AFD_BF16) y = (F)round_bf16<TYPE == ANY>(y);  // as the network saw it
+        if (type(c.x0_type) != AFD_F32) y = rounded<TYPE == ANY>(y, type(c.x0_type));  // as the network saw it
       }
       w = y - x0;
     } else {
@@ -151,11 +187,14 @@ INLINE void step(const AfdCall& c, Run& u, int64_t i) {
         u.acc[S_SIZE] += magnitude(pos);
         if (OLD) u.acc[S_SIZE_GAP] += magnitude(pos) - magnitude(neg);
       }
-      if (TYPE == ANY) {
-        u.acc[S_KEPT] += ones;
-        u.acc[S_DRIFT] += (v - old) * (v - old);
+      if (TYPE == ANY) u.acc[S_KEPT] += ones;
+      if (SUMS == STATS) {
+        F drift = (v - old) * (v - old), clean = x0 * x0;
+        if (OLD) u.acc[S_DRIFT] += drift, u.acc[S_DRIFT_MAX] = larger(drift, u.acc[S_DRIFT_MAX]);
         u.acc[S_V] += v * v;
-        u.acc[S_REF] += u.ref ? ref * ref : F{};
+        u.acc[S_X0] += clean;
+        u.acc[S_X0_MAX] = larger(clean, u.acc[S_X0_MAX]);
+        if (u.ref) u.acc[S_REF] += ref * ref, u.acc[S_OLD_REF] += (old - ref) * (old - ref);
       }
     }
   }
@@ -163,7 +202,7 @@ INLINE void step(const AfdCall& c, Run& u, int64_t i) {
   if (GRAD && !u.stream) store<SPLIT, false, TYPE == ANY>(u.grad, type(c.grad_type), i, G);
 }
 
-template <int TYPE, bool OLD, bool GRAD, bool SUMS>
+template <int TYPE, bool OLD, bool GRAD, int SUMS>
 INLINE void run(const AfdCall& given, const Run& start, double* part) {
   const AfdCall c = given;  // copies: a store through char* could alias the originals
   Run u = start;
@@ -187,33 +226,48 @@ INLINE void run(const AfdCall& given, const Run& start, double* part) {
     for (int k = 0; k < AFD_SLOTS; k++) u.acc[k] = tail.acc[k];
   }
   if (!SUMS) return;
-  for (int k = 0; k < AFD_SLOTS; k++) for (int j = 0; j < W; j++) part[k] += u.acc[k][j];
+  for (int k = 0; k < AFD_SLOTS; k++) for (int j = 0; j < W; j++) part[k] = afd_join(k, part[k], u.acc[k][j]);
   if (!OLD) part[S_NEG] = part[S_POS];
 }
 
 typedef void Runner(const AfdCall&, const Run&, double*);
 #define RUNNER(NAME, TYPE, OLD, GRAD, SUMS) \
   CLONES static void NAME(const AfdCall& c, const Run& u, double* p) { run<TYPE, OLD, GRAD, SUMS>(c, u, p); }
-#define RUNNERS(NAME, TYPE, OLD)          \
-  RUNNER(NAME##_sums, TYPE, OLD, 0, 1)    \
-  RUNNER(NAME##_grad, TYPE, OLD, 1, 0)    \
-  RUNNER(NAME##_both, TYPE, OLD, 1, 1)    \
-  static Runner* const NAME[] = {NAME##_sums, NAME##_grad, NAME##_both};
-RUNNERS(any_old, ANY, true)
-RUNNERS(any_new, ANY, false)
-RUNNERS(f32_old, AFD_F32, true)
+#define RUNNERS(NAME, TYPE, OLD)             \
+  RUNNER(NAME##_sums, TYPE, OLD, 0, LOSS)    \
+  RUNNER(NAME##_grad, TYPE, OLD, 1, 0)       \
+  RUNNER(NAME##_both, TYPE, OLD, 1, LOSS)    \
+  static Runner* const NAME[] = {NAME##_grad, NAME##_sums, NAME##_both};
+#define STATS_RUNNERS(NAME, TYPE, OLD)       \
+  RUNNER(NAME##_sums, TYPE, OLD, 0, STATS)   \
+  RUNNER(NAME##_both, TYPE, OLD, 1, STATS)   \
+  static Runner* const NAME[] = {nullptr, NAME##_sums, NAME##_both};
 RUNNERS(f32_new, AFD_F32, false)
-RUNNERS(bf16_old, AFD_BF16, true)
+RUNNERS(f32_old, AFD_F32, true)
 RUNNERS(bf16_new, AFD_BF16, false)
+RUNNERS(bf16_old, AFD_BF16, true)
+RUNNERS(f16_new, AFD_F16, false)
+RUNNERS(f16_old, AFD_F16, true)
+RUNNERS(any_new, ANY, false)
+RUNNERS(any_old, ANY, true)
+STATS_RUNNERS(bf16_new_stats, AFD_BF16, false)
+STATS_RUNNERS(bf16_old_stats, AFD_BF16, true)
+STATS_RUNNERS(f16_new_stats, AFD_F16, false)
+STATS_RUNNERS(f16_old_stats, AFD_F16, true)
+STATS_RUNNERS(any_new_stats, ANY, false)
+STATS_RUNNERS(any_old_stats, ANY, true)
 
 static Runner* choose(const AfdCall& c, bool grad, bool sums) {
   int type = c.v_type;
   bool same = c.x0_type == type && (!c.v_old || c.old_type == type) && (!c.v_ref || c.ref_type == type) &&
-              (!grad || c.grad_type == type) && (c.source == AFD_SEED || c.y_type == type);
-  if (c.mask || c.stats || !same) type = ANY;
-  auto table = type == ANY ? c.v_old ? any_old : any_new : type == AFD_F32 ? c.v_old ? f32_old : f32_new
-                                                                          : c.v_old ? bf16_old : bf16_new;
-  return table[!grad ? 0 : !sums ? 1 : 2];
+              (!grad || c.grad_type == type) &&
+              (c.source == AFD_SEED || c.y_type == type || (type != AFD_F32 && c.y_type == AFD_F32));
+  enum { MIXED = 3 };
+  static Runner* const* const plain[][2] = {{f32_new, f32_old}, {bf16_new, bf16_old}, {f16_new, f16_old}, {any_new, any_old}};
+  static Runner* const* const stats[][2] = {  // float32 gains nothing from a runner for it
+    {any_new_stats, any_old_stats}, {bf16_new_stats, bf16_old_stats}, {f16_new_stats, f16_old_stats}, {any_new_stats, any_old_stats}};
+  auto row = (c.stats && sums ? stats : plain)[c.mask || !same ? (int)MIXED : type];
+  return row[c.v_old != nullptr][!sums ? 0 : grad ? 2 : 1];
 }
 
 static void sweep(const AfdCall& c, bool grad, bool sums) {
@@ -246,7 +300,7 @@ static void sweep(const AfdCall& c, bool grad, bool sums) {
       u.n = stop - i; u.t = c.t[k]; u.k = afd_constants(c, b, c.sigma ? c.sigma[k] : c.t[k]);
       double add[AFD_SLOTS] = {};
       runner(c, u, add);
-      for (int s = 0; s < AFD_SLOTS; s++) part[s] += add[s];
+      for (int s = 0; s < AFD_SLOTS; s++) part[s] = afd_join(s, part[s], add[s]);
       i = stop;
     }
   }
@@ -254,7 +308,7 @@ static void sweep(const AfdCall& c, bool grad, bool sums) {
   for (int64_t b = 0; b < B; b++)
     for (int k = 0; k < AFD_SLOTS; k++) {
       double total = 0;
-      for (int64_t tile = first[b]; tile < first[b + 1]; tile++) total += c.part[tile * AFD_SLOTS + k];
+      for (int64_t tile = first[b]; tile < first[b + 1]; tile++) total = afd_join(k, total, c.part[tile * AFD_SLOTS + k]);
       c.sums[k * B + b] = total;
     }
 }
