@@ -117,11 +117,17 @@ FINISH = dict(
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_everything_compiles(capability, dtype):
     full = OFF | dict(
-        X0=True, REF_X0=True, SOURCE=SEED, HAS_OLD=True, HAS_MASK=True, HAS_SIGMA=True, GRAD=True, SCALED=True,
-        SUMS=EVERY,
+        X0=True, REF_X0=True, SOURCE=SEED, HAS_OLD=True, HAS_MASK=True, HAS_SIGMA=True, SUMS=EVERY,
     )  # fmt: skip
+    gradient = dict(GRAD=True, SUMS=EVERY & ~(Slot.SIZE.bit | Slot.SIZE_GAP.bit))  # these two come from a sweep before
+    both = build(kernels.sweep_kernel, dtype, full | gradient, capability)
+    assert (
+        both.spills <= 16
+    )  # registers, to the cache: statistics of masked samples from a seed, in the gradient's sweep
+    plain = dict(GRAD=True, SUMS=PLAIN | Slot.NEG.bit | Slot.KEPT.bit)
     for kernel, flags in (
-        (kernels.sweep_kernel, full), (kernels.sweep_kernel, OFF | dict(SOURCE=X_T, GRAD=True, GUARD=True, SCALED=True)),
+        (kernels.sweep_kernel, full), (kernels.sweep_kernel, full | gradient | dict(HAS_MASK=False)),
+        (kernels.sweep_kernel, full | plain), (kernels.sweep_kernel, full | plain | dict(SCALED=True)), (kernels.sweep_kernel, OFF | dict(SOURCE=X_T, GRAD=True, GUARD=True, SCALED=True)),
         (kernels.reduce_kernel, dict(SUMS=EVERY, PACKED=True, CU_BLOCK=8)), (kernels.finish_kernel, FINISH),
         (kernels.finish_kernel, FINISH | dict(PACKED=True, SUMS=0, ADAPTIVE=False)),
         (noise_kernels.forward_noise_kernel, dict(SEED=True, PER_FRAME=True)),

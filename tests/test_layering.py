@@ -13,7 +13,7 @@ FLOORS = [  # from the ground up
     ("errors",),
     ("reference", "files"),
     ("ops", "video_io"),
-    ("teachers",),
+    ("teachers", "dropin"),
     ("students", "judges", "evaluation"),
     ("rollout", "discriminators"),
     ("generate", "config"),

@@ -126,6 +126,12 @@ def test_stats():
     torch.testing.assert_close(s.v_norm, flat["v"].norm(dim=1))
     torch.testing.assert_close(s.v_ref_norm, flat["v_ref"].norm(dim=1))
     torch.testing.assert_close(s.old_deviation, (flat["v"] - flat["v_old"]).square().mean(1))
+    flat["x0"] = inputs["x0"].flatten(1)
+    torch.testing.assert_close(s.old_deviation_max, (flat["v"] - flat["v_old"]).square().amax(1))
+    torch.testing.assert_close(s.old_prior, (flat["v_old"] - flat["v_ref"]).square().mean(1))
+    torch.testing.assert_close(s.x0_square, flat["x0"].square().mean(1))
+    torch.testing.assert_close(s.x0_square_max, flat["x0"].square().amax(1))
+    torch.testing.assert_close(s.r_mean, r.mean())
     assert not any(x.requires_grad for x in s)
 
 

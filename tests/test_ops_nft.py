@@ -336,6 +336,39 @@ def test_rows_are_fields_of_the_stats():
     assert set(ops.STATISTICS) | totals == set(afd_fast.NFTStats._fields) and len(totals) == len(Total)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "change", [{}, {"v_old": None}, {"v_ref": None}, {"element_mask": torch.rand(3, 9001) > 0.5}], ids=str
+)
+def test_statistics_equal_float64(backend, dtype, change):
+    """Also the maxima, over tiles, tails and masks; and a NaN, which a maximum could lose."""
+    inputs = make((3, 9001), dtype) | change
+    inputs["x_t"] = inputs.pop("noise")
+    stats = [afd_fast.nft_loss(**i, recipe="diffusionnft", return_stats=True)[1] for i in (inputs, widened(inputs))]
+    for name, found, exact in zip(stats[0]._fields, *stats):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")  # noqa: B023
+    bad = inputs["x0"].clone()
+    bad[1, 17] = float("nan")
+    _, s = afd_fast.nft_loss(**inputs | {"x0": bad, "element_mask": None}, recipe="diffusionnft", return_stats=True)
+    assert s.x0_square_max.isnan().tolist() == s.x0_square.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.skipif(native.library() is None, reason="the C++ library is not built")
+def test_float16_is_native_and_rounds_exactly():
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16).view(1, -1)
+    assert native.serves(every)
+    copied = afd_fast.forward_noise(every, torch.zeros(1), noise=torch.zeros_like(every))
+    finite = every.isfinite()
+    assert torch.equal(copied[finite], every[finite]) and copied[every.isnan()].isnan().all()
+    g = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (1, 1 << 18), generator=g).to(torch.int32).view(torch.float32)
+    ties = ((torch.arange(1 << 18) << 12) + (90 << 23)).to(torch.int32).view(torch.float32).view(1, -1)  # 2^-37 .. 2^91
+    for x in (bits, ties, -ties):
+        found = afd_fast.forward_noise(torch.zeros_like(x, dtype=torch.float16), torch.ones(1), noise=x)
+        real = ~x.isnan()
+        assert torch.equal(found[real], x.half()[real]) and found[~real].isnan().all()
+
+
 def test_seed_wraps_to_64_bits():
     assert wrap_seed(2**64 - 1) == -1 and wrap_seed(2**63) == -(2**63) and wrap_seed(5) == 5
     x0, t = torch.zeros(1, 64), torch.ones(1)
