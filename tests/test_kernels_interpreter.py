@@ -41,7 +41,7 @@ def make(shape=(2, 5000), dtype=torch.float32, recipe="diffusionnft", source="no
         v=n(), x0=n(), r=torch.rand(shape[0], generator=g), t=0.1 + 0.8 * torch.rand(shape[0], frames, generator=g),
         noise=n() if source == "noise" else None, seed=0x123456789ABCDEF if source == "seed" else None,
         x_t=n() if source == "x_t" else None, v_old=n(), v_ref=n(), sigma=None, sample_mask=None, ref_mask=None,
-        element_mask=None, cu_seqlens=None, inner=count // frames, recipe=recipe.key, stats=True,
+        element_mask=None, each=None, policy_weight=None, prior_weight=None, cu_seqlens=None, inner=count // frames, recipe=recipe.key, stats=True,
     )  # fmt: skip
     return ops.Inputs(**values | change)
 
@@ -55,7 +55,7 @@ def check(i, scale=3.0, watch=True):
     tensors = [n for n, x in zip(TENSORS, (i.v, i.x0, i.v_old, i.v_ref)) if x is not None]
     tensors += [] if i.seed is not None else ["y_ptr"]
     loss, totals, rows = ops._sums(i)
-    exact = ops._gradient((1.0, 1.0), i._replace(v=i.v.float())).double()
+    exact, apart = (ops._gradient(pair, i._replace(v=i.v.float())).double() for pair in ((1.0, 1.0), (scale, -2.0)))
     with sanitize() as report:
         found = kernels.nft_loss(*i)
     report.check(read_once=tensors if watch else ())
@@ -72,14 +72,15 @@ def check(i, scale=3.0, watch=True):
     info = torch.finfo(i.v.dtype)
     bound = (info.eps * 0.51 + 2e-6) * top + info.smallest_normal * info.eps
     assert error(grad, exact) <= bound
-    go = torch.tensor(scale)
+    go = torch.tensor(scale).expand(2)
     with sanitize() as report:
         alone = kernels.nft_loss_backward(go, found[2], *i)
     report.check(read_once=tensors if watch else (), written_once=["grad_ptr"])
     assert error(alone, scale * exact) <= scale * bound
+    assert error(kernels.nft_loss_backward(torch.tensor([scale, -2.0]), found[2], *i), apart) <= 2 * scale * bound
     kept = grad.clone()
     with sanitize() as report:
-        kernels.nft_loss_redo(torch.tensor(1.0), found[2], *i, grad)
+        kernels.nft_loss_redo(torch.tensor(1.0).expand(2), found[2], *i, grad)
     report.check()
     assert (
         torch.equal(grad, kept)
@@ -112,6 +113,31 @@ def test_options(change, recipe):
         check(make(recipe=recipe, source="seed" if "element_mask" in change else "noise", **change))
 
 
+def _each(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("change", [
+    {"each": _each(2, 5000)}, {"each": _each(2, 5000), "v_old": None, "element_mask": _each(2, 5000) > 0.3},
+    {"each": _each(2, 5000), "element_mask": _each(2, 5000)}, {"element_mask": _each(2, 5000) * (_each(2, 5000) > 0.3)},
+    {"policy_weight": _each(2), "prior_weight": 3 * _each(2)}, {"sample_mask": _each(2), "ref_mask": 0.1 * _each(2)},
+], ids=lambda c: ",".join(c))  # fmt: skip
+@pytest.mark.parametrize("recipe", ["afd", "gardo"])
+def test_weights_and_dense_r(change, recipe):
+    check(make(recipe=recipe, dtype=torch.bfloat16 if "policy_weight" in change else torch.float32, **change))
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"element_mask": _each(2, 5000) > 0.3}, {"v_old": None}], ids=lambda c: ",".join(c)
+)
+@pytest.mark.parametrize("fields", [
+    {"form": "dpo", "dpo_beta": 1.3}, {"form": "dpo", "dpo_beta": 40.0, "weighting": "none"}, {"shared_weight": True},
+    {"ref_reduction": "batch"}, {"ref_reduction": "batch", "sample_reduction": "sum", "batch_reduction": "sum"},
+], ids=str)  # fmt: skip
+def test_fields(fields, change):
+    check(make(recipe=afd_fast.nft_recipe("diffusionnft", **fields), **change))
+
+
 @pytest.mark.parametrize("batch,size", [(1, 1), (3, 7), (1, 4095), (3, 4096), (1, 4097), (2, 13001)])
 def test_sizes(batch, size):
     check(make((batch, size), seed=size))
@@ -142,7 +168,7 @@ def test_bad_offsets_stay_inside_and_give_nan(offsets):
     grad = torch.zeros_like(i.v)
     with sanitize() as report:  # raises outside of a tensor
         loss, _, rows = kernels.nft_loss_with_grad(*i, grad)
-        kernels.nft_loss_backward(torch.tensor(1.0), rows, *i)
+        kernels.nft_loss_backward(torch.ones(2), rows, *i)
     assert loss.isnan() and not report.errors
 
 

@@ -215,6 +215,10 @@ def test_statistics_of_an_r_per_element():
     torch.testing.assert_close(s.neg_loss, neg.detach(), rtol=1e-12, atol=0)
     signal = ((2 * c.each - 1) * (e_pos**2 / w_pos + e_neg**2 / w_neg) / 2).mean()
     torch.testing.assert_close(s.signal, signal.detach(), rtol=1e-12, atol=0)
+    keep = c.element.expand(B, *SHAPE) > 0.5
+    _, s = nft_loss(c.v, c.x0, c.each, c.t, **c.given, element_mask=keep, recipe="diffusionnft", return_stats=True)
+    expected = torch.stack([r[m].mean() for r, m in zip(c.each, keep)]).mean()
+    torch.testing.assert_close(s.r_mean, expected, rtol=1e-12, atol=0)
 
 
 def test_integer_masks_only_select():

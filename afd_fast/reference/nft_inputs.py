@@ -314,6 +314,7 @@ def prepare(v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, recipe: NFTReci
         keep = mask != 0  # what does not count may be NaN
         wide, clean, old, target = (torch.where(keep, x, 0) for x in (wide, clean, old, target))
         ref = None if ref is None else torch.where(keep, ref, 0)
+        r = torch.where(keep, r, 0) if r.ndim > 1 else r
         weights = mask.to(work) if mask.is_floating_point() else None
         elements = (keep if weights is None else weights).reshape(len(x0), -1).sum(1).to(work)
         elements = elements if rows is None else elements.new_zeros(samples).index_add(0, rows, elements)
