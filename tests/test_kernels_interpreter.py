@@ -5,6 +5,7 @@ Needs its own process: TRITON_INTERPRET=1 pytest tests/test_kernels_interpreter.
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,12 +16,12 @@ import triton
 import triton.language as tl
 from afd_kernels import nft as kernels
 from afd_kernels import noise as noise_kernels
-from afd_kernels.layout import COEFFICIENTS, Row
+from afd_kernels.layout import COEFFICIENTS, Frames, Row
 
 import afd_fast
 from afd_fast.ops import nft_operators as ops
 from afd_fast.reference import flow
-from tests.interpreter import install, sanitize
+from tests.interpreter import fused_multiply_add, install, sanitize
 
 install()
 TENSORS = ["v_ptr", "x0_ptr", "old_ptr", "ref_ptr"]
@@ -143,11 +144,12 @@ def test_sizes(batch, size):
     check(make((batch, size), seed=size))
 
 
-@pytest.mark.parametrize("frames,inner", [(5, 1000), (5, 100), (5000, 1)])
+@pytest.mark.parametrize("frames,inner", [(5, 1000), (5, 100), (5000, 1), (5, 1032), (3, 1027)])
 @pytest.mark.parametrize("source", ["noise", "seed"])
 def test_frames(frames, inner, source):
     sigma = 0.1 + 0.8 * torch.rand(2, frames, generator=torch.Generator().manual_seed(1))
-    check(make(recipe="astrolabe", source=source, frames=frames, inner=inner, sigma=sigma))
+    shape = (2, frames * inner * -(-5000 // (frames * inner)))  # whole periods, two tiles or more
+    check(make(shape, recipe="astrolabe", source=source, frames=frames, inner=inner, sigma=sigma))
 
 
 def test_packed():
@@ -192,7 +194,8 @@ def test_weight_floor():
 
 
 @pytest.mark.parametrize(
-    "shape,frames,inner", [((2, 5000), 1, 5000), ((1, 3), 1, 3), ((3, 4097), 1, 4097), ((2, 5000), 5, 100)]
+    "shape,frames,inner",
+    [((2, 5000), 1, 5000), ((1, 3), 1, 3), ((3, 4097), 1, 4097), ((2, 5000), 5, 100), ((2, 6192), 3, 1032)],
 )
 @pytest.mark.parametrize("seed", [0, -7, 2**63 - 1])
 def test_noise_bits(shape, frames, inner, seed):
@@ -211,6 +214,22 @@ def test_noise_bits(shape, frames, inner, seed):
     assert torch.equal(
         found, flow.forward_noise(x0.view(view), t.view(-1, 1, frames, 1), noise=noise.view(view)).view(shape)
     )
+
+
+def test_kinds_of_frames():
+    assert [Frames.of(*x) for x in ((1, 8, 1), (2, 1024, 1), (2, 1016, 1), (2, 1028, 1), (2, 1024, 2**23), (2, 1024, 2**23 + 1))] == [
+        Frames.ONE, Frames.LONG, Frames.SHORT, Frames.SHORT, Frames.LONG, Frames.SHORT
+    ]  # fmt: skip
+
+
+def test_fma_is_rounded_once():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).numpy()
+    y, near = x[::-1].copy(), -(x * x[::-1])
+    left = fused_multiply_add(x, y, near)  # what a float32 product loses
+    assert (left == x.astype(float) * y + near).all() and (left != 0).mean() > 0.9
+    one, two = np.float32(1 + 2**-18) / 4096, np.float32(1 - 2**-18) / 4096
+    odd = np.float32([1 + 2**-23])  # the sum lies 2^-60 below a midpoint, where float64 sees the midpoint
+    assert fused_multiply_add(one + 0 * odd, two + 0 * odd, odd) == odd
 
 
 @triton.jit

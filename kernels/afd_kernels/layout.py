@@ -81,6 +81,21 @@ class Source(IntEnum):
     X_T = 2
 
 
+class Frames(IntEnum):
+    """How t and sigma lie over a sample's elements; its frames are `inner` consecutive elements each."""
+
+    ONE = 0  # one value a sample
+    LONG = 1  # a quarter of a tile meets one border at most, and no border splits the eight elements of a thread
+    SHORT = 2  # anything else: every element looks up its frame
+
+    @classmethod
+    def of(cls, frames: int, inner: int, tiles: int) -> "Frames":
+        """What `frames` values per sample of `tiles` tiles are."""
+        if frames == 1:
+            return cls.ONE
+        return cls.LONG if inner >= TILE // 4 and inner % 8 == 0 and tiles <= 2**32 * 8 // TILE else cls.SHORT
+
+
 def rows_contiguous(x: Tensor) -> bool:
     """Whether every sample x[b] is contiguous; the stride between samples is free."""
     expected = 1

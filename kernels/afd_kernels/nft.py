@@ -18,8 +18,8 @@ from torch import Tensor
 
 from afd_kernels._finish import R_DIFFERENCE, R_REFERENCE, R_SUM, finish_kernel, packed_rows, reduce_kernel
 from afd_kernels._launch import WARPS, check_size, on, rows
-from afd_kernels.layout import MAXIMA, TILE, Row, Slot, Source, Total
-from afd_kernels.noise import level, normal4
+from afd_kernels.layout import MAXIMA, TILE, Frames, Row, Slot, Source, Total
+from afd_kernels.noise import ONE, first_frame, level, next_quarter, normal4, widen
 
 SLOTS = tl.constexpr(len(Slot))
 FIRST_MAX = tl.constexpr(MAXIMA.value)
@@ -48,38 +48,38 @@ def _place(
 
 @triton.jit
 def _part(
-    v_ptr, x0_ptr, y_ptr, old_ptr, ref_ptr, mask_ptr, each_ptr, grad_ptr, t_ptr, sigma_ptr, e, n, left, start, inner,
+    v, x0_ptr, y_ptr, old_ptr, ref_ptr, mask_ptr, each_ptr, grad_ptr, t_ptr, sigma_ptr, e, frame, since, n, left, q, inner,
     frames, beta, cd, cs, cr, X0: tl.constexpr, REF_X0: tl.constexpr, SOURCE: tl.constexpr, HAS_OLD: tl.constexpr,
-    HAS_REF: tl.constexpr, HAS_MASK: tl.constexpr, WEIGHTED: tl.constexpr, HAS_EACH: tl.constexpr, BY_R: tl.constexpr, HAS_SIGMA: tl.constexpr, PER_FRAME: tl.constexpr,
+    HAS_REF: tl.constexpr, HAS_MASK: tl.constexpr, WEIGHTED: tl.constexpr, HAS_EACH: tl.constexpr, BY_R: tl.constexpr,
+    HAS_SIGMA: tl.constexpr, FRAMES: tl.constexpr,
     GRAD: tl.constexpr,
 ):  # fmt: skip
     """A quarter of a tile -> the summands of every slot, in the order of `Slot`. SOURCE: a `Source`."""
     m = n < left
-    t = level(t_ptr, start, inner, frames, n, m, PER_FRAME)
+    t = level(t_ptr, frame, since, inner, frames, q, m, FRAMES)
     sigma = t
     if HAS_SIGMA:
-        sigma = level(sigma_ptr, start, inner, frames, n, m, PER_FRAME)
-    v = tl.load(v_ptr + n, mask=m, other=0.0).to(tl.float32)
-    x0 = tl.load(x0_ptr + n, mask=m, other=0.0).to(tl.float32)
+        sigma = level(sigma_ptr, frame, since, inner, frames, q, m, FRAMES)
+    x0 = widen(tl.load(x0_ptr + n, mask=m, other=0.0))
     y = e
     if SOURCE != SEED:
-        y = tl.load(y_ptr + n, mask=m, other=0.0).to(tl.float32)
+        y = widen(tl.load(y_ptr + n, mask=m, other=0.0))
     old = v
     if HAS_OLD:
-        old = tl.load(old_ptr + n, mask=m, other=0.0).to(tl.float32)
+        old = widen(tl.load(old_ptr + n, mask=m, other=0.0))
     ref = v
     if HAS_REF:
-        ref = tl.load(ref_ptr + n, mask=m, other=0.0).to(tl.float32)
+        ref = widen(tl.load(ref_ptr + n, mask=m, other=0.0))
     keep = m
     if HAS_MASK:  # an element outside is zero everywhere: it adds nothing, and its gradient is zero
-        weight = tl.load(mask_ptr + n, mask=m, other=0).to(tl.float32)
+        weight = tl.load(mask_ptr + n, mask=m, other=0)
         keep = weight != 0
         v = tl.where(keep, v, 0.0)
         old = tl.where(keep, old, 0.0)
         ref = tl.where(keep, ref, 0.0)
     if X0:
         if SOURCE != X_T:  # rounded as the network saw it
-            y = ((1.0 - t) * x0 + t * y).to(x0_ptr.dtype.element_ty).to(tl.float32)
+            y = widen(((1.0 - t) * x0 + t * y).to(x0_ptr.dtype.element_ty))
         w = y - x0
         s = -sigma
     else:
@@ -93,9 +93,12 @@ def _part(
     if REF_X0:
         gap_scale = sigma
     a = s * old + w
-    d = v * 0.0
+    pos = a
+    neg = a
     if HAS_OLD:
         d = (s * beta) * (v - old)
+        pos = a + d
+        neg = a - d
     gap = gap_scale * (v - ref)
     each = 0.0
     if HAS_EACH:
@@ -119,8 +122,6 @@ def _part(
         if WEIGHTED:
             g = weight * g
         tl.store(grad_ptr + n, g.to(grad_ptr.dtype.element_ty), mask=m)
-    pos = a + d
-    neg = a - d
     size = tl.abs(pos)
     drift = v - old
     clean = x0
@@ -183,7 +184,8 @@ def sweep_kernel(
     frames: tl.int32, inner: tl.int32, beta: tl.float32,
     X0: tl.constexpr, REF_X0: tl.constexpr, SOURCE: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_MASK: tl.constexpr, WEIGHTED: tl.constexpr, HAS_EACH: tl.constexpr, BY_R: tl.constexpr, HAS_SIGMA: tl.constexpr,
-    PER_FRAME: tl.constexpr, GRAD: tl.constexpr, SCALED: tl.constexpr, GUARD: tl.constexpr, SUMS: tl.constexpr, PACKED: tl.constexpr, CU_BLOCK: tl.constexpr,
+    FRAMES: tl.constexpr, GRAD: tl.constexpr, SCALED: tl.constexpr, GUARD: tl.constexpr, SUMS: tl.constexpr,
+    PACKED: tl.constexpr, CU_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program = one tile of one sample. SUMS: bit mask of the slots to store. GUARD: do nothing for go = [1, 1]."""
     pid = tl.program_id(0)
@@ -201,10 +203,6 @@ def sweep_kernel(
         cd = tl.load(rows_ptr + samples * R_DIFFERENCE + sample) * scale
         cs = tl.load(rows_ptr + samples * R_SUM + sample) * scale
         cr = tl.load(rows_ptr + samples * R_REFERENCE + sample) * prior_scale
-    period = inner * frames
-    start = 0
-    if PER_FRAME:
-        start = (first % period).to(tl.int32)
     v = v_ptr + row * v_stride + first
     x0 = x0_ptr + row * x0_stride + first
     y = y_ptr + row * y_stride + first
@@ -215,18 +213,25 @@ def sweep_kernel(
     grad = grad_ptr + row * grad_stride + first
     t = t_ptr + sample * frames
     sigma = sigma_ptr + sample * frames
+    if FRAMES == ONE:
+        t = tl.load(t)
+        if HAS_SIGMA:
+            sigma = tl.load(sigma)
     q = tl.arange(0, 1024)
+    x = widen(tl.load(v + q, mask=q < left, other=0.0))
     e0, e1, e2, e3 = 0.0, 0.0, 0.0, 0.0
     if SOURCE == SEED:
-        e0, e1, e2, e3 = normal4(seed, tile, sample, q)
-    a = _part(v, x0, y, old, ref, mask, each, grad, t, sigma, e0, q, left, start, inner, frames, beta, cd, cs, cr,
-              X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, WEIGHTED, HAS_EACH, BY_R, HAS_SIGMA, PER_FRAME, GRAD)  # fmt: skip
-    a = _plus(a, _part(v, x0, y, old, ref, mask, each, grad, t, sigma, e1, q + 1024, left, start, inner, frames, beta, cd, cs, cr,
-                       X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, WEIGHTED, HAS_EACH, BY_R, HAS_SIGMA, PER_FRAME, GRAD))  # fmt: skip
-    a = _plus(a, _part(v, x0, y, old, ref, mask, each, grad, t, sigma, e2, q + 2048, left, start, inner, frames, beta, cd, cs, cr,
-                       X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, WEIGHTED, HAS_EACH, BY_R, HAS_SIGMA, PER_FRAME, GRAD))  # fmt: skip
-    a = _plus(a, _part(v, x0, y, old, ref, mask, each, grad, t, sigma, e3, q + 3072, left, start, inner, frames, beta, cd, cs, cr,
-                       X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, WEIGHTED, HAS_EACH, BY_R, HAS_SIGMA, PER_FRAME, GRAD))  # fmt: skip
+        e0, e1, e2, e3 = normal4(seed, tile, sample, q, x)
+    frame, since = first_frame(tile, inner, frames, FRAMES)
+    a = _part(x, x0, y, old, ref, mask, each, grad, t, sigma, e0, frame, since, q, left, q, inner, frames, beta, cd, cs, cr,
+              X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, WEIGHTED, HAS_EACH, BY_R, HAS_SIGMA, FRAMES, GRAD)  # fmt: skip
+    for k in tl.static_range(1, 4):
+        n = q + k * 1024
+        e = e1 if k == 1 else e2 if k == 2 else e3
+        frame, since = next_quarter(frame, since, inner, frames, FRAMES)
+        x = widen(tl.load(v + n, mask=n < left, other=0.0))
+        a = _plus(a, _part(x, x0, y, old, ref, mask, each, grad, t, sigma, e, frame, since, n, left, q, inner, frames, beta, cd, cs, cr,
+                           X0, REF_X0, SOURCE, HAS_OLD, HAS_REF, HAS_MASK, WEIGHTED, HAS_EACH, BY_R, HAS_SIGMA, FRAMES, GRAD))  # fmt: skip
     programs = tl.num_programs(0).to(tl.int64)
     for k in tl.static_range(SLOTS):
         if (SUMS >> k) & 1:
@@ -282,7 +287,7 @@ class _Call:
             SOURCE=(Source.X_T if x_t is not None else Source.SEED if noise is None else Source.NOISE).value,
             HAS_OLD=self.old, HAS_REF=self.ref, HAS_MASK=element_mask is not None, WEIGHTED=weighted,
             HAS_EACH=each is not None, BY_R=c["ref_weight"] == "r", HAS_SIGMA=sigma is not None,
-            PER_FRAME=t.shape[1] > 1,
+            FRAMES=Frames.of(t.shape[1], inner, self.tiles).value,
         )  # fmt: skip
         self.place = dict(PACKED=self.packed, CU_BLOCK=triton.next_power_of_2(self.samples) if self.packed else 1)
         self.policy = _bits({
