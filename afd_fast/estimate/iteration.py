@@ -317,10 +317,6 @@ def tables(e: Estimate, gpu: formulas.GPU) -> tuple[Table, Table]:
     size.add_row("at the peak", short(peak / 1e9), phase)
     if peak >= gpu.memory:
         keys = e.fitting(gpu)
-        way = (
-            f"{' '.join(keys)} does"
-            if keys
-            else "student.frames, student.height and student.width are what is left to lower"
-        )
+        way = f"{' '.join(keys)} does" if keys else "lower rollouts_per_prompt or the size of the videos"
         size.caption = f"[red]does not fit[/] in {gpu.memory / 1e9:.0f} GB: {way}"
     return time, size

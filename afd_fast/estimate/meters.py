@@ -80,7 +80,7 @@ class Meter(TorchDispatchMode):
 
 def metered(call: Callable[[], Any], size: int) -> tuple[Work, int]:
     """Work of a call with operands of `size` bytes, and the bytes that it holds at its peak, results included."""
-    with Meter() as meter, FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, Meter() as meter:  # the counter's mode takes operators apart
         call()
     return work(counter.get_total_flops(), meter.products / size, size) + Work(light=meter.light), meter.peak
 
