@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd_fast.errors import VideoError
+from afd_fast.errors import VideoError, extra
 
 if TYPE_CHECKING:
     import av
@@ -90,7 +90,8 @@ def write_video(
     height, width = array.shape[1:3]
     if not lossless and (height % 2 or width % 2):
         raise VideoError(f"got {height}x{width} pixels, 4:2:0 video needs even sizes: pad it or write lossless=True")
-    import av
+    with extra("train"):
+        import av
 
     with contextlib.ExitStack() as stack:  # opened here: FFmpeg would take a name with a colon for a URL
         target = stack.enter_context(Path(file).open("wb")) if isinstance(file, (str, Path)) else file
@@ -150,7 +151,8 @@ def read_frames(
     ratio, then area resampling. Raises VideoError that names a file that is unreadable, too short, HDR, or changes its
     size where none is given. Only the file itself is read: no URL, no playlist, no pipe.
     """
-    import av
+    with extra("train"):
+        import av
 
     name = file if isinstance(file, (str, Path)) else getattr(file, "name", "the video")
     rate = None if fps is None else Fraction(fps).limit_denominator(1001)
@@ -186,7 +188,8 @@ def read_frames(
 @contextlib.contextmanager
 def _open(file: str | Path | IO[bytes]) -> Iterator[av.container.InputContainer]:
     """The container. FFmpeg gets an open file and not its name, which could be a URL, and no format that names others."""
-    import av
+    with extra("train"):
+        import av
 
     with contextlib.ExitStack() as stack:
         if isinstance(file, (str, Path)):
@@ -200,7 +203,8 @@ def _open(file: str | Path | IO[bytes]) -> Iterator[av.container.InputContainer]
 
 def is_complete(file: Path) -> bool:
     """Whether the file opens and holds every frame that its index lists. Nothing is decoded."""
-    import av
+    with extra("train"):
+        import av
 
     try:
         with _open(file) as container:
@@ -230,7 +234,8 @@ class _Shown(NamedTuple):
 
 def _shown(container: av.container.InputContainer) -> Iterator[_Shown]:
     """The frames of the video stream in the order in which they are shown. A frame is shown until the next one comes."""
-    import av
+    with extra("train"):
+        import av
 
     stream = container.streams.best("video")
     if not isinstance(stream, av.VideoStream):
@@ -327,7 +332,8 @@ def codec_round_trip(video: Tensor, crf: int, fps: float = 24) -> Tensor:
 
 def gif(video: Tensor, fps: float) -> bytes:
     """[3, F, H, W] in [0, 1] as an animated GIF, the format in which TensorBoard shows videos; small frames enlarged."""
-    from PIL import Image
+    with extra("train"):
+        from PIL import Image
 
     zoom = max(1, 96 // video.shape[-2])
     frames = to_uint8(video).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2).permute(1, 2, 3, 0).numpy()

@@ -38,10 +38,7 @@ def compile_kernel(kernel, types: dict, constants: dict, *, capability=90, align
     aligned = (
         [n for n in names if signature[n].startswith("*") or signature[n] == "i64"] if aligned is None else aligned
     )
-    source = ASTSource(
-        kernel, signature, {(names.index(n),): v for n, v in constants.items()},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n in signature},
-    )  # fmt: skip
+    source = _source(kernel, signature, constants, [names.index(n) for n in aligned if n in signature])
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4} | options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -69,6 +66,19 @@ def compile_kernel(kernel, types: dict, constants: dict, *, capability=90, align
     return Compiled(
         number("REG"), number("STACK"), number("LOCAL") + local, dict(loads), dict(stores), count, back,
         built.asm["ptx"], read, written,
+    )  # fmt: skip
+
+
+def _source(kernel, signature: dict, constants: dict, aligned: list[int]) -> ASTSource:
+    if hasattr(triton.backends.compiler, "AttrsDescriptor"):  # Triton 3.2
+        attrs = triton.backends.compiler.AttrsDescriptor.from_dict(
+            {"arg_properties": {"tt.divisibility": aligned, "tt.equal_to": []}, "cls": "AttrsDescriptor"}
+        )
+        return ASTSource(kernel, {n: t for n, t in signature.items() if t != "constexpr"}, constants, attrs)
+    names = kernel.arg_names
+    return ASTSource(
+        kernel, signature, {(names.index(n),): v for n, v in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afd_fast.errors import extra
+
 log = logging.getLogger("afd_fast")
 
 
@@ -175,7 +177,8 @@ def inject(model: nn.Module, targets: list[str] | str, rank: int, alpha: float) 
     """Put adapters of `rank` (scale alpha / rank, dropout 0) on linear layers of `model`; everything else is frozen. targets:
     names, or one regular expression, as PEFT takes them. Adapters are float32, as an update of 1e-5 is below bfloat16's
     resolution, and compute in the layer's dtype: PEFT's casts would keep a float32 copy of every layer's input."""
-    from peft import LoraConfig, inject_adapter_in_model
+    with extra("train"):
+        from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=targets), model)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afd_fast.errors import extra
 from afd_fast.ops.vae import norm_silu
 from afd_fast.reference.vae import with_past
 from afd_fast.students.files import loading
@@ -57,7 +58,8 @@ class WanDecoder:
     ) -> "WanDecoder":
         """From a diffusers Wan folder or repository (its `vae` subfolder), or the folder of the VAE alone. Raises
         ConfigError that names the folder or repository if it cannot be loaded."""
-        from diffusers import AutoencoderKLWan
+        with extra("train"):
+            from diffusers import AutoencoderKLWan
 
         subfolder = None if (Path(path) / "config.json").exists() else "vae"
         with loading("vae", path):
