@@ -1,11 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin/python
-OLDEST_PYTHON ?= $(firstword $(shell command -v python3.10 python3.11 python3.12) $(PYTHON))
+OLDEST_PYTHON ?= $(firstword $(foreach minor,10 11 12,$(shell command -v python3.$(minor))) $(PYTHON))
 CORE := $(addprefix tests/test_, $(addsuffix .py, advantage attention dropin extras functorch layering nft nft_options noise \
 	ops_nft transformer_ops triton_versions))
 
-.PHONY: demo test test-oldest gpu bench lint clean
+.PHONY: demo test test-oldest gpu bench lint dist clean
 
 demo: .venv/installed
 	$(BIN)/afd-fast demo --overwrite
@@ -28,6 +28,11 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+dist: .venv/installed  # an sdist, and a wheel for every Python on Linux with glibc 2.28 (tests/test_packaging.py)
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation --sdist
+	$(BIN)/python -m build --no-isolation --wheel -C=--build-option=--plat-name=manylinux_2_28_$$(uname -m)
 
 clean:
 	rm -rf .venv .venv-oldest build dist runs *.egg-info .pytest_cache .ruff_cache
