@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test gpu bench lint clean
 
 demo: .venv/installed
 	$(BIN)/afd-fast demo --overwrite
@@ -9,6 +9,10 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels_interpreter.py
+	$(BIN)/python -m pytest -q -p tests.fake_cuda.device tests/fake_cuda
+
+gpu:  # on a machine with a GPU, whose PyTorch is used as it is
+	benchmarks/gpu.sh
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.run

@@ -1,12 +1,15 @@
 """Errors whose message tells the user what to change. The command prints them as one line and exits with `exit_code`.
 
-`check_fields` raises the first of them for a setting of the wrong type.
+`check_fields` raises the first of them for a setting of the wrong type, `extra` one for a package that is not installed.
 """
 
+import contextlib
+import importlib.util
 import math
 import numbers
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -49,6 +52,40 @@ class Interrupted(AFDError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved itself."""
 
     exit_code = 130
+
+
+_DEMO = ("PIL", "jinja2", "matplotlib", "peft", "pymunk", "rich", "safetensors", "tensorboard", "av", "typer")
+_EVAL = ("av", "diffusers", "ftfy", "huggingface_hub", "peft", "rich", "safetensors", "transformers", "typer")
+EXTRAS = {  # extra of pyproject.toml -> the modules that it brings
+    "demo": _DEMO,
+    "eval": _EVAL,
+    "train": tuple(sorted({*_DEMO, *_EVAL, "httpx"})),
+}
+
+
+class MissingExtra(AFDError, ImportError):
+    """`who` needs the `module` that an extra of this library brings, and it is not installed."""
+
+    exit_code = 2
+
+    def __init__(self, who: str, name: str, module: str) -> None:
+        missing = [m for m in EXTRAS[name] if m == module or importlib.util.find_spec(m) is None]
+        super().__init__(
+            f"{who} needs the extra [{name}]: pip install 'afd-fast[{name}]' (missing: {', '.join(missing)})"
+        )
+        self.module = module
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports of packages that the extra `name` brings: MissingExtra for one that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS[name]:
+            raise
+        raise MissingExtra("this part of afd_fast", name, module) from None
 
 
 def field_types(settings: type) -> dict[str, Any]:

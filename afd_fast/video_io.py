@@ -1,7 +1,11 @@
 """mp4 in and out through PyAV, and the door: the conversion that every clip passes before a discriminator sees it.
 
+PyAV is imported where a file is opened: what only names a video's size needs no FFmpeg.
+
 Legend: B clips, F frames, H x W pixels; pixels are floats in [0, 1].
 """
+
+from __future__ import annotations
 
 import contextlib
 import functools
@@ -12,24 +16,25 @@ import struct
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.video.reformatter import Colorspace, ColorTrc, Interpolation
 from torch import Tensor
 
-from afd_fast.errors import VideoError
+from afd_fast.errors import VideoError, extra
+
+if TYPE_CHECKING:
+    import av
 
 log = logging.getLogger("afd_fast")
 
 FORMATS = "mov,matroska,avi"  # containers of video; playlists and image sequences name other files
-HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
-ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+HDR = (16, 18)  # FFmpeg's AVCOL_TRC_SMPTE2084 (PQ) and ARIB_STD_B67 (HLG)
+ACCURATE = 0x4 | 0x40000 | 0x2000  # libswscale's BICUBIC, ACCURATE_RND, FULL_CHR_H_INT
 HALF_A_LEVEL = 0.5 / 255  # what rounding to 8 bits forgives
-UNSPECIFIED, BT601 = 2, 6  # FFmpeg's AVColorSpace
+BT709, UNSPECIFIED, BT601 = 1, 2, 6  # FFmpeg's AVColorSpace
 
 
 class VideoFormat(NamedTuple):
@@ -85,6 +90,9 @@ def write_video(
     height, width = array.shape[1:3]
     if not lossless and (height % 2 or width % 2):
         raise VideoError(f"got {height}x{width} pixels, 4:2:0 video needs even sizes: pad it or write lossless=True")
+    with extra("train"):
+        import av
+
     with contextlib.ExitStack() as stack:  # opened here: FFmpeg would take a name with a colon for a URL
         target = stack.enter_context(Path(file).open("wb")) if isinstance(file, (str, Path)) else file
         container = stack.enter_context(av.open(target, "w", format="mp4"))
@@ -143,6 +151,9 @@ def read_frames(
     ratio, then area resampling. Raises VideoError that names a file that is unreadable, too short, HDR, or changes its
     size where none is given. Only the file itself is read: no URL, no playlist, no pipe.
     """
+    with extra("train"):
+        import av
+
     name = file if isinstance(file, (str, Path)) else getattr(file, "name", "the video")
     rate = None if fps is None else Fraction(fps).limit_denominator(1001)
     done, shape = 0, None
@@ -177,6 +188,9 @@ def read_frames(
 @contextlib.contextmanager
 def _open(file: str | Path | IO[bytes]) -> Iterator[av.container.InputContainer]:
     """The container. FFmpeg gets an open file and not its name, which could be a URL, and no format that names others."""
+    with extra("train"):
+        import av
+
     with contextlib.ExitStack() as stack:
         if isinstance(file, (str, Path)):
             if not Path(file).is_file():
@@ -189,6 +203,9 @@ def _open(file: str | Path | IO[bytes]) -> Iterator[av.container.InputContainer]
 
 def is_complete(file: Path) -> bool:
     """Whether the file opens and holds every frame that its index lists. Nothing is decoded."""
+    with extra("train"):
+        import av
+
     try:
         with _open(file) as container:
             sizes = [packet.size for packet in container.demux(video=0) if packet.size and not packet.is_corrupt]
@@ -217,6 +234,9 @@ class _Shown(NamedTuple):
 
 def _shown(container: av.container.InputContainer) -> Iterator[_Shown]:
     """The frames of the video stream in the order in which they are shown. A frame is shown until the next one comes."""
+    with extra("train"):
+        import av
+
     stream = container.streams.best("video")
     if not isinstance(stream, av.VideoStream):
         return
@@ -264,7 +284,7 @@ def _image(shown: _Shown, size: tuple[int, int] | None) -> Tensor:
     """A frame as it is shown, in RGB: [3, H, W] uint8."""
     frame = shown.frame
     untagged = frame.colorspace == UNSPECIFIED and not frame.format.is_rgb
-    matrix = Colorspace.ITU709 if untagged and (frame.width >= 1280 or frame.height > 576) else None  # as players guess
+    matrix = BT709 if untagged and (frame.width >= 1280 or frame.height > 576) else None  # as players guess
     deep = frame.format.components[0].bits > 8  # which swscale's fast path makes up to three levels too dark
     pixels = frame.to_ndarray(
         format="rgb24", src_colorspace=matrix, dst_colorspace=matrix, interpolation=ACCURATE if deep else None
@@ -312,7 +332,8 @@ def codec_round_trip(video: Tensor, crf: int, fps: float = 24) -> Tensor:
 
 def gif(video: Tensor, fps: float) -> bytes:
     """[3, F, H, W] in [0, 1] as an animated GIF, the format in which TensorBoard shows videos; small frames enlarged."""
-    from PIL import Image
+    with extra("train"):
+        from PIL import Image
 
     zoom = max(1, 96 // video.shape[-2])
     frames = to_uint8(video).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2).permute(1, 2, 3, 0).numpy()

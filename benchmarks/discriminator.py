@@ -8,11 +8,9 @@ with its sdpa, right padding, masks, one tower call per side, nothing kept). No 
 different lengths (20 to 200 tokens). The text is words with made-up ids, as long as the template.
 """
 
-import argparse
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from afd_fast.discriminators.videoalign.model import (
     qwen2_vl_2b,
 )
 from afd_fast.ops.attention import BACKENDS, resolve_backend
-from benchmarks.rows import CUDA, DEVICE, DTYPE, Row, Table, append_rows, timed
+from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Row, Table, timed
 
 
 class Words:
@@ -153,8 +151,8 @@ class Bench:
 class Report:
     """Rows of a bench's batch of pairs, with pairs per second."""
 
-    def __init__(self, bench: Bench, repeats: int) -> None:
-        self.bench, self.repeats, self.table = bench, repeats, Table()
+    def __init__(self, bench: Bench, repeats: int, table: Table) -> None:
+        self.bench, self.repeats, self.table = bench, repeats, table
 
     def add(
         self, name: str, variant: str, call: Callable[[], Any], kind: str = "forward", error: float | None = None
@@ -167,9 +165,9 @@ class Report:
         print(f"{'':42s} {pairs / row.times.ms * 1e3:.2f} pairs/s{peak}", flush=True)
 
 
-def measure(b: Bench, repeats: int, error: float) -> list[Row]:
+def measure(b: Bench, report: Report, error: float) -> None:
     """Every row. error: of the packed scores against the padded ones."""
-    report, settings = Report(b, repeats), b.model.settings
+    settings = b.model.settings
 
     def preprocess() -> Any:
         return to_patches(
@@ -187,7 +185,6 @@ def measure(b: Bench, repeats: int, error: float) -> list[Row]:
     report.add("train", "cached", lambda: b.train(b.cached), "train")
     with b.plain_attention():
         report.add("train", "padded", lambda: b.train(b.padded), "train")
-    return report.table.rows
 
 
 @torch.no_grad()
@@ -202,22 +199,19 @@ def checked_error(b: Bench) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(__doc__)
     parser.add_argument("--size", choices=("tiny", "2b"), default="2b" if CUDA else "tiny")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--attention", choices=("auto", *BACKENDS), default="auto")
-    parser.add_argument("--csv", type=Path, help="append the rows here")
-    args = parser.parse_args()
+    args = parser.parsed()
     b = Bench(args.size, args.pairs, args.attention)
     tower, text = (
         resolve_backend(args.attention, b.teacher.device, DTYPE, without="fa3" if width % 64 else "")
         for width in (80, 128)
     )
     print(f"attention: {tower} (tower), {text} (language model); {b.tokens} tokens, padding would be {b.padding}")
-    rows = measure(b, args.repeats, checked_error(b))
-    if args.csv:
-        append_rows(args.csv, rows)
+    measure(b, Report(b, args.repeats, Table(args.csv)), checked_error(b))
 
 
 if __name__ == "__main__":

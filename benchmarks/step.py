@@ -3,19 +3,17 @@
     python -m benchmarks.step [--size tiny|1.3b] [--device cpu|cuda] [--iterations 5] [--csv FILE]
 
 Nothing is downloaded. Medians after a warm-up iteration. teacher: drawing this iteration's clips from the collected
-videos; update: v_ref, v_old, forward and backward. The floor is that of `afd-fast estimate`, on the GPUs it knows; of_peak
+videos; reference: v_ref and v_old; backward: the policy's forward too. The floor is that of `afd-fast estimate`, on the GPUs it knows; of_peak
 is floor / time. The discriminator is the toy one (VideoReward: benchmarks.discriminator). UMT5 encodes no prompts.
 """
 
-import argparse
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from afd_fast.config import TrainConfig, with_overrides
 from afd_fast.estimate import estimate
@@ -23,21 +21,23 @@ from afd_fast.estimate.formulas import GPUS
 from afd_fast.students import CausalWan, CausalWanConfig, Family
 from afd_fast.students.wan.family import HashText, wan_family
 from afd_fast.students.wan.vae import WanDecoder
-from afd_fast.teachers.dataset import collect, open_teacher
+from afd_fast.teachers.dataset import collect
+from afd_fast.teachers.teacher import CallableTeacher
 from afd_fast.training import runs
 from afd_fast.training.loop import train_step
 from afd_fast.training.run import Metrics, Run
 from afd_fast.training.state import new_state
 from afd_fast.training.trainer import batch_plan
-from afd_fast.video_io import VideoFormat, write_video
-from benchmarks.rows import CUDA, DEVICE, Row, Times, append_rows, device_name
+from afd_fast.video_io import VideoFormat
+from benchmarks.rows import CUDA, DEVICE, Arguments, Row, Times, append_rows, device_name
 
 PHASES = {  # rows of the table: the phases of `train_step` that each adds up
     "rollout": ["rollout"],
     "decode": ["decode"],
     "discriminator": ["discriminator"],
     "score": ["score"],
-    "update": ["reference", "backward"],
+    "reference": ["reference"],
+    "backward": ["backward"],
     "optimiser": ["optimiser"],
 }
 DEVICES = {"h100": "H100 80GB HBM3", "h200": "H200", "a100": "A100-SXM4-80GB", "rtx4090": "RTX 4090"}
@@ -82,12 +82,17 @@ def build(config: TrainConfig, device: str) -> Family:
     )
 
 
-def noise_videos(folder: Path, video: VideoFormat) -> None:
-    """A teacher's folder with two videos of coarse noise, one of which is held out."""
-    for name in ("a", "b"):
-        small = torch.randint(0, 255, (3, video.frames, video.height // 8, video.width // 8), dtype=torch.uint8)
-        write_video(folder / f"{name}.mp4", small.repeat_interleave(8, 2).repeat_interleave(8, 3), video.fps)
-    (folder / "manifest.csv").write_text("prompt,video\na red ball,a.mp4\na blue ball,b.mp4\n")
+def noise_teacher(video: VideoFormat) -> CallableTeacher:
+    """Videos of coarse noise, for two prompts of which one is held out. No file, so no FFmpeg is needed."""
+
+    def make(prompt: str, seed: int) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        small = torch.randint(
+            0, 255, (3, video.frames, video.height // 8, video.width // 8), generator=g, dtype=torch.uint8
+        )
+        return small.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    return CallableTeacher(make, ["a red ball", "a blue ball"], name="noise", fps=video.fps)
 
 
 def untracked(items: Sequence, description: str) -> Iterable:
@@ -106,10 +111,7 @@ class Measured:
 def measure(config: TrainConfig, device: str, count: int) -> Measured:
     """`count` iterations after a first one."""
     family = build(config, device)
-    with tempfile.TemporaryDirectory() as folder:
-        noise_videos(Path(folder), family.video)
-        teacher = open_teacher(f"folder:{folder}", family.video, Path(folder) / "cache")
-        data = collect(teacher, config.teacher_clips, None, untracked)
+    data = collect(noise_teacher(family.video), config.teacher_clips, None, untracked)
     run = Run(config, new_state(config, family))
     samples: dict[str, list[float]] = {phase: [] for phase in ("teacher", *PHASES)}
     for iteration in range(count + 1):
@@ -148,7 +150,7 @@ def report(config: TrainConfig, size: str, measured: Measured, device: str) -> l
     least, whole, rows = floors(config, name), Times(measured.phases["all"]).ms, []
     print(f"{'phase':15}{'ms':>12}{'p20':>12}{'p80':>12}{'share':>8}{'floor ms':>12}{'floor/ms':>10}")
     for phase, samples in measured.phases.items():
-        times, floor = Times(samples, peak), least.get(phase)
+        times, floor = Times(samples, peak_mib=peak), least.get(phase)
         row = Row(f"step_{size}", phase, shape, times, "train", "bfloat16" if size == "1.3b" else "float32", name)
         row.of_peak = floor / times.ms if floor else None
         last = f"{floor:12.3f}{row.of_peak:10.3f}" if floor else ""
@@ -159,12 +161,11 @@ def report(config: TrainConfig, size: str, measured: Measured, device: str) -> l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(__doc__)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
     parser.add_argument("--iterations", type=int, default=5)
-    parser.add_argument("--csv", type=Path, help="append the rows here")
-    args = parser.parse_args()
+    args = parser.parsed()
     if args.iterations < 1:
         parser.error(f"--iterations must be at least 1, got {args.iterations}")
     if args.device == "cuda" and not CUDA:

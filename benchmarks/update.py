@@ -1,12 +1,11 @@
 """The student update: KV-detached, chunk by chunk, against teacher forcing with checkpointing.
 
-    python -m benchmarks.update [--size small|1.3b] [--frames 21] [--repeats 5]      random weights, no download
+    python -m benchmarks.update [--size small|1.3b] [--frames 21] [--repeats 5] [--csv FILE]      random weights, no download
 
 FLOPs by torch's counter (matrix products and attention), forward and backward of the policy alone; times are medians of
 one interleaved run; memory is the peak above the weights (CUDA). Gradients are compared before anything is timed.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from afd_fast import nft_loss, nft_recipe
 from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.training.velocity import Chunking, LossInputs, nft_backward
-from benchmarks.rows import CUDA, DEVICE, DTYPE, Times, clocked
+from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Row, Table, Times, clocked
 
 aten = torch.ops.aten
 CPU_FLASH = {  # which the counter does not know
@@ -104,11 +103,11 @@ class Update:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Arguments(__doc__)
     p.add_argument("--size", default="small", choices=SIZES)
     p.add_argument("--frames", type=int, default=21)
     p.add_argument("--repeats", type=int, default=5)
-    a = p.parse_args()
+    a = p.parsed()
     if a.frames < CHUNK or a.frames % CHUNK or a.repeats < 1:
         p.error(f"--frames must be a multiple of {CHUNK} and --repeats at least 1, got {a.frames} and {a.repeats}")
     update = Update(a.size, a.frames)
@@ -128,7 +127,10 @@ def main() -> None:
     print(
         f"update {a.size}, {a.frames} latent frames of {size}, {DEVICE} {DTYPE}, head gradients differ by {error:.1e}"
     )
+    table = Table(a.csv)
     for name, label in LABELS.items():
+        shape = f"B1 F{a.frames} {size}"
+        table.add(Row(f"update_{a.size}", name, shape, times[name], "train", flop=counts[name].flops, max_err=error))
         peak = times[name].peak_mib
         memory = "" if peak is None else f"{peak / 1024:8.2f} GiB"
         print(f"{label:34}{counts[name].flops / 1e12:10.3f} TFLOP{times[name].ms:12.1f} ms{memory}")

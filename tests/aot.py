@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 import re
 import subprocess
 import tempfile
@@ -37,10 +38,7 @@ def compile_kernel(kernel, types: dict, constants: dict, *, capability=90, align
     aligned = (
         [n for n in names if signature[n].startswith("*") or signature[n] == "i64"] if aligned is None else aligned
     )
-    source = ASTSource(
-        kernel, signature, {(names.index(n),): v for n, v in constants.items()},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n in signature},
-    )  # fmt: skip
+    source = _source(kernel, signature, constants, [names.index(n) for n in aligned if n in signature])
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4} | options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -71,6 +69,19 @@ def compile_kernel(kernel, types: dict, constants: dict, *, capability=90, align
     )  # fmt: skip
 
 
+def _source(kernel, signature: dict, constants: dict, aligned: list[int]) -> ASTSource:
+    if hasattr(triton.backends.compiler, "AttrsDescriptor"):  # Triton 3.2
+        attrs = triton.backends.compiler.AttrsDescriptor.from_dict(
+            {"arg_properties": {"tt.divisibility": aligned, "tt.equal_to": []}, "cls": "AttrsDescriptor"}
+        )
+        return ASTSource(kernel, {n: t for n, t in signature.items() if t != "constexpr"}, constants, attrs)
+    names = kernel.arg_names
+    return ASTSource(
+        kernel, signature, {(names.index(n),): v for n, v in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )  # fmt: skip
+
+
 def _traffic(ttgir: str) -> tuple[collections.Counter, collections.Counter]:
     """(argument -> elements loaded, stored) of one program: pointers followed back to the kernel's arguments."""
     arguments = set(re.findall(r"%(\w+): !tt\.ptr", ttgir.split("tt.func", 1)[1].split("{\n", 1)[0]))
@@ -87,6 +98,6 @@ def _traffic(ttgir: str) -> tuple[collections.Counter, collections.Counter]:
         return name
 
     found = {"load": collections.Counter(), "store": collections.Counter()}
-    for kind, pointer, _, size in re.findall(r"tt\.(load|store) %(\w+).*?: (tensor<(\d+)x!tt\.ptr|!tt\.ptr)", ttgir):
-        found[kind][root(pointer)] += int(size or 1)
+    for kind, pointer, shape in re.findall(r"tt\.(load|store) %(\w+).*?: (?:tensor<([\dx]+)x)?!tt\.ptr", ttgir):
+        found[kind][root(pointer)] += math.prod(map(int, shape.split("x"))) if shape else 1
     return found["load"], found["store"]

@@ -3,13 +3,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers and the processes they start share the cores
 import numpy as np
 import pytest
-import torch
-
-from afd_fast.config import TrainConfig, with_values
-from afd_fast.teachers import physics
-from afd_fast.teachers.physics import FPS, all_prompts, sample_clips
-from afd_fast.teachers.teacher import PromptSplit
-from afd_fast.video_io import write_video
+import torch  # and of afd_fast, only what a fixture imports: the core's tests run where the extras are not installed
 
 
 def pytest_addoption(parser):
@@ -25,6 +19,8 @@ def _threads():
 @pytest.fixture
 def tiny_config():
     """Four iterations, one of them warm-up: seconds, not minutes."""
+    from afd_fast.config import TrainConfig, with_values
+
     return with_values(TrainConfig(), {
         "name": "tiny", "iterations": 4, "discriminator.warmup": 1, "teacher_clips": 1, "prompts_per_step": 3,
         "rollouts_per_prompt": 2, "evaluation.every": 2, "evaluation.rollouts": 2, "checkpoint_every": 2,
@@ -35,6 +31,9 @@ def tiny_config():
 @pytest.fixture
 def few_prompts(monkeypatch):
     """The physics world with six training and two held-out prompts."""
+    from afd_fast.teachers import physics
+    from afd_fast.teachers.teacher import PromptSplit
+
     prompts = physics.all_prompts()
     monkeypatch.setattr(physics, "split_prompts", lambda **look: PromptSplit(prompts[:60:10], prompts[5:50:30]))
 
@@ -42,6 +41,9 @@ def few_prompts(monkeypatch):
 @pytest.fixture(scope="session")
 def folder_teacher(tmp_path_factory):
     """Twelve real mp4 files, one of them too short and one broken."""
+    from afd_fast.teachers.physics import FPS, all_prompts, sample_clips
+    from afd_fast.video_io import write_video
+
     folder = tmp_path_factory.mktemp("videos")
     prompts = all_prompts()[::12][:10]
     rows = ["prompt,video"]

@@ -1,21 +1,29 @@
 """Every benchmark runs at its smallest. What it measures is not asserted: times belong to benchmarks/."""
 
 import csv
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import report
+from benchmarks.rows import COLUMNS, CUDA, append_rows, commit
+
+ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "run --shape tiny --batch 1 --seconds 0.01": "fused",
-    "rollout forward --size tiny": "four_steps",
+    "rollout forward operators --size tiny --repeats 1": "four_steps",
     "discriminator --size tiny --pairs 2 --repeats 1": "packed",
     "update --frames 6 --repeats 1": "teacher forcing",
     "step --size tiny --iterations 1": "optimiser",
     "methods --size tiny --iterations 1": "rejection",
 }
+GPU_SUITE = (ROOT / "benchmarks/gpu.sh").read_text()
+BENCHES = re.findall(r"^ +bench \d+ \S+ (.+)$", GPU_SUITE, re.M)
 
 
 def output(module: str, *words: object) -> str:
@@ -30,8 +38,8 @@ def test_runs(case: str) -> None:
     assert COMMANDS[case] in output(*case.split())
 
 
-def test_rows_go_to_a_file_and_a_figure(tmp_path: Path) -> None:
-    rows, figure = tmp_path / "rows.csv", tmp_path / "figure.png"
+def test_rows_go_to_a_file_and_a_page(tmp_path: Path) -> None:
+    rows, page = tmp_path / "rows.csv", tmp_path / "page.md"
     words = "--case nft_afd --shape tiny --batch 1 --dtype fp32 --variant fused eager --seconds 0 --csv".split()
     for _ in range(2):
         output("run", *words, rows)
@@ -39,5 +47,93 @@ def test_rows_go_to_a_file_and_a_figure(tmp_path: Path) -> None:
         found = list(csv.DictReader(file))
     assert [r["variant"] for r in found] == 2 * ["copy", "fused", "eager"]
     assert all(float(r["ms"]) > 0 and float(r["of_peak"]) > 0 and r["pass"] == "loss+grad" for r in found)
-    output("plot", rows, figure)
-    assert figure.read_bytes().startswith(b"\x89PNG")
+    output("report", rows, "--out", page)
+    assert "No GPU has been measured" in page.read_text() and page.read_text().count("| nft_afd |") == 1
+    assert next(tmp_path.glob("page-cpu-x*.png")).read_bytes().startswith(b"\x89PNG")
+
+
+def row(case: str, variant: str, shape: str, ms: float, kind: str = "forward", **more: str) -> dict[str, str]:
+    names = dict(
+        case=case, variant=variant, shape=shape, dtype="bf16", device="NVIDIA H200", ms=str(ms), date="2030-01-01"
+    )
+    return dict.fromkeys(COLUMNS, "") | names | {"pass": kind} | more
+
+
+def test_the_page_of_a_gpu(tmp_path: Path) -> None:
+    """Ratios and goals come from the rows, a later row counts, and what was not measured is not there."""
+    wan, clip = "16x21x16x60x104", "B1 F21 60x104"
+    rows = [
+        row("nft_afd", "copy", wan, 1.0, "loss+grad", gb_s="4000"),
+        row("nft_afd", "fused", wan, 1.25, "loss+grad", gb_s="3200", of_peak="0.8", host_ms="0.3"),
+        row("nft_afd", "compile", wan, 2.5, "loss+grad", gb_s="1600"),
+        row("rollout", "plain", clip, 3000.0),
+        row("rollout", "plain", clip, 1620.0),
+        row("update_1.3b", "detached", clip, 10.0, "train"),
+        row("update_1.3b", "forced", clip, 21.0, "train"),
+        row("peer_rollout", "official", f"1.3b {clip}", 4400.0),
+        row("peer_rollout", "ours", f"1.3b {clip}", 2000.0),
+    ]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    found = report.read([tmp_path / "rows.csv"])
+    assert found == [r for i, r in enumerate(rows) if i != 3]
+    page = report.page(found, tmp_path / "page.md")
+    assert "| nft_afd | 16x21x16x60x104 | bf16 | 1.25 | 0.3 | 3,200 | 80 | 2.00 |" in page and "No GPU" not in page
+    assert "frames per second | 50 |" in page and "% of the copy | 80 |" in page and "our update | 2.1 |" in page
+    assert "| rollout | 1.3b B1 F21 60x104 | bf16 | 4,400 | 2,000 | 2.20 |" in page
+    assert "VAE, 81" not in page and "four steps" not in page
+
+
+def test_rows_of_other_columns_are_not_mixed(tmp_path: Path) -> None:
+    (tmp_path / "old.csv").write_text("case,ms\nnft,1\n")
+    with pytest.raises(SystemExit, match="write the rows to another file"):
+        append_rows(tmp_path / "old.csv", [])
+
+
+def test_a_row_names_its_sources_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    commit.cache_clear()
+    found = commit()
+    commit.cache_clear()
+    assert found.startswith("files-") and len(found) == 14
+
+
+@pytest.mark.skipif(CUDA, reason="there is a GPU")
+@pytest.mark.parametrize("command", BENCHES)
+def test_every_command_of_the_gpu_suite_starts(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its arguments, as far as it gets without a GPU."""
+    module, *words = command.replace('"$PEER"', "peer").split()
+    monkeypatch.setattr(sys, "argv", [module, "--gpu", "--csv", "x.csv", *words])
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        importlib.import_module(f"benchmarks.{module}").main()
+
+
+def test_the_parts_of_the_gpu_suite_fit_ten_minutes() -> None:
+    parts = re.split(r"^ +\d\)$", GPU_SUITE[GPU_SUITE.index("case $part in") :], flags=re.M)[1:]
+    limits = [sum(map(int, re.findall(r"^ +(?:bench|run) (\d+)", part, re.M))) for part in parts]
+    assert len(limits) == 5 and all(100 < limit <= 580 for limit in limits), limits
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+    *get_device_name*) echo NVIDIA-H200 ;;
+    *find_spec*) exit 1 ;;
+    *benchmarks.update*) exit 3 ;;
+    *benchmarks.discriminator*) echo hello from discriminator ;;
+esac
+"""
+
+
+def test_the_gpu_suite_goes_on_where_something_fails(tmp_path: Path) -> None:
+    """A command that fails and two that lack a package: each has its status, and the rest runs."""
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    env = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    done = subprocess.run([ROOT / "benchmarks/gpu.sh", "5"], capture_output=True, text=True, env=env)
+    last = done.stdout.split("part, status, command")[1].strip().splitlines()
+    assert [line.split("  ")[1] for line in last] == ["exit 3", "ok", "skipped", "skipped"], done.stdout + done.stderr
+    assert done.returncode == 1 and "needs diffusers" in last[2]
+    assert "hello from discriminator" in (tmp_path / "out/part5.log").read_text()

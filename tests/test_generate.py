@@ -1,7 +1,10 @@
 """Decoding in chunks, the prompt cache, and prompts to files, on tiny random models."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from afd_fast.cli.main import app
@@ -10,7 +13,7 @@ from afd_fast.generate import GenerateOptions, GenerateStats, Job, file_name, ge
 from afd_fast.rollout import rollout
 from afd_fast.students.wan.family import tiny
 from afd_fast.students.wan.text import TextEncoder, clean_prompt
-from afd_fast.students.wan.vae import WanDecoder
+from afd_fast.students.wan.vae import WanDecoder, channels_last
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +31,17 @@ def latents():
 
 @pytest.fixture(scope="module")
 def official(vae, latents):
-    """diffusers' own decode, one latent frame at a time, each sample alone; in float64 arithmetic and in float32."""
+    """diffusers' own decode, one latent frame at a time, each sample alone; in float32, and in float64 arithmetic
+    without diffusers' rounding to float32 where it upsamples."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
+
     shape = (1, -1, 1, 1, 1)
     z = latents * torch.tensor(vae.config.latents_std).view(shape) + torch.tensor(vae.config.latents_mean).view(shape)
     outs = {}
     for dtype in (torch.float64, torch.float32):
-        with torch.no_grad():
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            if dtype == torch.float64:
+                patch.setattr(WanUpsample, "forward", torch.nn.Upsample.forward)
             outs[dtype] = torch.cat([vae.to(dtype).decode(one[None].to(dtype)).sample.float() for one in z])
     return {dtype: (video + 1) / 2 for dtype, video in outs.items()}
 
@@ -51,6 +59,28 @@ class TestDecoder:
 
     def test_frame_by_frame_is_bit_identical_in_float32(self, vae, latents, official):
         assert torch.equal(WanDecoder(vae.float(), chunk=1)(latents[:1]), official[torch.float32][:1])
+
+    def test_channels_last(self, vae, latents, official):
+        """The layout of a GPU; every step keeps it."""
+        decoder = WanDecoder(copy.deepcopy(vae).double())
+        channels_last(decoder.vae)  # 2-D convolutions are among them
+        convolutions = [m for m in decoder.vae.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
+        forms = {4: torch.channels_last, 5: torch.channels_last_3d}
+        assert {m.weight.ndim for m in convolutions} == {4, 5}
+        assert all(m.weight.is_contiguous(memory_format=forms[m.weight.ndim]) for m in convolutions)
+        stream = decoder.stream()
+        assert torch.equal(stream(latents), official[torch.float64])
+        assert all(x.is_contiguous(memory_format=forms[5]) for conv, x in stream.past.items() if conv.in_channels > 16)
+
+    def test_gradient(self, vae, latents):
+        """The same video with and without a gradient, and a gradient that follows it."""
+        decoder, (z, step) = WanDecoder(vae.double()), torch.randn(2, 1, 16, 2, 2, 2, dtype=torch.float64).unbind()
+        z.requires_grad_()
+        value = lambda x: decoder(x).double().square().sum()
+        (slope,) = torch.autograd.grad(value(z), z)
+        with torch.no_grad():
+            rise = (value(z + 1e-3 * step) - value(z - 1e-3 * step)) / 2e-3
+        assert torch.equal(decoder(z).detach(), decoder(z.detach())) and abs((slope * step).sum() / rise - 1) < 1e-3
 
     @pytest.mark.parametrize("sizes", [(3, 3, 1), (1, 6), (2, 1, 4)])
     def test_stream(self, vae, latents, official, sizes):

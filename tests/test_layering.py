@@ -160,6 +160,15 @@ def test_import_is_light():
     assert out.stdout.strip() == "[]"
 
 
+def test_training_and_its_tests_need_no_optional_package():
+    """A GPU image has none of these: what does not read videos, simulate, load diffusers' VAE or clean prompts runs without."""
+    absent = ("av", "pymunk", "ftfy", "diffusers", "nvtx")
+    imports = "import afd_fast.training.trainer, afd_fast.cli.main, benchmarks.step, benchmarks.rollout, benchmarks.discriminator, tests.conftest"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); {imports}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def drawing():
     """The floors, top first, each room with the rooms below that it imports."""
     lines = []

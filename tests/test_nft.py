@@ -161,7 +161,7 @@ def test_masked_and_packed_samples_equal_separate_ones(recipe, dtype):
 BAD = [
     ({"r": torch.tensor([0.1, 0.2, 1.5])}, ValueError, r"r must lie in \[0, 1\]"),
     ({"r": torch.tensor([0.1, float("nan"), 0.5])}, ValueError, r"r must lie in \[0, 1\]"),
-    ({"r": torch.rand(3, 1)}, ValueError, "loses the credit"),
+    ({"r": torch.rand(3, 1)}, ValueError, "lose the credit"),
     ({"r": torch.rand(2)}, ValueError, r"r must be \[B\]"),
     ({"r": torch.ones(3, dtype=torch.long)}, TypeError, "r must be a floating-point tensor"),
     ({"v": torch.ones(3, 4, 5, 6, dtype=torch.long)}, TypeError, "v must be a floating-point tensor"),

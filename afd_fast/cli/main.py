@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from afd_fast.cli import missing
 from afd_fast.cli.evaluate import app as evaluation
-from afd_fast.errors import AFDError, ConfigError
+from afd_fast.errors import AFDError, ConfigError, MissingExtra
 
 if TYPE_CHECKING:
     from afd_fast.config import TrainConfig
@@ -361,6 +362,8 @@ def main() -> None:
     file that cannot be read or written. Errors that this library did not raise keep their traceback."""
     try:
         app()
+    except MissingExtra as error:
+        _fail(str(missing(sys.argv[1:], error)), error.exit_code)
     except AFDError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from afd_fast.config import TrainConfig
 from afd_fast.discriminators.config import new_discriminator
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, extra
 from afd_fast.estimate import formulas
 from afd_fast.estimate.formulas import GPUS, Student, Work, total, work
 from afd_fast.students import CausalWan, CausalWanConfig
@@ -33,6 +32,9 @@ from afd_fast.students.toy.model import ToyStudent
 from afd_fast.students.wan.family import latent_size
 from afd_fast.students.wan.vae import WanDecoder
 from afd_fast.training.velocity import Chunking, chunk_velocities
+
+with extra("train"):
+    from rich.table import Table
 
 OPTIMISER = 4 * (3 + 7)  # bytes a parameter: clipping reads twice and writes, AdamW reads 4 and writes 3, in float32
 AVERAGE = 4 * 3  # the EMA reads two and writes one
@@ -174,7 +176,8 @@ def _wan(config: TrainConfig) -> Networks:
     family = make_family(tiny, chunk=chunk)
     name, size_of, real = "CausalWan (tiny)", 4, False
     if options.name != "tiny":
-        from diffusers import AutoencoderKLWan
+        with extra("train"):
+            from diffusers import AutoencoderKLWan
 
         large = "14b" in options.name.lower()
         name, size_of, real = f"CausalWan {'14B' if large else '1.3B'} in bfloat16", 2, True
@@ -220,7 +223,8 @@ def toy_judge(config: TrainConfig, family: Family, b: int) -> Judge:
 
 def reward_judge(config: TrainConfig, family: Family, b: int) -> Judge:
     """VideoReward of the published size (Qwen2-VL-2B, tower frozen, language model checkpointed, adapters in bfloat16)."""
-    from transformers import Qwen2VLModel
+    with extra("train"):
+        from transformers import Qwen2VLModel
 
     from afd_fast.discriminators.videoalign.inputs import PATCH, TEMPORAL, sample_frames, smart_size
     from afd_fast.discriminators.videoalign.model import RewardOptions, RewardSettings, qwen2_vl_2b
@@ -279,7 +283,7 @@ def estimate(config: TrainConfig) -> Estimate:
         with torch.no_grad():
             decode, largest = metered(lambda: stream(latents), net.size)
         vae = sum(p.nbytes for p in decoder.vae.parameters())
-        vae_needs = b * (largest + sum(x.nbytes for x in stream.features if isinstance(x, Tensor)))
+        vae_needs = b * (largest + sum(x.nbytes for x in stream.past.values()))
     text = formulas.text_encoder(config.prompts_per_step // shards, s.text_len) if net.real else Work()
     trained = sum(p.numel() for p in trainable(family.student).values())
     phases = {

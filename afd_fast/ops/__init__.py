@@ -3,12 +3,12 @@
 import importlib.util
 
 from afd_fast.ops import native
-from afd_fast.ops.nft import nft_loss
+from afd_fast.ops.nft import nft_loss, nft_terms
 from afd_fast.ops.noise import forward_noise
 from afd_fast.reference.adversarial import bt_loss
-from afd_fast.reference.nft import NFTStats
+from afd_fast.reference.nft import NFTStats, NFTTerms
 
-__all__ = ["NFTStats", "backends", "bt_loss", "forward_noise", "nft_loss"]
+__all__ = ["NFTStats", "NFTTerms", "backends", "bt_loss", "forward_noise", "nft_loss", "nft_terms"]
 
 
 def backends() -> dict[str, str]:

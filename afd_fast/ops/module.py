@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from afd_fast.ops import nft_loss
-from afd_fast.reference.nft import NFTInputs, NFTStats
+from afd_fast.reference.nft import NFTStats
+from afd_fast.reference.nft_inputs import NFTInputs
 from afd_fast.reference.recipes import NFTRecipe, RecipeName, as_recipe
 
 

@@ -14,7 +14,7 @@ from afd_kernels.layout import TILE, Row, Slot, Source, Total, contiguous_rows
 from torch import Tensor
 
 from afd_fast.ops.inputs import Inputs
-from afd_fast.reference.nft import check_offsets
+from afd_fast.reference.nft_inputs import check_offsets
 from afd_fast.reference.recipes import recipe_from_key
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -10,7 +10,7 @@ import inspect
 from typing import Any, Literal, overload
 
 import torch
-from afd_kernels.layout import COEFFICIENTS, Row, Total, rows_contiguous
+from afd_kernels.layout import COEFFICIENTS, Row, Total
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
@@ -19,12 +19,15 @@ from typing_extensions import Unpack
 
 from afd_fast.ops import native
 from afd_fast.ops._register import operator
+from afd_fast.ops.buffer import check_out, is_own
 from afd_fast.ops.inputs import SCHEMA, Inputs
 from afd_fast.ops.layout import Walk, memory_order, noise_levels
 from afd_fast.ops.noise import wrap_seed
 from afd_fast.reference import nft as reference
+from afd_fast.reference import nft_inputs as checks
 from afd_fast.reference.flow import check_sigma, check_t
-from afd_fast.reference.nft import NFTInputs, NFTStats
+from afd_fast.reference.nft import NFTStats, NFTTerms
+from afd_fast.reference.nft_inputs import NFTInputs
 from afd_fast.reference.recipes import NFTRecipe, RecipeName, as_recipe, recipe_from_key
 from afd_fast.reference.transforms import under_func
 
@@ -238,6 +241,15 @@ for _function in (_NFTLoss, _NFTGradient):  # `apply` asks for it at every call,
     _function.forward.__dict__["__signature__"] = inspect.signature(_function.forward)
 
 
+def _is_fused(
+    recipe: NFTRecipe, r: Tensor, masks: tuple[Tensor | None, ...], weights: tuple[Tensor | None, ...]
+) -> bool:
+    """Whether the sweeps know this loss. The others run in plain PyTorch, in at least float32 too."""
+    plain = recipe.form == "mse" and recipe.drift_clip is None and recipe.ref_reduction == "sample"
+    weighted = any(x is not None and x.is_floating_point() for x in masks) or any(x is not None for x in weights)
+    return plain and not (recipe.weight_grad or recipe.shared_weight or weighted) and r.ndim == 1
+
+
 @overload
 def nft_loss(
     v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: RecipeName | NFTRecipe = ...,
@@ -268,6 +280,8 @@ def nft_loss(
     sample_mask: Tensor | None = None,
     ref_mask: Tensor | None = None,
     element_mask: Tensor | None = None,
+    policy_weight: Tensor | None = None,
+    prior_weight: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     frame_dim: int | None = None,
     recipe: RecipeName | NFTRecipe = "afd",
@@ -280,15 +294,18 @@ def nft_loss(
     Args:
         v: [B, ...] the student's velocity at x_t; packed [T, ...] with cu_seqlens.
         x0: like v; the rollouts.
-        r: [B] optimality in [0, 1] (`reward_to_r`).
+        r: [B] optimality in [0, 1] (`reward_to_r`); [B, F] with frame_dim; or as many axes as v, broadcastable, for an r
+            per frame, voxel or token.
         t: noise level in [0, 1]; a number, [B], or [B, F] with frame_dim.
         noise / seed / x_t: where the noised state comes from: eps itself, the seed of `forward_noise`, or x_t.
             x0-space recipes need one of the three, velocity-space recipes noise or seed (or x_t with t > 0).
         v_old: velocity of the data-collecting policy; None is stop-grad(v), the paper's reading.
         v_ref: velocity of the frozen initial student; None leaves the prior out.
         sigma: velocity -> x0 coefficient where it is not t (Astrolabe's scheduler table); shapes as t.
-        sample_mask: [B] samples that count; ref_mask: [B] samples in the prior.
-        element_mask: as many axes as v, broadcastable; elements that count. Means and weights run over them.
+        sample_mask: [B] samples that count; ref_mask: [B] samples in the prior. Floating point: weights of the mean.
+        element_mask: as many axes as v, broadcastable; elements that count. Means and weights run over them. Floating
+            point: weights of those means.
+        policy_weight, prior_weight: [B] factors of a sample's policy loss and prior, after the means (time weights).
         cu_seqlens: int [B + 1], samples are rows cu[b] .. cu[b+1] of v; with noise= or x_t=.
         frame_dim: axis of x0 that t's second axis runs over (2 for [B, C, F, H, W]).
         recipe: a name (`RecipeName`) or an `NFTRecipe`.
@@ -304,34 +321,45 @@ def nft_loss(
     not 1. Nothing synchronises a GPU; r, t and cu_seqlens are range-checked where they are on the CPU.
     torch.func: grad, vjp, jacrev and vmap work (vmap calls the operator once per entry of the mapped axis). Forward mode
     and second derivatives raise; `afd_fast.reference.nft.nft_loss` has both.
-    Raises: TypeError, ValueError: as `NFTRecipe`, `forward_noise`, and for r outside [0, 1] or not [B].
+    Raises: TypeError, ValueError: as `NFTRecipe`, `forward_noise`, and for r outside [0, 1] or of another shape.
     """
     recipe = as_recipe(recipe)
-    reference.check_nft(v, x0, r, {
-        "noise": noise, "x_t": x_t, "v_old": v_old, "v_ref": v_ref, "sample_mask": sample_mask, "ref_mask": ref_mask,
-        "cu_seqlens": cu_seqlens, "check_nan": check_nan,
-    })  # fmt: skip
-    noise, seed, x_t = reference.choose_source(noise, seed, x_t, recipe)
-    _check_out(out, v, (x0, r, t, noise, x_t, v_old, v_ref, sigma, sample_mask, ref_mask, element_mask, cu_seqlens))
+    inputs: NFTInputs = {
+        "noise": noise, "seed": seed, "x_t": x_t, "v_old": v_old, "v_ref": v_ref, "sigma": sigma,
+        "sample_mask": sample_mask, "ref_mask": ref_mask, "element_mask": element_mask, "policy_weight": policy_weight,
+        "prior_weight": prior_weight, "cu_seqlens": cu_seqlens, "frame_dim": frame_dim, "check_nan": check_nan,
+    }  # fmt: skip
+    checks.check_nft(v, x0, r, inputs)
+    checks.check_recipe(recipe, r, inputs)
+    r = checks.expand_r(r, v, frame_dim, cu_seqlens)
+    if not _is_fused(recipe, r, (element_mask, sample_mask, ref_mask), (policy_weight, prior_weight)):
+        if out is not None:
+            raise ValueError(
+                "out= is for the losses that the sweeps compute: this recipe, r or mask runs in plain PyTorch"
+            )
+        return reference.nft_loss(v, x0, r, t, recipe=recipe, return_stats=return_stats, **inputs)
+    sample_mask, ref_mask = (None if x is None else checks.as_weights(x) for x in (sample_mask, ref_mask))
+    noise, seed, x_t = checks.choose_source(noise, seed, x_t, recipe)
+    check_out(out, v, (x0, r, t, noise, x_t, v_old, v_ref, sigma, sample_mask, ref_mask, element_mask, cu_seqlens))
     if "x0" not in (recipe.space, recipe.ref_space):
         sigma = None
     order = None
     if cu_seqlens is not None:
-        reference.check_packed(t, sigma, cu_seqlens, seed, frame_dim)
+        checks.check_packed(t, sigma, cu_seqlens, seed, frame_dim)
     elif seed is None:  # the elements of a seed's noise are numbered in logical order
         order = memory_order(v)
     levels, coefficients = noise_levels(t, sigma, Walk(v, frame_dim, order, cu_seqlens))
     check_t(levels.t)
     if coefficients is not None:
         check_sigma(coefficients)
-    reference.check_target(levels.t, x_t, recipe)
-    mask = None if element_mask is None else reference.expand_mask(element_mask, v)
+    checks.check_target(levels.t, x_t, recipe)
+    mask = None if element_mask is None else checks.expand_mask(element_mask, v)
     if order is not None:
         v, x0 = v.permute(order), x0.permute(order)
         noise, x_t, v_old, v_ref, mask, out = (
             None if x is None else x.permute(order) for x in (noise, x_t, v_old, v_ref, mask, out)
         )
-    if out is not None and not (out.is_contiguous() if cu_seqlens is not None else _is_own(out)):
+    if out is not None and not (out.is_contiguous() if cu_seqlens is not None else is_own(out)):
         raise ValueError("out must have v's memory layout: every sample contiguous, and none over another")
     v_old, v_ref = (None if x is None else x.detach() for x in (v_old, v_ref))
     compiling, transformed = torch.compiler.is_compiling(), under_func()
@@ -354,41 +382,13 @@ def nft_loss(
     return loss, NFTStats(policy_loss=policy, prior_loss=prior, signal=signal, r_mean=r_mean, **named)
 
 
-def _check_out(out: Tensor | None, v: Tensor, inputs: tuple[Tensor | float | None, ...]) -> None:
-    """ValueError for a buffer that could give a wrong gradient."""
-    if out is None:
-        return
-    if torch.compiler.is_compiling() or under_func():
-        raise ValueError(
-            "out= is for eager calls: torch.compile and torch.func plan their memory themselves. Leave it out"
-        )
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a tensor like v, got {type(out).__name__}")
-    if out.shape != v.shape or out.dtype != v.dtype or out.device != v.device:
-        raise ValueError(
-            f"out must be like v: {tuple(v.shape)} {v.dtype} on {v.device}, got {tuple(out.shape)} {out.dtype}"
-        )
-    held = v.grad if v.is_leaf else None
-    if out.requires_grad or any(isinstance(x, Tensor) and _overlap(out, x) for x in (v, held, *inputs)):
-        raise ValueError(
-            "out must be a separate buffer without requires_grad: it shares memory with an input or v.grad"
-        )
+def nft_terms(
+    v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: RecipeName | NFTRecipe = "afd",
+    return_stats: bool = False, **inputs: Unpack[NFTInputs],
+) -> NFTTerms:  # fmt: skip
+    """The two halves of `nft_loss`, each differentiable in v: nft_loss = policy + recipe.ref_coef * prior.
 
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory from the first to the last element of a and b meets."""
-    if not (a.numel() and b.numel()) or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-    (a_first, a_end), (b_first, b_end) = _span(a), _span(b)
-    return a_first < b_end and b_first < a_end
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and of the one after the last."""
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.itemsize
-
-
-def _is_own(out: Tensor) -> bool:
-    """Whether every sample is contiguous and no two overlap."""
-    return rows_contiguous(out) and (out.shape[0] < 2 or out.stride(0) >= out[0].numel())
+    For a trainer that weighs, logs or projects their gradients apart. Arguments and errors as `nft_loss`, without out=;
+    runs in plain PyTorch, in at least float32.
+    """
+    return reference.nft_terms(v, x0, r, t, recipe=recipe, return_stats=return_stats, **inputs)

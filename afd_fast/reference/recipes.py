@@ -22,6 +22,10 @@ Scale = Literal["adv_clip", "none"]
 Reduction = Literal["mean", "sum"]
 RefWeight = Literal["r", "uniform"]
 RefEmpty = Literal["all", "zero"]
+Form = Literal["mse", "dpo"]
+DriftLimit = Literal["norm", "ratio"]
+DriftClip = Literal["project", "max"]
+RefReduction = Literal["sample", "batch"]
 AdvClip = float | tuple[float, float]  # c for (-c, c), or (low, high)
 
 
@@ -53,6 +57,16 @@ class NFTRecipe:
     ref_space: of the prior, "v" or "x0".
     ref_weight: rho is "r", or "uniform" (1).
     ref_empty: what an all-False ref_mask means, "all" samples or a "zero" prior.
+    ref_reduction: the prior averages each sample and then the batch ("sample"), or every element of the "batch" at once,
+        so that a sample counts by its elements.
+    shared_weight: W- is W+ (adaptive weighting only).
+    weight_grad: W is differentiated too (adaptive weighting only).
+    form: "mse" is r E+ + (1 - r) E-, "dpo" softplus(dpo_beta (2r - 1) (E+ - E-) / 2), where E+- = s(e+-^2) / W+-.
+    dpo_beta: sharpness of "dpo".
+    drift_clip: limit of ||v - v_old|| per sample; None is no limit.
+    drift_limit: whether drift_clip is that "norm", or its "ratio" to ||v_old||.
+    drift_clip_by: how a sample beyond the limit is clipped. "project" scales v - v_old down to the limit, and the gradient
+        goes through the scale; "max" takes the larger of its loss and the loss at the limit, which has no gradient.
     """
 
     name: str = "afd"
@@ -69,6 +83,14 @@ class NFTRecipe:
     ref_space: Space = "v"
     ref_weight: RefWeight = "r"
     ref_empty: RefEmpty = "zero"
+    ref_reduction: RefReduction = "sample"
+    shared_weight: bool = False
+    weight_grad: bool = False
+    form: Form = "mse"
+    dpo_beta: float = 1.0
+    drift_clip: float | None = None
+    drift_limit: DriftLimit = "norm"
+    drift_clip_by: DriftClip = "project"
     key: str = field(init=False, repr=False, compare=False)  # the recipe as text, which an operator's schema can carry
 
     def __post_init__(self) -> None:
@@ -77,6 +99,10 @@ class NFTRecipe:
             raise ValueError(f"beta must be positive, got {self.beta}: at 0 the loss has no gradient")
         if self.ref_coef < 0 or self.weight_floor <= 0:
             raise ValueError(f"ref_coef >= 0 and weight_floor > 0 are needed, got {self.ref_coef}, {self.weight_floor}")
+        if (self.shared_weight or self.weight_grad) and self.weighting != "adaptive":
+            raise ValueError('shared_weight and weight_grad are about W: they need weighting="adaptive"')
+        if self.dpo_beta <= 0 or (self.drift_clip is not None and self.drift_clip <= 0):
+            raise ValueError(f"dpo_beta and drift_clip must be positive, got {self.dpo_beta} and {self.drift_clip}")
         low, high = self.clip_range
         if not low < 0 < high:
             raise ValueError(f"adv_clip must span zero, got {self.adv_clip}")
@@ -113,6 +139,14 @@ class RecipeFields(TypedDict, total=False):
     ref_space: Space
     ref_weight: RefWeight
     ref_empty: RefEmpty
+    ref_reduction: RefReduction
+    shared_weight: bool
+    weight_grad: bool
+    form: Form
+    dpo_beta: float
+    drift_clip: float | None
+    drift_limit: DriftLimit
+    drift_clip_by: DriftClip
 
 
 _NFT = NFTRecipe(

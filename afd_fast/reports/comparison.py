@@ -5,16 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
+from afd_fast.errors import extra
 from afd_fast.files.text import read_json
 from afd_fast.reports.run import METHODS, SCORES, read_samples, side_by_side, smooth, style, svg
 from afd_fast.training.run_folder import read_rows
+
+with extra("train"):
+    import matplotlib.pyplot as plt
+    from jinja2 import Environment, PackageLoader, select_autoescape
+    from rich.markup import escape
+    from rich.table import Table
 
 PROMPTS = 6  # shown
 EDGE = {"base": "#8a8f98", "teacher": "#16a34a"}

@@ -8,23 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
-from jinja2 import Environment, PackageLoader, select_autoescape
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich.table import Table
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, extra
 from afd_fast.files.text import read_json
 from afd_fast.judges.physics import track
 from afd_fast.training.run_folder import read_rows
 from afd_fast.video_io import write_video
+
+with extra("train"):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from jinja2 import Environment, PackageLoader, select_autoescape
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+    from safetensors import SafetensorError, safe_open
 
 GAP = 8  # px
 COLORS = {"base": "#8a8f98", "student": "#2563eb", "teacher": "#16a34a"}

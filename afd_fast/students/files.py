@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, extra
 
 # suffixes of files; the name of a repository has none of them
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -66,7 +66,8 @@ def local_copy(source: str | Path, patterns: list[str] | None = None) -> Path:
     check_source(source)
     if path.exists():
         return path
-    from huggingface_hub import snapshot_download
+    with extra("train"):
+        from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
@@ -93,7 +94,8 @@ def read_tensors(path: Path) -> Any:
         raise MissingFileError(f"{path} is not a file: check the path")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            with extra("train"):
+                from safetensors.torch import load_file
 
             return load_file(path)
         check_sums(path)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afd_fast.errors import extra
+
 log = logging.getLogger("afd_fast")
 
 
@@ -119,7 +121,8 @@ class _InputDtypeLinear(nn.Linear):
 def add_lora(model: nn.Module, rank: int, targets: list[str]) -> None:
     """Put adapters of `rank` (alpha = rank, dropout 0) on the named linear layers; everything else is frozen. Adapters are
     float32 and compute in the layer's dtype: PEFT's own casts keep a float32 copy of every layer's input for backward."""
-    from peft import LoraConfig, inject_adapter_in_model
+    with extra("train"):
+        from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), model)

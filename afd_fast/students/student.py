@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from afd_fast.errors import ConfigError, check_at_least, check_fields
+from afd_fast.errors import ConfigError, check_at_least, check_fields, extra
 from afd_fast.video_io import VideoFormat
+
+with extra("train"):
+    from safetensors.torch import save_file
 
 Context = Any  # what a family's text encoder returns for B prompts: a tensor [B, ...] or a list of B tensors
 Text = Any  # what `Student.encode_text` returns: a tensor, or a list, tuple, dict or dataclass of tensors

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-import httpx
-
+from afd_fast.errors import extra
 from afd_fast.teachers.records import refused_by_disk
 from afd_fast.teachers.video_api import VideoAPI, at
+
+with extra("train"):
+    import httpx
 
 NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 BROKEN = (httpx.HTTPError, httpx.InvalidURL, OSError, asyncio.TimeoutError, zlib.error, ValueError, OverflowError)

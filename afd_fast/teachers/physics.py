@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pymunk
 import torch
 from torch import Tensor
 
+from afd_fast.errors import extra
 from afd_fast.teachers.teacher import PromptSplit, TeacherBase
 
 FRAMES, SIZE, FPS = 12, 16, 10
@@ -115,6 +115,9 @@ def simulate(
     radius: float, state: State, gravity: float, elasticity: float, frames: int = FRAMES, substeps: int = 20
 ) -> np.ndarray:
     """Centres [F, 2] of a ball that starts in `state`, in a box with floor and side walls."""
+    with extra("demo"):
+        import pymunk
+
     space = pymunk.Space()
     space.gravity = (0, -gravity)
     space.collision_slop = 1e-4

@@ -15,17 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from afd_fast.config import TrainConfig, to_dict, with_overrides, with_values
-from afd_fast.errors import ConfigError, Interrupted, TrainingError
+from afd_fast.errors import ConfigError, Interrupted, TrainingError, extra
 from afd_fast.files.text import read_json
 from afd_fast.training import runs as named
 from afd_fast.training.lock import COMPARISON, check_unused, locked
 from afd_fast.training.methods import METHODS
 from afd_fast.training.run_folder import check_folder, finished, write_json
 from afd_fast.training.trainer import on_stop_signal
+
+with extra("train"):
+    import rich.progress as show
+    from rich.console import Console
 
 POLL = 0.5  # seconds
 
@@ -135,9 +136,9 @@ def run_all(run: str, planned: dict[Path, TrainConfig], *, jobs: int, console: C
     Interrupted after Ctrl-C or SIGTERM, once every child has saved itself."""
     waiting = [folder for folder, config in planned.items() if not finished(folder, config)]
     running: dict[Path, subprocess.Popen] = {}
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+    columns = (show.TextColumn("{task.description}", markup=False), show.BarColumn(), show.MofNCompleteColumn(), show.TimeElapsedColumn(), show.TimeRemainingColumn())  # fmt: skip
     asked = []  # a signal in the middle of starting a child must not lose it
-    with on_stop_signal(lambda *_: asked.append(True)), Progress(*columns, console=console) as progress:
+    with on_stop_signal(lambda *_: asked.append(True)), show.Progress(*columns, console=console) as progress:
         whole = progress.add_task("runs", total=len(planned), completed=len(planned) - len(waiting))
         bars = {}
         try:

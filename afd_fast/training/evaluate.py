@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from afd_fast.errors import extra
 from afd_fast.judges import JUDGES, Scores
 from afd_fast.students.lora import merged_lora
 from afd_fast.students.student import TrainedWeights
@@ -25,6 +25,9 @@ from afd_fast.training.rollouts import clip, sample_policy
 from afd_fast.training.run import Run
 from afd_fast.training.state import generator
 from afd_fast.video_io import to_uint8
+
+with extra("train"):
+    from safetensors.torch import save_file
 
 REFERENCE_SEEDS, TEACHER_ROW_SEEDS = 10_000, 20_000  # apart from the training clips' 0, 1, 2 ...
 REFERENCE_CLIPS = 32  # teacher clips per held-out prompt behind the Frechet distance, where they are free

@@ -3,15 +3,18 @@
 import math
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from torch import Tensor
 
+from afd_fast.errors import extra
 from afd_fast.files.durable import sync
 from afd_fast.judges import Scores
 from afd_fast.training.events import EventFile
 from afd_fast.training.run import Metrics
 from afd_fast.training.run_folder import append, read_rows, rewind, write_rows
+
+with extra("train"):
+    from rich.console import Console
+    from rich.markup import escape
 
 
 class Journal:

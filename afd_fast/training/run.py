@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import nvtx
 import torch
 
 from afd_fast.config import TrainConfig
@@ -19,6 +18,18 @@ from afd_fast.training.state import TrainState, generator
 from afd_fast.training.velocity import Chunking
 
 Metrics = dict[str, float]
+
+
+@contextlib.contextmanager
+def profiled(name: str) -> Iterator[None]:
+    """A range of PyTorch's profiler where one runs (`emit_nvtx`, which nsys switches on, makes it an NVTX range); without
+    one an NVTX range, for ncu."""
+    if torch.autograd._profiler_enabled():
+        with torch.profiler.record_function(name):
+            yield
+    else:
+        with torch.cuda.nvtx.range(name) if torch.version.cuda else contextlib.nullcontext():
+            yield
 
 
 @dataclass
@@ -67,10 +78,10 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the iteration under its name, as an NVTX range too; on a GPU until its work is done. A phase
-        that is entered again adds up."""
+        """Time a part of the iteration under its name; on a GPU until its work is done. A phase that is entered again
+        adds up. In a profile it is the range afd_fast.NAME."""
         start = time.perf_counter()
-        with nvtx.annotate(name, domain="afd_fast"):
+        with profiled(f"afd_fast.{name}"):
             yield
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

@@ -16,14 +16,10 @@ from types import FrameType
 from typing import Any, TypedDict, cast
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.discriminators.discriminator import Discriminator, check_discriminator
-from afd_fast.errors import ConfigError, Interrupted, TrainingError
+from afd_fast.errors import ConfigError, Interrupted, TrainingError, extra
 from afd_fast.judges import Scores
 from afd_fast.students.files import first_line
 from afd_fast.students.lora import trainable
@@ -43,6 +39,12 @@ from afd_fast.training.run import Metrics, Run
 from afd_fast.training.run_folder import check_folder, environment, finished, make_folder, read_rows, write_json
 from afd_fast.training.state import new_state
 from afd_fast.training.watch import Watch
+
+with extra("train"):
+    import rich.progress as bars
+    from rich.console import Console
+    from rich.markup import escape
+    from safetensors import SafetensorError
 
 SHOWN = 5  # refused prompts in an error
 NOTED = ("loss", "reward", "margin", "accuracy")  # shown at the progress bar
@@ -86,9 +88,9 @@ class Trainer:
         self.shards = ranks.share(config.shards)
         self.plan = batch_plan(config)
         self.lockstep = config.fsdp and ranks.world > 1  # the student runs only when it runs on every rank
-        self.progress = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False), console=console,
+        self.progress = bars.Progress(
+            bars.TextColumn("{task.description}", markup=False), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(), bars.TextColumn("{task.fields[note]}", markup=False), console=console,
         )  # fmt: skip
         with self.progress:
             with ranks.lead_first():  # the others then find every video in the cache

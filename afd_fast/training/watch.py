@@ -1,9 +1,11 @@
 """Warnings with a remedy while a run trains: a student that drifts, a discriminator that gives no signal (Figure 5)."""
 
-from rich.console import Console
-from rich.markup import escape
-
+from afd_fast.errors import extra
 from afd_fast.training.run import Metrics, Run
+
+with extra("train"):
+    from rich.console import Console
+    from rich.markup import escape
 
 WATCHED = 20  # iterations
 PAIR_R = (0.01, 0.65)  # the healthy range of sigmoid(D(student) - D(teacher))

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen2VLConfig
-from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
 
 from afd_fast.discriminators.videoalign.inputs import REWARD_TOKENS, read_template
 from afd_fast.discriminators.videoalign.model import NAMES, RewardOptions, RewardSettings, VideoReward, qwen2_vl_2b
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, extra
 from afd_fast.files.text import read_json
 from afd_fast.students.files import MissingFileError, loading, local_copy, read_tensors
 from afd_fast.students.lora import merge_lora_state
+
+with extra("train"):
+    from transformers import AutoTokenizer, Qwen2VLConfig
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

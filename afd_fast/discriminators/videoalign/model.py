@@ -17,15 +17,18 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from afd_fast.discriminators.discriminator import Clips, Discriminator, Features, check_counts, check_finite
 from afd_fast.discriminators.videoalign.inputs import MERGE, PromptTokens, patch_positions, to_patches
+from afd_fast.errors import extra
 from afd_fast.ops.attention import attention_varlen
 from afd_fast.students.lora import disabled
+
+with extra("train"):
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 log = logging.getLogger("afd_fast")
 

@@ -4,15 +4,18 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from afd_fast.errors import extra
 from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
 from afd_fast.students.toy import shipped
 from afd_fast.students.toy.model import ToyStudent, decode_video, encode_video
 from afd_fast.students.toy.text import tokenize
 from afd_fast.teachers import physics
 from afd_fast.video_io import VideoFormat
+
+with extra("demo"):
+    from safetensors.torch import save_file
 
 LORA_TARGETS = ("qkv", "proj", "up", "down")
 

@@ -5,16 +5,18 @@ from dataclasses import asdict
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.torch import save_file
-
+from afd_fast.errors import extra
 from afd_fast.students.files import loading
 from afd_fast.students.toy import pretrain
 from afd_fast.students.toy.model import ToyConfig, ToyStudent
 from afd_fast.teachers.physics import FRAMES
+
+with extra("demo"):
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
 STEPS = 3000
 SHIPPED = {"toy": "base_student.safetensors", "toy_long": "base_student_long.safetensors"}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, extra
 from afd_fast.files.text import read_json
 from afd_fast.students.files import MissingFileError, local_copy, read_tensors
 from afd_fast.students.lora import merge_lora_state
@@ -309,7 +309,8 @@ def _lora_scale(settings: dict[str, Any], path: Path) -> float:
 
 def _diffusers_metadata(path: Path) -> dict[str, Any]:
     """The settings that diffusers keeps in a safetensors file; empty without any."""
-    from safetensors import safe_open
+    with extra("train"):
+        from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
@@ -360,7 +361,8 @@ def _check_state(model: CausalWan, state: dict[str, Tensor], path: Path) -> None
 
 def save_student(model: CausalWan, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
     """Write the weights (or `state`, under the model's names) as a diffusers WanTransformer3DModel folder."""
-    from safetensors.torch import save_file
+    with extra("train"):
+        from safetensors.torch import save_file
 
     folder, c = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, extra
 from afd_fast.students.files import check_source
 from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
 from afd_fast.students.wan.checkpoints import load_student, save_student
@@ -18,6 +17,9 @@ from afd_fast.students.wan.model import CausalWan
 from afd_fast.students.wan.text import TextEncoder
 from afd_fast.students.wan.vae import WanDecoder
 from afd_fast.video_io import VideoFormat
+
+with extra("train"):
+    from safetensors.torch import save_file
 
 LORA_TARGETS = (
     *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
@@ -94,7 +96,8 @@ def load_networks(student: str, base: str | None = None, seed: int = 0) -> Netwo
 def tiny(seed: int = 0) -> Networks:
     """Random weights, for trying things without a GPU or a download; latents of 6 x 10 or so are 48 x 80 pixels.
     Needs diffusers for the VAE's architecture."""
-    from diffusers import AutoencoderKLWan
+    with extra("train"):
+        from diffusers import AutoencoderKLWan
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -146,7 +149,8 @@ def wan_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
 def save_run(student: CausalWan, weights: TrainedWeights, about: Facts, folder: Path) -> None:
     """student/: a diffusers folder of the adapted weights, with a model card. lora/: the adapters alone, as PEFT
     writes them."""
-    from peft import LoraConfig
+    with extra("train"):
+        from peft import LoraConfig
 
     save_student(student, folder / "student", weights.merged)
     if weights.adapters:

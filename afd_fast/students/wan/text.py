@@ -13,11 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ftfy
 import torch
 from torch import Tensor
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, extra
 from afd_fast.students.files import first_line, loading
 
 if TYPE_CHECKING:
@@ -29,6 +28,9 @@ log = logging.getLogger("afd_fast")
 def clean_prompt(prompt: str) -> str:
     """As the official tokenizer does it: ftfy repairs encoding, quotes, width and ligatures; HTML entities are resolved twice;
     runs of whitespace become one space."""
+    with extra("train"):
+        import ftfy
+
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
@@ -62,7 +64,8 @@ class TextEncoder:
     ) -> "TextEncoder":
         """From a diffusers Wan folder or repository (`text_encoder` and `tokenizer` subfolders). Raises ConfigError that
         names the folder or repository if they cannot be loaded."""
-        from transformers import AutoTokenizer, UMT5EncoderModel
+        with extra("train"):
+            from transformers import AutoTokenizer, UMT5EncoderModel
 
         with loading("text_encoder", path):
             encoder = UMT5EncoderModel.from_pretrained(
@@ -116,7 +119,8 @@ class TextEncoder:
 
 def _load(file: Path) -> Tensor | None:
     """The embedding in a file of the cache; None where there is none, and with a warning where it is damaged."""
-    from safetensors import safe_open
+    with extra("train"):
+        from safetensors import safe_open
 
     if not file.exists():
         return None
@@ -138,7 +142,8 @@ def _sum(embedding: Tensor) -> str:
 
 def _save(file: Path, embedding: Tensor) -> None:
     """Write to a temporary file and rename it, so that another process never reads half a file."""
-    from safetensors.torch import save_file
+    with extra("train"):
+        from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
