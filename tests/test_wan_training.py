@@ -1,15 +1,17 @@
 """The paper's recipe end to end on a causal Wan student small enough for here: command, files, resume, export."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from afd_fast.config import with_overrides
 from afd_fast.errors import ConfigError
 from afd_fast.students import load_student, save_student
-from afd_fast.students.lora import add_lora, lora_layers, trainable
+from afd_fast.students.lora import add_lora, disabled, inject, lora_layers, trainable
 from afd_fast.students.wan.family import LORA_TARGETS, SIZE, tiny, wan_family
 from afd_fast.training import checkpoint, runs
 from afd_fast.training.rollouts import sample_policy
@@ -107,6 +109,67 @@ def test_adapters_compute_in_the_layers_dtype_with_float32_gradients():
     want = b.sum(0)[:, None] * x.double().sum(0)
     assert layer.lora_A.default.weight.grad.dtype == torch.float32
     assert (layer.lora_A.default.weight.grad - want).norm() < 0.02 * want.norm()
+
+
+def adapted(alpha, dtype, bias=True):
+    """(the layer as PEFT runs it, as this library does, input [2, 5, 12] with gradient)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(torch.nn.Linear(12, 7, bias=bias, dtype=dtype))
+    peft = copy.deepcopy(ours)
+    inject(ours, ["0"], 3, alpha)
+    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=alpha, target_modules=["0"]), peft)
+    torch.nn.init.normal_(ours[0].lora_B.default.weight)
+    peft.load_state_dict(ours.state_dict())  # the same keys
+    return peft, ours, torch.randn(2, 5, 12, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("alpha, bias", [(3, True), (6, False), (1, True)])
+def test_an_adapted_layer_is_pefts(alpha, bias):
+    """Results and every gradient; in bfloat16 nearer to float64 than PEFT's, which rounds three times."""
+    peft, ours, x = adapted(alpha, torch.float64, bias)
+    total = lambda model: (model(x).square().sum(), [x, *trainable(model).values()])
+    grads = [torch.autograd.grad(*total(model)) for model in (peft, ours)]
+    torch.testing.assert_close(ours(x), peft(x), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x, *_: ours(x), (x, *trainable(ours).values()))
+    ours.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda x, *_: ours(x), (x, *ours.parameters()))
+    exact, (peft, ours, _) = ours(x), adapted(alpha, torch.bfloat16, bias)
+    exact = copy.deepcopy(ours).double()(x.bfloat16().double())
+    error = lambda model: (model(x.bfloat16()).double() - exact).abs().mean()
+    assert error(ours) < error(peft)
+
+
+def test_an_adapter_moves_no_activation():
+    """Forward and backward are products, and casts of adapters; under autocast too, as the reward model runs."""
+    _, ours, x = adapted(3, torch.bfloat16)
+    with OperatorCount() as count:
+        ours(x).backward(torch.ones(2, 5, 7, dtype=torch.bfloat16))
+    assert count.of({"mul", "add", "clone", "copy_"}) == 0 and count.of({"mm", "addmm"}) == 8
+    with OperatorCount() as count, torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+    assert count.of({"_to_copy"}) == 2  # A and B
+    with torch.autocast("cpu", torch.bfloat16):
+        assert adapted(3, torch.float32)[1](x.float()).dtype == torch.bfloat16
+    with disabled(ours):
+        assert torch.equal(ours(x), ours[0].base_layer(x))
+
+
+class OperatorCount(TorchDispatchMode):
+    """How often each aten operator ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def of(self, names):
+        return sum(name in names for name in self.names)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name.removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
 
 
 def test_table_3():

@@ -67,7 +67,7 @@ def check_nft(v: Tensor, x0: Tensor, r: Tensor, inputs: NFTInputs) -> None:
     """TypeError or ValueError for every bad input of `nft_loss` that is found without arithmetic."""
     like_v = {"noise": inputs.get("noise"), "x_t": inputs.get("x_t"), "v_old": inputs.get("v_old"),
               "v_ref": inputs.get("v_ref")}  # fmt: skip
-    given = {"v": v, "x0": x0} | {name: x for name, x in like_v.items() if x is not None}
+    given = {"v": v, "x0": x0, **{name: x for name, x in like_v.items() if x is not None}}
     _check_like_v(v, given)
     if not isinstance(r, Tensor) or not r.is_floating_point():
         raise TypeError(f"r must be a floating-point tensor, got {getattr(r, 'dtype', type(r).__name__)}")
@@ -89,7 +89,7 @@ def check_nft(v: Tensor, x0: Tensor, r: Tensor, inputs: NFTInputs) -> None:
         if x is not None:
             _check_weight(name, x)
     if inputs.get("check_nan"):
-        _check_nan(given | {"r": r}, "samples" if cu_seqlens is None else "rows")
+        _check_nan({**given, "r": r}, "samples" if cu_seqlens is None else "rows")
 
 
 def _check_weight(name: str, x: Tensor) -> None:

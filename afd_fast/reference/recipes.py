@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Literal, TypedDict
 
+import torch
 from typing_extensions import Unpack
 
 from afd_fast.errors import check_fields
@@ -176,6 +177,7 @@ RECIPES: dict[str, NFTRecipe] = {
 }
 
 
+@torch.compiler.assume_constant_result  # inside a compiled function it is called once, when that is traced
 def nft_recipe(name: RecipeName, **overrides: Unpack[RecipeFields]) -> NFTRecipe:
     """A named recipe with some fields replaced. ValueError names the nearest match of an unknown name or field."""
     if name not in RECIPES:

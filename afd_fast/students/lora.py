@@ -5,9 +5,10 @@ Legend: W [out, in] a linear's weight, A [rank, in], B [out, rank]; W' = W + sca
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,28 +112,86 @@ def merge_lora_state(state: dict[str, Tensor], lora: dict[str, Tensor], scale: f
     return merged
 
 
-class _InputDtypeLinear(nn.Linear):
-    """A linear without bias that computes in its input's dtype, whatever its weight's."""
+class _LoraProduct(torch.autograd.Function):
+    """x W^T + bias + scale (x A^T) B^T of x [L, in], the adapter added by the product that makes it; backward likewise.
+    Every tensor has x's dtype."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        y, hidden = F.linear(x, weight, bias), F.linear(x, a)
+        return torch.addmm(y, hidden, b.t(), alpha=scale, out=y), hidden
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, a, b, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, a, b, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        x, weight, a, b, hidden = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        inner = grad @ b  # of x A^T
+        inner = inner if ctx.scale == 1 else inner * ctx.scale
+        dx = dw = None
+        if need[0]:
+            dx = grad @ weight
+            dx = torch.addmm(dx, inner, a, out=dx)
+        if need[1]:
+            dw = grad.t() @ x
+        db = grad.t() @ hidden
+        db = db if ctx.scale == 1 else db * ctx.scale
+        return dx, dw, grad.sum(0) if need[2] else None, inner.t() @ x, db, None
 
 
-def add_lora(model: nn.Module, rank: int, targets: list[str]) -> None:
-    """Put adapters of `rank` (alpha = rank, dropout 0) on the named linear layers; everything else is frozen. Adapters are
-    float32 and compute in the layer's dtype: PEFT's own casts keep a float32 copy of every layer's input for backward."""
+@functools.cache
+def _layer_class() -> Any:
+    """PEFT's LoRA layer of a linear, with one adapter computed by `_LoraProduct`; PEFT is imported when it is needed."""
+    from peft.tuners.lora import Linear
+
+    class LoraLinear(Linear):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            active = [name for name in self.active_adapters if name in self.lora_A]
+            if self.disable_adapters or self.merged or args or kwargs or len(active) != 1:
+                return super().forward(x, *args, **kwargs)
+            base: Any = self.base_layer
+            kind = x.device.type
+            cast_to_half = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            dtype = torch.get_autocast_dtype(kind) if cast_to_half else base.weight.dtype
+            bias = None if base.bias is None else base.bias.to(dtype)
+            adapters: Any = (self.lora_A[active[0]], self.lora_B[active[0]])
+            a, b = (adapter.weight.to(dtype) for adapter in adapters)
+            rows = x.to(dtype).flatten(0, -2)
+            y, _ = _LoraProduct.apply(rows, base.weight.to(dtype), bias, a, b, self.scaling[active[0]])
+            return y.unflatten(0, x.shape[:-1])
+
+    return LoraLinear
+
+
+def inject(model: nn.Module, targets: list[str] | str, rank: int, alpha: float) -> None:
+    """Put adapters of `rank` (scale alpha / rank, dropout 0) on linear layers of `model`; everything else is frozen. targets:
+    names, or one regular expression, as PEFT takes them. Adapters are float32, as an update of 1e-5 is below bfloat16's
+    resolution, and compute in the layer's dtype: PEFT's casts would keep a float32 copy of every layer's input."""
     with extra("train"):
         from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), model)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=targets), model)
     for p in model.parameters():
-        if p.requires_grad:  # an update of 1e-5 is below bfloat16's resolution
+        if p.requires_grad:
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
     for layer in lora_layers(model):
-        layer.cast_input_dtype_enabled = False
-        for adapter in (*layer.lora_A.values(), *layer.lora_B.values()):
-            adapter.__class__ = _InputDtypeLinear
+        layer.__class__ = _layer_class()
+
+
+def add_lora(model: nn.Module, rank: int, targets: list[str]) -> None:
+    """`inject` with alpha = rank: the adapters' product is added as it is."""
+    inject(model, targets, rank, rank)
 
 
 def lora_layers(model: nn.Module) -> list[Any]:

@@ -13,7 +13,7 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,9 @@ from afd_fast.discriminators.discriminator import Clips, Discriminator, Features
 from afd_fast.discriminators.videoalign.inputs import MERGE, PromptTokens, patch_positions, to_patches
 from afd_fast.errors import extra
 from afd_fast.ops.attention import attention_varlen
-from afd_fast.students.lora import disabled
+from afd_fast.students.lora import disabled, inject
 
 with extra("train"):
-    from peft import LoraConfig, inject_adapter_in_model
     from transformers import Qwen2VLConfig, Qwen2VLModel
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -149,13 +148,8 @@ class VideoReward(Discriminator):
         """Adapters on every linear layer of the language model, zero at first, float32; once per model."""
         if self.lora:
             raise ValueError(f"the model has adapters of rank {self.lora[0]} already")
-        config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=LORA_TARGETS)
-        inject_adapter_in_model(config, self.backbone.language_model)
+        inject(self.backbone.language_model, LORA_TARGETS, rank, alpha)
         self.lora = rank, alpha
-        for name, parameter in self.backbone.language_model.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
-            if ".lora_" in name:
-                parameter.data = parameter.data.float()
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
