@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
-from afd_kernels.layout import COEFFICIENTS, Slot
+from afd_kernels.layout import COEFFICIENTS, MAXIMA, Slot
 from torch import Tensor
 
 from afd_fast.ops import nft_operators as ops
@@ -45,7 +45,10 @@ NAMES = {"e0": "e1", "e1": "e0", "e2": "e3", "e3": "e2", "old": "ref", "ref": "v
          "R_NEG_LOSS": "R_POS_LOSS", "R_WEIGHT_POS": "R_WEIGHT_NEG", "R_WEIGHT_NEG": "R_WEIGHT_POS", "R_PRIOR": "R_V_NORM",
          "R_OLD_DEVIATION": "R_PRIOR", "R_V_NORM": "R_V_REF_NORM", "R_V_REF_NORM": "R_V_NORM", "R_DIFFERENCE": "R_SUM",
          "R_SUM": "R_DIFFERENCE", "R_REFERENCE": "R_SUM", "T_POLICY": "T_PRIOR", "T_PRIOR": "T_SIGNAL",
-         "T_SIGNAL": "T_PRIOR", "SEED": "X_T", "X_T": "SEED"}  # fmt: skip
+         "T_SIGNAL": "T_PRIOR", "T_R_MEAN": "T_SIGNAL", "SEED": "X_T", "X_T": "SEED", "CLEAN": "X_T", "S_X0": "S_V", "S_OLD_REF": "S_REF",
+         "S_X0_MAX": "S_DRIFT_MAX", "S_DRIFT_MAX": "S_X0_MAX", "R_OLD_DEVIATION_MAX": "R_OLD_PRIOR",
+         "R_OLD_PRIOR": "R_X0_SQUARE", "R_X0_SQUARE": "R_X0_SQUARE_MAX", "R_X0_SQUARE_MAX": "R_X0_SQUARE",
+         "drift": "behind", "behind": "drift", "clean": "drift"}  # fmt: skip
 
 
 class Mutant(NamedTuple):
@@ -141,13 +144,15 @@ class Draw:
 
     def inputs(self, shape: tuple[int, int], recipe: NFTRecipe, source: str, dtype: torch.dtype = torch.float32, frames: int = 1,
                **change: Any) -> Inputs:  # fmt: skip
-        """source: noise, seed or x_t; change: fields with other values."""
+        """source: noise, seed, x_t or "" (clean space); change: fields with other values."""
         batch = change["cu_seqlens"].numel() - 1 if "cu_seqlens" in change else shape[0]
         values = dict.fromkeys(Inputs._fields) | {
             name: self.normal(shape, dtype) for name in ("v", "x0", "v_old", "v_ref")
         }
         values |= {"r": self.uniform(batch), "t": self.levels(batch, frames), "inner": shape[1], "stats": True}
-        values |= {"recipe": recipe.key, source: (3 << 40) + 5 if source == "seed" else self.normal(shape, dtype)}
+        values |= {"recipe": recipe.key}
+        if source:
+            values |= {source: (3 << 40) + 5 if source == "seed" else self.normal(shape, dtype)}
         return Inputs(**values | change)  # type: ignore[arg-type]  # a dictionary of fields of many types
 
 
@@ -167,6 +172,8 @@ def cases() -> Iterator[Inputs]:
                       sigma=draw.levels(2, 3), element_mask=draw.uniform(2, 6192) > 0.4)  # fmt: skip
     packed = nft_recipe("diffusionnft", ref_coef=0.3, batch_reduction="mean")
     yield draw.inputs((900, 13), packed, "x_t", cu_seqlens=torch.tensor([0, 3, 3, 640, 880, 900]))
+    clean = nft_recipe("astrolabe", ref_coef=0.3, space="clean", ref_space="v")
+    yield draw.inputs((2, 70), clean, "", element_mask=draw.uniform(2, 70) > 0.4)
     yield draw.inputs((2, 70), gardo, "seed", ref_mask=mask(0, 0), v_old=None)
     yield draw.inputs((3, 70), gardo, "x_t", sample_mask=some, ref_mask=others)
     yield draw.inputs((3, 70), afd, "x_t", sample_mask=some, ref_mask=others)
@@ -225,7 +232,9 @@ def check_reduce(kernels: Kernels) -> None:
             PART, sums, PART, 1, 2 * tiles, 2, 2, tiles, SUMS=sum(slot.bit for slot in Slot), PACKED=False, CU_BLOCK=1
         )
     report.check()
-    torch.testing.assert_close(sums, PART.double().view(slots, 2, tiles).sum(2), rtol=1e-12, atol=1e-12)
+    parts = PART.double().view(slots, 2, tiles)
+    expected = torch.cat([parts[:MAXIMA].sum(2), parts[MAXIMA:].amax(2)])
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)
 
 
 def check_sums(found: ops.Sums, expected: ops.Sums) -> None:

@@ -54,7 +54,7 @@ def error(a, exact):
 def check(i, scale=3.0, watch=True):
     """All four launchers against the reference, under the sanitizer."""
     tensors = [n for n, x in zip(TENSORS, (i.v, i.x0, i.v_old, i.v_ref)) if x is not None]
-    tensors += [] if i.seed is not None else ["y_ptr"]
+    tensors += [] if i.noise is None and i.x_t is None else ["y_ptr"]
     loss, totals, rows = ops._sums(i)
     exact, apart = (ops._gradient(pair, i._replace(v=i.v.float())).double() for pair in ((1.0, 1.0), (scale, -2.0)))
     with sanitize() as report:
@@ -137,6 +137,13 @@ def test_weights_and_dense_r(change, recipe):
 ], ids=str)  # fmt: skip
 def test_fields(fields, change):
     check(make(recipe=afd_fast.nft_recipe("diffusionnft", **fields), **change))
+
+
+@pytest.mark.parametrize("batch,size", [(3, 7), (2, 4097)])
+def test_clean_space(batch, size):
+    recipe = afd_fast.nft_recipe("astrolabe", space="clean", ref_space="v")
+    check(make((batch, size), recipe=recipe, source=None, element_mask=torch.rand(batch, size) > 0.3))
+    check(make((batch, size), recipe=recipe, source=None, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("batch,size", [(1, 1), (3, 7), (1, 4095), (3, 4096), (1, 4097), (2, 13001)])

@@ -175,6 +175,11 @@ BAD = [
     ({"t": torch.rand(3, 5), "frame_dim": 1}, ValueError, "t must be"),
     ({"seed": 1}, ValueError, "exactly one of noise"),
     ({"noise": None}, ValueError, "noised state is missing"),
+    (
+        {"recipe": afd_fast.nft_recipe("astrolabe", space="clean", ref_space="v")},
+        ValueError,
+        "leave noise=, seed= and x_t= out",
+    ),
     ({"noise": None, "seed": 1.5}, TypeError, "seed must be an integer"),
     ({"noise": None, "x_t": torch.rand(3, 4, 5, 6), "t": 0.0}, ValueError, "cannot recover the noise"),
     ({"sample_mask": torch.ones(3, 1)}, ValueError, "sample_mask must be"),
@@ -195,7 +200,8 @@ def test_bad_input(change, error, message):
 
 
 @pytest.mark.parametrize("overrides,message", [
-    ({"betta": 1.0}, "did you mean 'beta'"), ({"beta": 0.0}, "beta must be positive"), ({"space": "x"}, 'space must be "v" or "x0"'),
+    ({"betta": 1.0}, "did you mean 'beta'"), ({"beta": 0.0}, "beta must be positive"), ({"space": "x"}, 'space must be "v" or "x0" or "clean"'),
+    ({"space": "clean", "ref_space": "x0"}, 'takes ref_space="v"'),
     ({"adv_clip": (1, 5)}, "adv_clip must span zero"), ({"ref_coef": -1.0}, "ref_coef"),
     ({"beta": math.nan}, "beta"), ({"beta": math.inf}, "beta"), ({"ref_coef": math.nan}, "ref_coef"),
     ({"weight_floor": math.nan}, "weight_floor"), ({"adv_clip": math.inf}, "adv_clip"), ({"adv_clip": math.nan}, "adv_clip"),

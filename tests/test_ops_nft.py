@@ -353,6 +353,22 @@ def test_statistics_equal_float64(backend, dtype, change):
     assert s.x0_square_max.isnan().tolist() == s.x0_square.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_clean_space_is_the_written_out_formula(backend, dtype):
+    """Predictions of x0: no noise, and t plays no part."""
+    inputs = make((3, 5001), dtype)
+    del inputs["noise"]
+    recipe = afd_fast.nft_recipe("astrolabe", space="clean", ref_space="v", ref_coef=0.3)
+    w = widened(inputs)
+    pos, neg = (((1 - k) * w["v_old"] + k * w["v"] - w["x0"]).square().mean(1) for k in (0.1, -0.1))
+    exact = (w["r"] * pos + (1 - w["r"]) * neg).mean() + 0.3 * (w["v"] - w["v_ref"]).square().mean()
+    (exact_grad,) = torch.autograd.grad(exact, w["v"])
+    for t in (inputs["t"], 1.0, 0.0):
+        loss, grad = run(inputs | {"t": t}, recipe=recipe)
+        assert abs(loss - exact) <= (1e-12 if dtype == torch.float64 else 1e-6) * exact
+        assert error(grad, exact_grad) <= bound(exact_grad, dtype)
+
+
 @pytest.mark.skipif(native.library() is None, reason="the C++ library is not built")
 def test_float16_is_native_and_rounds_exactly():
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16).view(1, -1)

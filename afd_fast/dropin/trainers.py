@@ -209,12 +209,11 @@ def astrolabe(
         reward_std: [B], with config.use_select_kl: the KL runs over samples with reward_std > 0, and is 0 without one.
         beta: config.beta. kl_beta: config.train.beta.
     """
-    # In velocity space the target is noise - x0, so that noise = 2 x0, which is exact, makes it x0.
     chosen = None if reward_std is None else per_sample("reward_std", reward_std, batch_latents_x0) > 0
     loss, stats = nft_loss(
-        forward_pred_x0, batch_latents_x0, per_sample("r", r, forward_pred_x0), 1.0, noise=2 * batch_latents_x0,
-        v_old=old_pred, v_ref=ref_pred_x0, ref_mask=chosen, return_stats=True,
-        recipe=recipe("astrolabe", beta=beta, ref_coef=kl_beta, space="v", ref_space="v"),
+        forward_pred_x0, batch_latents_x0, per_sample("r", r, forward_pred_x0), 1.0, v_old=old_pred,
+        v_ref=ref_pred_x0, ref_mask=chosen, return_stats=True,
+        recipe=recipe("astrolabe", beta=beta, ref_coef=kl_beta, space="clean", ref_space="v"),
     )  # fmt: skip
     found = measured(loss, stats, 1.0)
     names = dict(total_loss="total", policy_loss="policy", kl_loss="kl", x0_norm="x0", old_deviate="drift",

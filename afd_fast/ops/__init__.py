@@ -14,7 +14,7 @@ __all__ = ["NFTStats", "NFTTerms", "backends", "bt_loss", "forward_noise", "nft_
 
 def backends() -> dict[str, str]:
     """Operator -> what serves it on this machine, by device and dtype."""
-    cpp = "C++ for float32 and bfloat16, PyTorch for the rest" if native.library() else (
+    cpp = "C++ for float32, bfloat16 and float16, PyTorch for the rest" if native.library() else (
         "PyTorch (the C++ library is not built: pip install -e . with cmake and a C++ compiler on the PATH)")  # fmt: skip
     triton = "Triton" if importlib.util.find_spec("triton") else "none (pip install triton)"
     if old := old_triton():

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from afd_kernels.layout import Source
 from torch import Tensor
 
+from afd_fast.reference.recipes import recipe_from_key
+
 
 class Inputs(NamedTuple):
     """In the schema's order."""
@@ -16,7 +18,7 @@ class Inputs(NamedTuple):
     x0: Tensor
     r: Tensor  # [B]
     t: Tensor  # [B, F], w
-    noise: Tensor | None  # exactly one of noise, seed, x_t
+    noise: Tensor | None  # exactly one of noise, seed, x_t; none with space="clean"
     seed: int | None
     x_t: Tensor | None
     v_old: Tensor | None
@@ -36,6 +38,8 @@ class Inputs(NamedTuple):
     @property
     def source(self) -> Source:
         """Where the noised state comes from."""
+        if recipe_from_key(self.recipe).space == "clean":
+            return Source.CLEAN
         if self.x_t is not None:
             return Source.X_T
         return Source.SEED if self.noise is None else Source.NOISE

@@ -136,7 +136,8 @@ def _check(i: Inputs, grad: Tensor | None) -> None:
     _check_sizes(i.v.shape, i.x0, i.noise, i.x_t, i.v_old, i.v_ref, i.element_mask, i.each, grad)
     _check_sizes(torch.Size([samples]), i.r, i.sample_mask, i.ref_mask, i.policy_weight, i.prior_weight)
     _check_levels(samples, i.inner, i.t, i.sigma)
-    if i.noise is None and i.x_t is None and (i.seed is None or i.cu_seqlens is not None):
+    missing = i.noise is None and i.x_t is None and (i.seed is None or i.cu_seqlens is not None)
+    if missing and i.source is not Source.CLEAN:
         raise ValueError("expected noise or x_t, or a seed for samples that are not packed")
 
 
@@ -145,7 +146,7 @@ def _fill(i: Inputs, grad: Tensor | None) -> _Filled:
     _check(i, grad)
     f, recipe = _Filled(), recipe_from_key(i.recipe)
     c, packed = f.c, i.cu_seqlens is not None
-    for field, stem, x in (("v", "v", i.v), ("x0", "x0", i.x0), ("y", "y", i.noise if i.x_t is None else i.x_t),
+    for field, stem, x in (("v", "v", i.v), ("x0", "x0", i.x0), ("y", "y", i.x0 if i.source is Source.CLEAN else i.noise if i.x_t is None else i.x_t),
                            ("v_old", "old", i.v_old), ("v_ref", "ref", i.v_ref), ("grad", "grad", grad)):  # fmt: skip
         f.rows(field, stem, x, contiguous=packed)
     c.mask_stride = i.v[0].numel()

@@ -248,7 +248,8 @@ def nft_loss(
             per frame, voxel or token.
         t: noise level in [0, 1]; a number, [B], or [B, F] with frame_dim.
         noise / seed / x_t: where the noised state comes from: eps itself, the seed of `forward_noise`, or x_t.
-            x0-space recipes need one of the three, velocity-space recipes noise or seed (or x_t with t > 0).
+            x0-space recipes need one of the three, velocity-space recipes noise or seed (or x_t with t > 0), clean-space
+            recipes none.
         v_old: velocity of the data-collecting policy; None is stop-grad(v), the paper's reading.
         v_ref: velocity of the frozen initial student; None leaves the prior out.
         sigma: velocity -> x0 coefficient where it is not t (Astrolabe's scheduler table); shapes as t.

@@ -69,7 +69,7 @@ def _branches(v: Tensor, p: Prepared, recipe: NFTRecipe) -> tuple[Tensor, Tensor
     beta = recipe.beta
     positive = beta * v + (1 - beta) * p.v_old
     negative = (1.0 + beta) * p.v_old - beta * v
-    if recipe.space == "v":
+    if recipe.space != "x0":
         return positive - p.target, negative - p.target
     return (p.target - p.sigma * positive) - p.x0, (p.target - p.sigma * negative) - p.x0
 
@@ -258,7 +258,7 @@ def nft_grad(
         for sign, down, e, w in ((1, down_pos, policy.e_pos, policy.w_pos), (-1, down_neg, policy.e_neg, policy.w_neg)):
             above = torch.where(w > recipe.weight_floor, scale * down / p.elements, 0)
             grad = grad - sign * p.spread(above) * e.sign()
-    grad = recipe.beta * (1.0 if recipe.space == "v" else -p.sigma) * grad
+    grad = recipe.beta * (-p.sigma if recipe.space == "x0" else 1.0) * grad
     if p.weights is not None:
         grad = p.weights * grad
     if recipe.drift_clip is not None and recipe.drift_clip_by == "project":

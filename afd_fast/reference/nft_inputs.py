@@ -145,7 +145,11 @@ class NoisedState(NamedTuple):
 
 
 def choose_source(noise: Tensor | None, seed: int | None, x_t: Tensor | None, recipe: NFTRecipe) -> NoisedState:
-    """The one input that the recipe's target is built from."""
+    """The one input that the recipe's target is built from; none for predictions of x0."""
+    if recipe.space == "clean":
+        if noise is not None or seed is not None or x_t is not None:
+            raise ValueError('space="clean" compares predictions of x0 with x0: leave noise=, seed= and x_t= out')
+        return NoisedState(None, None, None)
     if noise is not None and seed is not None:
         raise ValueError("give exactly one of noise= (a tensor) and seed= (an integer)")
     if noise is None and seed is None and x_t is None:
@@ -204,7 +208,7 @@ class Prepared(NamedTuple):
     x0: Tensor
     v_old: Tensor
     v_ref: Tensor | None
-    target: Tensor  # v* in v space, x_t in x0 space
+    target: Tensor  # v* in v space, x_t in x0 space, x0 in clean space
     sigma: Tensor  # velocity -> x0 coefficient, broadcastable; t where neither loss nor prior uses it
     r: Tensor  # [B]; where r is given per element: the samples' means
     r_each: Tensor | None  # r per element, broadcastable against v; None where it is [B]
@@ -234,8 +238,10 @@ class Prepared(NamedTuple):
 
 
 def _target(x0: Tensor, t: Tensor, source: NoisedState, recipe: NFTRecipe) -> Tensor:
-    """v* in v space, x_t in x0 space, in t's dtype."""
+    """v* in v space, x_t in x0 space, x0 in clean space, in t's dtype."""
     clean, x_t = x0.to(t.dtype), source.x_t
+    if recipe.space == "clean":
+        return clean
     if x_t is not None:
         return (x_t.to(t.dtype) - clean) / t if recipe.space == "v" else x_t.to(t.dtype)
     eps = resolve_noise(x0, source.noise, source.seed).to(t.dtype)

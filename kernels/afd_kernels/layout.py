@@ -79,6 +79,7 @@ class Source(IntEnum):
     NOISE = 0
     SEED = 1
     X_T = 2
+    CLEAN = 3  # no noise: the predictions are of x0 (space="clean")
 
 
 class Frames(IntEnum):

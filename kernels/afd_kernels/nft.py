@@ -1,6 +1,6 @@
 """The NFT + prior loss: a sweep that sums and / or writes the gradient, and two small kernels that finish the sums.
 
-Per element, with s = 1 (velocity space) or -sigma (x0 space) and w = x0 - eps or x_t - x0:
+Per element, with s = 1 (velocity space) or -sigma (x0 space) and w = x0 - eps, x_t - x0, or -x0 (clean):
     a = s v_old + w,  d = s beta (v - v_old),  e+- = a +- d
     dL/dv = s [(c+ - c-) a + (c+ + c-) d] + c_ref m (v - v_ref),  m = 1 or sigma^2
 so nothing cancels at zero advantage. With an r per element c+- are products with r and 1 - r; an element's weight multiplies
@@ -25,6 +25,7 @@ SLOTS = tl.constexpr(len(Slot))
 FIRST_MAX = tl.constexpr(MAXIMA.value)
 SEED = tl.constexpr(Source.SEED.value)
 X_T = tl.constexpr(Source.X_T.value)
+CLEAN = tl.constexpr(Source.CLEAN.value)
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def _part(
         sigma = level(sigma_ptr, frame, since, inner, frames, q, m, FRAMES)
     x0 = widen(tl.load(x0_ptr + n, mask=m, other=0.0))
     y = e
-    if SOURCE != SEED:
+    if SOURCE != SEED and SOURCE != CLEAN:
         y = widen(tl.load(y_ptr + n, mask=m, other=0.0))
     old = v
     if HAS_OLD:
@@ -86,6 +87,8 @@ def _part(
         w = x0 - y
         if SOURCE == X_T:
             w = w / t
+        if SOURCE == CLEAN:
+            w = -x0
         s = 1.0
     if SOURCE == SEED or HAS_MASK:
         w = tl.where(keep, w, 0.0)
@@ -284,7 +287,8 @@ class _Call:
         self.old, self.ref = v_old is not None, v_ref is not None
         self.flags = dict(
             X0=c["space"] == "x0", REF_X0=c["ref_space"] == "x0",
-            SOURCE=(Source.X_T if x_t is not None else Source.SEED if noise is None else Source.NOISE).value,
+            SOURCE=(Source.CLEAN if c["space"] == "clean" else Source.X_T if x_t is not None else Source.SEED
+                    if noise is None else Source.NOISE).value,
             HAS_OLD=self.old, HAS_REF=self.ref, HAS_MASK=element_mask is not None, WEIGHTED=weighted,
             HAS_EACH=each is not None, BY_R=c["ref_weight"] == "r", HAS_SIGMA=sigma is not None,
             FRAMES=Frames.of(t.shape[1], inner, self.tiles).value,

@@ -18,12 +18,12 @@ enum AfdSlot { S_SIZE, S_SIZE_GAP, S_POS, S_NEG, S_PRIOR, S_KEPT, S_DRIFT, S_V, 
 enum AfdRow { R_POS_LOSS, R_NEG_LOSS, R_WEIGHT_POS, R_WEIGHT_NEG, R_PRIOR, R_OLD_DEVIATION, R_V_NORM, R_V_REF_NORM,
               R_OLD_DEVIATION_MAX, R_OLD_PRIOR, R_X0_SQUARE, R_X0_SQUARE_MAX, R_DIFFERENCE, R_SUM, R_REFERENCE, AFD_ROWS };
 enum AfdTotal { T_POLICY, T_PRIOR, T_SIGNAL, T_R_MEAN };
-enum AfdSource { AFD_NOISE, AFD_SEED, AFD_XT };
+enum AfdSource { AFD_NOISE, AFD_SEED, AFD_XT, AFD_CLEAN };
 enum { AFD_F32 = 0, AFD_BF16 = 1, AFD_F16 = 2 };
 
 // One call; plain C so that ctypes can fill it. Strides count elements between samples; null means absent.
 struct AfdCall {
-  const void *v, *x0, *y, *v_old, *v_ref;           // y: noise or x_t, null with AFD_SEED
+  const void *v, *x0, *y, *v_old, *v_ref;           // y: noise or x_t; null with AFD_SEED, x0 with AFD_CLEAN
   void* grad;
   const uint8_t* mask;                              // elements that count, or
   const float *weight, *each;                       // their weights; r per element
@@ -117,7 +117,7 @@ AFD_HD AfdConstants afd_constants(const AfdCall& c, int64_t sample, float sigma)
           gap * row[R_REFERENCE * c.samples] * c.prior_scale};
 }
 
-// w = x0 - eps or x_t - x0. a = s v_old + w, d = s beta (v - v_old), e+- = a +- d; old is v where there is no v_old.
+// w = x0 - eps, x_t - x0, or -x0 (AFD_CLEAN). a = s v_old + w, d = s beta (v - v_old), e+- = a +- d; old is v where there is no v_old.
 // dL/dv = s [(c+ - c-) a + (c+ + c-) d] + c_ref m (v - v_ref): nothing cancels at zero advantage.
 // With an r per element, k.difference is c+ at r = 1 and k.total c- at r = 0.
 template <class F> struct AfdElement { F a, d, gap, grad; };

@@ -142,14 +142,14 @@ struct Run {  // elements with one t and sigma
 INLINE F larger(F a, F b) { return (F)pick(a > b, (U)a, (U)b); }
 
 // TYPE: what all tensors are (y may be float32 among 16-bit ones), or ANY; then masks are possible too. OLD: whether there is
-// a v_old. SUMS: none, those of the loss, or with the statistics.
-enum { ANY = -1, STEP = 2 * W, LOSS = 1, STATS = 2 };
+// a v_old. SUMS: none, those of the loss, or with the statistics. SAME_F32: float32 with the sums in ANY's order.
+enum { ANY = -1, SAME_F32 = 3, STEP = 2 * W, LOSS = 1, STATS = 2 };
 template <int TYPE, bool OLD, bool GRAD, int SUMS>
 INLINE void step(const AfdCall& c, Run& u, int64_t i) {
   constexpr bool SPLIT = TYPE != AFD_F32;
-  auto type = [](int of) { return TYPE == ANY ? of : TYPE; };
+  auto type = [](int of) { return TYPE == ANY ? of : TYPE == SAME_F32 ? (int)AFD_F32 : TYPE; };
   Pair V = load<SPLIT>(u.v, type(c.v_type), i), X = load<SPLIT>(u.x0, type(c.x0_type), i), R = V, G;
-  Pair Y = load<SPLIT>(u.y, SPLIT ? u.y_type : 0, i), O = OLD ? load<SPLIT>(u.old, type(c.old_type), i) : V;
+  Pair Y = load<SPLIT>(u.y, SPLIT && TYPE != SAME_F32 ? u.y_type : 0, i), O = OLD ? load<SPLIT>(u.old, type(c.old_type), i) : V;
   if (u.ref) R = load<SPLIT>(u.ref, type(c.ref_type), i);
   for (const char* p : {u.v, u.x0, u.y, u.ref})  // without: 1.2 of a copy, with: 1.0 (two cores, 32 Mi elements)
     if ((TYPE == AFD_BF16 || TYPE == AFD_F16) && p) __builtin_prefetch(p + 2 * i + 768);
@@ -181,7 +181,7 @@ INLINE void step(const AfdCall& c, Run& u, int64_t i) {
       }
       w = y - x0;
     } else {
-      w = c.source == AFD_XT ? (x0 - y) / u.t : x0 - y;
+      w = c.source == AFD_XT ? (x0 - y) / u.t : c.source == AFD_CLEAN ? -y : x0 - y;
     }
     AfdElement<F> x = afd_element<OLD, F>(v, w, old, ref, u.k);
     G.x[half] = weigh(TYPE == ANY && u.each ? afd_dense_gradient<F>(x, r, u.k, c.ref_by_r) : x.grad);
@@ -266,6 +266,8 @@ RUNNERS(f16_new, AFD_F16, false)
 RUNNERS(f16_old, AFD_F16, true)
 RUNNERS(any_new, ANY, false)
 RUNNERS(any_old, ANY, true)
+STATS_RUNNERS(f32_new_stats, SAME_F32, false)
+STATS_RUNNERS(f32_old_stats, SAME_F32, true)
 STATS_RUNNERS(bf16_new_stats, AFD_BF16, false)
 STATS_RUNNERS(bf16_old_stats, AFD_BF16, true)
 STATS_RUNNERS(f16_new_stats, AFD_F16, false)
@@ -280,8 +282,8 @@ static Runner* choose(const AfdCall& c, bool grad, bool sums) {
               (c.source == AFD_SEED || c.y_type == type || (type != AFD_F32 && c.y_type == AFD_F32));
   enum { MIXED = 3 };
   static Runner* const* const plain[][2] = {{f32_new, f32_old}, {bf16_new, bf16_old}, {f16_new, f16_old}, {any_new, any_old}};
-  static Runner* const* const stats[][2] = {  // float32 gains nothing from a runner for it
-    {any_new_stats, any_old_stats}, {bf16_new_stats, bf16_old_stats}, {f16_new_stats, f16_old_stats}, {any_new_stats, any_old_stats}};
+  static Runner* const* const stats[][2] = {
+    {f32_new_stats, f32_old_stats}, {bf16_new_stats, bf16_old_stats}, {f16_new_stats, f16_old_stats}, {any_new_stats, any_old_stats}};
   auto row = (c.stats && sums ? stats : plain)[c.mask || c.weight || c.each || !same ? (int)MIXED : type];
   return row[c.v_old != nullptr][!sums ? 0 : grad ? 2 : 1];
 }

@@ -143,7 +143,7 @@ EXPORT int afd_cuda_nft_loss(const AfdCall* c, void* terms, unsigned* ticket, vo
               (!c->v_old || c->old_type == c->v_type) && (!c->v_ref || c->ref_type == c->v_type);
   int64_t strides = c->v_stride | c->x0_stride | c->y_stride | c->old_stride | c->ref_stride | c->grad_stride | c->count;
   uintptr_t pointers = (uintptr_t)c->v | (uintptr_t)c->x0 | (uintptr_t)c->y | (uintptr_t)c->v_old | (uintptr_t)c->v_ref | (uintptr_t)c->grad;
-  if (!same || strides % VECTOR || pointers % 16 || c->mask || c->weight || c->each || c->cu || c->frames != 1 || c->source == AFD_SEED || c->stats ||
+  if (!same || strides % VECTOR || pointers % 16 || c->mask || c->weight || c->each || c->cu || c->frames != 1 || c->source == AFD_SEED || c->source == AFD_CLEAN || c->stats ||
       (c->v_type != AFD_F32 && c->v_type != AFD_BF16) ||
       c->samples < 1 || c->samples > 65535)
     return (int)cudaErrorNotSupported;
