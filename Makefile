@@ -3,7 +3,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin/python
 OLDEST_PYTHON ?= $(firstword $(foreach minor,10 11 12,$(shell command -v python3.$(minor))) $(PYTHON))
 CORE := $(addprefix tests/test_, $(addsuffix .py, advantage attention dropin extras functorch layering nft nft_options noise \
-	ops_nft transformer_ops triton_versions))
+	ops_nft triton_versions))
 
 .PHONY: demo test test-oldest gpu bench lint dist clean
 

@@ -287,6 +287,18 @@ def test_compile_fullgraph(recipe, dtype):
     assert step(seeded)[0].isfinite()
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="PyTorch 2.6 cannot trace a dataclass that was made in the function"
+)
+def test_a_recipe_is_made_inside_a_compiled_function():
+    inputs = make((2, 3, 50), torch.float32)
+    make_recipe = lambda: afd_fast.nft_recipe("diffusionnft", beta=0.3)
+    compiled = torch.compile(fullgraph=True, backend="aot_eager")(
+        lambda i: afd_fast.nft_loss(**i, recipe=make_recipe())
+    )
+    assert torch.equal(compiled(inputs), afd_fast.nft_loss(**inputs, recipe=make_recipe()))
+
+
 def test_only_v_gets_a_gradient_and_double_backward_says_no():
     inputs = make((2, 8))
     inputs |= {k: inputs[k].clone().requires_grad_() for k in ("x0", "v_old", "v_ref", "r")}

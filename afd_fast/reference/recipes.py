@@ -198,7 +198,11 @@ def as_recipe(recipe: RecipeName | NFTRecipe) -> NFTRecipe:
     """The recipe itself, or the one of that name."""
     if not isinstance(recipe, (str, NFTRecipe)):
         raise TypeError(f"recipe must be a name or an NFTRecipe, got {type(recipe).__name__}")
-    return nft_recipe(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(recipe, NFTRecipe):
+        return recipe
+    return (
+        RECIPES[recipe] if recipe in RECIPES else nft_recipe(recipe)
+    )  # read, not called: PyTorch 2.6 traces only that
 
 
 @functools.lru_cache(256)
