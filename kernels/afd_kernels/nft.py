@@ -143,7 +143,8 @@ def sweep_kernel(
     if SCALED:
         scale = tl.load(go_ptr)
     if GUARD:
-        left = left * (scale != 1.0).to(tl.int64)
+        if scale == 1.0:
+            return
     cd, cs, cr = 0.0, 0.0, 0.0
     if GRAD:
         cd = tl.load(rows_ptr + samples * R_DIFFERENCE + sample) * scale
