@@ -158,6 +158,13 @@ def test_sweep(case, dtype):
         assert_exact_noise(c)
 
 
+def test_a_gradient_that_stays_is_left_at_once():
+    """grad_output 1: every thread loads it and leaves, before any address or coefficient."""
+    flags = SWEEPS["afd, gradient again"][0]
+    ptx = build(kernels.sweep_kernel, "bf16", OFF | flags).ptx
+    assert ptx.split("bra", 1)[0].count("ld.global") == 1
+
+
 def test_bytes_per_element():
     """AFD 12 and adaptive recipes 20 bytes a bf16 element, noising and gradient included, against 158-600 in eager code."""
     element = lambda kernel, flags: (lambda c: 2 * sum(

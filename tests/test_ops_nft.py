@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from afd_kernels.layout import Row, Slot, Source, Total
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import afd_fast
 from afd_fast.ops import layout, native
@@ -409,3 +410,19 @@ def test_the_sanitizers_report_nothing():
     command = [sys.executable, Path(__file__).parent / "fuzz_native.py", "--seconds", "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "no report" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_the_backward_fills_nothing():
+    """The statistics have no gradient, and none of zeros is made for them."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    names = []
+    v = torch.randn(2, 8).requires_grad_()
+    loss = afd_fast.nft_loss(v, torch.randn(2, 8), torch.rand(2), 0.5, noise=torch.randn(2, 8), v_ref=torch.randn(2, 8))
+    with Names():
+        loss.backward(torch.ones(()))
+    assert v.grad.abs().sum() > 0 and names and not [n for n in names if "zero" in n or "fill" in n]

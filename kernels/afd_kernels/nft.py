@@ -200,7 +200,8 @@ def sweep_kernel(
         scale = tl.load(go_ptr)
         prior_scale = tl.load(go_ptr + go_stride)
     if GUARD:
-        left = left * ((scale != 1.0) | (prior_scale != 1.0)).to(tl.int64)
+        if (scale == 1.0) & (prior_scale == 1.0):
+            return
     cd, cs, cr = 0.0, 0.0, 0.0
     if GRAD:
         cd = tl.load(rows_ptr + samples * R_DIFFERENCE + sample) * scale

@@ -93,7 +93,7 @@ def check_shape(videos: Tensor) -> None:
 
 def check_range(videos: Tensor) -> None:
     """Raises ValueError unless the values are in [0, 1]."""
-    low, high = (x.item() for x in videos.detach().aminmax())
+    low, high = torch.stack(videos.detach().aminmax()).tolist()  # one wait
     if not (low >= 0 and high <= 1):  # also if either is NaN
         raise ValueError(
             f"got videos with values in [{low:g}, {high:g}]; videos must be in [0, 1]: divide 0..255 by 255, clamp the output "
