@@ -86,7 +86,7 @@ class Tally:
 
 
 class Log:
-    """The counts of all, and of every phase (`afd_fast`'s NVTX ranges)."""
+    """The counts of all, and of every phase (`Run.phase`)."""
 
     def __init__(self) -> None:
         self.clear()
@@ -440,10 +440,11 @@ _mode = _Mode(allow_non_fake_inputs=True)
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[Log]:
     """Inside the block torch.cuda is an H100; the log of what happens there."""
-    import nvtx
     import torch.nn.utils.clip_grad as clip_grad
     import torch.optim.optimizer as optimizer
     from torch.nn.attention import sdpa_kernel  # noqa: F401  # imported with the real functions
+
+    from afd_fast.training import run
 
     torch.utils._device._device_constructors()  # cached with the real functions, before some are replaced
     LOG.clear()
@@ -483,7 +484,7 @@ def fake_cuda() -> Iterator[Log]:
             torch.Tensor, pin_memory=_pin, is_pinned=lambda self, device=None: self.untyped_storage()._cdata in _pinned
         )
         patch(JITFunction, run=_kernel)
-        patch(nvtx, annotate=LOG.phase)
+        patch(run, profiled=lambda name: LOG.phase(name.removeprefix("afd_fast.")))
         patch(clip_grad, _has_foreach_support=lambda tensors, device: True)  # as for real tensors
         patch(optimizer, _foreach_supported_types=[*optimizer._foreach_supported_types, FakeTensor])
         patch(torch.nn.Module, _apply=_apply)

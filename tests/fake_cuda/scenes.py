@@ -84,7 +84,7 @@ def video_reward(size: str = "tiny", layers: int = 28) -> VideoReward:
         return tiny_videoalign.reward_model(dtype=torch.bfloat16).to(CUDA)
     config = qwen2_vl_2b()
     config.text_config.num_hidden_layers = min(layers, 28)
-    config.text_config.layer_types = None
+    config.text_config.layer_types = config.text_config.layer_types[: config.text_config.num_hidden_layers]
     config.vision_config.depth = min(layers, 32)
     special = [t for t in tiny_videoalign.SPECIAL.values() if t.startswith("<|v") or "reward" in t]
     template = " ".join(["word"] * 780) + " <|VQ_reward|> <|MQ_reward|> {text_prompt} <|TA_reward|>"

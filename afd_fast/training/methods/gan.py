@@ -63,7 +63,7 @@ def finished(run: Run, shard: Shard, latents: Tensor, pixels: Tensor) -> Rollout
     sides: the student's gradient passes through its encoder."""
     home = run.discriminator_device
     videos = delivered(run, pixels.detach()).to(home)
-    return Rollouts(shard.index, shard.prompts, latents.detach(), shard.teacher.to(home), videos=videos)
+    return Rollouts(shard.index, shard.prompts, latents.detach(), shard.teacher(home), videos=videos)
 
 
 def differentiable_rollout(run: Run, shard: Shard, steps: int) -> Tensor:
