@@ -23,7 +23,7 @@ ITERATIONS = {
     "dmd": 4420,
     "rejection": 2427,
     "stream": 8312,
-    "full weights": 4213,
+    "full weights of 1.3B": 2791,
     "graphs": 3683,
     "VideoReward": 5429,
 }

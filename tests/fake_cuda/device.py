@@ -76,6 +76,7 @@ class Tally:
     copies: Counter = field(default_factory=Counter)
     copied: Counter = field(default_factory=Counter)  # bytes, by place
     faults: Counter = field(default_factory=Counter)
+    wide: Counter = field(default_factory=Counter)  # of the FLOPs, those on float32 or float64, without tensor cores
     draws: Counter = field(default_factory=Counter)  # of CUDA generators, by (seed, offset)
 
     @property
@@ -316,7 +317,10 @@ class Meter(TorchDispatchMode):
         LOG.note("moved", name, sum(size_of(x) for x in {id(x): x for x in tensors + outs}.values() if x.is_cuda))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            LOG.note("flops", name, int(formula(*args, **kwargs, out_val=out)))
+            work = int(formula(*args, **kwargs, out_val=out))
+            LOG.note("flops", name, work)
+            if any(x.is_floating_point() and x.itemsize > 2 for x in tensors):
+                LOG.note("wide", name, work)
 
 
 _pinned: dict[int, torch.UntypedStorage] = {}  # kept, so that no other storage gets the address

@@ -72,7 +72,7 @@ RUNS = {  # size, keys, options of `scenes.new`
         [FEW, "stream.frames=18", "rollout.window=6", "update.v_old=ema", "discriminator.r1=0.1"],
         {},
     ),
-    "full weights": ("tiny", [FEW, "student.lora_rank=0"], {}),
+    "full weights of 1.3B": ("1.3b", [FEW, "student.frames=6", "student.lora_rank=0"], {"layers": 1}),
     "graphs": ("tiny", [FEW, "rollout.graphs=true"], {}),
     "VideoReward": ("tiny", [FEW], {"reward": True}),
 }
@@ -89,6 +89,7 @@ def test_iterations(name):
             metrics = scenes.iteration(run, data)
         check(log)
         assert metrics["grad_norm"] and run.state.step
+        assert size != "1.3b" or log.all.wide.total() < 0.05 * log.all.flops.total()  # tensor cores
         assert name != "stream" or metrics["place"] > 0  # there is a prefix
     within(name, log.all.launches.total(), ITERATIONS[name])
 
@@ -145,6 +146,17 @@ def test_graphs_record_again_without_a_dead_pool():
     assert len(Graph.streams) == 1 and None not in Graph.streams and Stream.made - before == 1
 
 
+def test_one_prompt_for_a_batch():
+    """A stream's continuations share a prompt: cuDNN gets its keys and values without a stride of 0."""
+    with fake_cuda() as log, torch.no_grad():
+        model = scenes.student()
+        (text, _), (_, x) = scenes.text_and_noise(model, batch=1), scenes.text_and_noise(model, batch=2, frames=3)
+        log.clear()
+        rollout(model, text, x)
+        check(log)
+    assert log.all.launches["_scaled_dot_product_cudnn_attention"] == 16
+
+
 def test_the_fake_gpu_notices():
     """Every fault that the tests above would miss if it went unseen."""
     with fake_cuda() as log:
@@ -187,6 +199,6 @@ def test_the_fake_gpu_notices():
 
 
 def test_no_place_is_allowed_for_nothing(request):
-    if len(request.session.items) < len(LAUNCHES) + len(RUNS) + 6:
+    if len(request.session.items) < len(LAUNCHES) + len(RUNS) + 7:
         pytest.skip("needs the whole file")
     assert not (WAITS | COPIES | EVALUATION | GENERATION).keys() - SEEN
