@@ -3,7 +3,7 @@
 
 python tests/exhaust_noise.py     (minutes; not part of `make test`)
 A word only enters through its float32, so the words that float32 holds are all there is: 84 million for the radius,
-235 million for the angle. Runs the kernels' source in the interpreter, whose rsqrt is not the GPU's: that the GPU's
+117 million for the angle. Runs the kernels' source in the interpreter, whose rsqrt is not the GPU's: that the GPU's
 square root rounds correctly is shown by test_compiles.py (the instructions of sqrt.rn.f32).
 """
 
