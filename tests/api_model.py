@@ -115,7 +115,7 @@ class Client:
 
     def teacher(self, max_usd: float) -> APITeacher:
         return APITeacher(
-            VideoAPI(self.base_url, "m", PRICE, key_env="AFD_MODEL_KEY"), self.folder, frames=4, size=(16, 16), fps=10, max_usd=max_usd,
+            VideoAPI(self.base_url, "m", PRICE, key_env="AFD_MODEL_KEY", list_lag=0), self.folder, frames=4, size=(16, 16), fps=10, max_usd=max_usd,
             concurrency=self.concurrency, poll=0.002, patience=60, attempts=self.attempts, limits=self.limits,
         )  # fmt: skip
 

@@ -38,7 +38,7 @@ def provider(monkeypatch):
 
 
 def teacher(server, folder, **options) -> APITeacher:
-    api = VideoAPI(server.base_url, "seedance", **{"usd_per_video": 0.44, **options.pop("api", {})})
+    api = VideoAPI(server.base_url, "seedance", **{"usd_per_video": 0.44, "list_lag": 0, **options.pop("api", {})})
     return APITeacher(api, folder, **FIT, max_usd=options.pop("max_usd", 1e6), poll=0.01, **options)
 
 
@@ -201,11 +201,28 @@ def test_lists_that_lie(provider, tmp_path):
     for i in range(150):
         provider.tasks[f"old-{i}"] = {"prompt": "", "seed": i}
     endless = VideoAPI(
-        provider.base_url, "m", 0.44, list_path="/contents/generations/tasks?page_size=100&page_num=1&p={page}"
+        provider.base_url,
+        "m",
+        0.44,
+        list_lag=0,
+        list_path="/contents/generations/tasks?page_size=100&page_num=1&p={page}",
     )
     provider.script = {("create", "last"): ["!500"]}
     APITeacher(endless, tmp_path / "endless", **FIT, max_usd=9, poll=0.01).fetch([("last", 0)])
     assert provider.charged("last") == 1
+
+
+def test_a_list_that_lags_buys_a_lone_video_once(provider, tmp_path):
+    """No other task is under way, so nothing in the list tells that it lags: the time does."""
+    began = time.monotonic()
+
+    def lagging(usual):
+        return usual if time.monotonic() > began + 1 else {"items": []}
+
+    provider.script = {("create", "alone"): ["500"], ("list", ""): [lagging] * 99}
+    asked = teacher(provider, tmp_path, api={"list_lag": 1.5})
+    asked.fetch([("alone", 0)])
+    assert provider.charged("alone") == 1 and asked.seeds("alone", [0]) == [0]
 
 
 def test_requests_whose_tasks_could_not_be_found_again_are_refused(provider, tmp_path):
@@ -397,7 +414,7 @@ def test_numbers_out_of_range_are_refused(provider, tmp_path):
         for value in values:
             with pytest.raises(ConfigError, match=f"{name} is .*, expected a"):
                 APITeacher(VideoAPI("http://x", "m", 1), tmp_path / "no", **{**FIT, "max_usd": 1, name: value})
-    for api in ({"usd_per_video": nan}, {"usd_per_video": -1}, {"done": "succeeded"}, {"parameters": {"a": nan}}, {"base_url": "x"},
+    for api in ({"usd_per_video": nan}, {"usd_per_video": -1}, {"list_lag": -1}, {"list_lag": nan}, {"list_lag": "a minute"}, {"done": "succeeded"}, {"parameters": {"a": nan}}, {"base_url": "x"},
                 {"base_url": "http://x:99999"}, {"create_path": "https://y"}, {"task_path": "/tasks"}, {"parameters": []}, {"model": 3}):  # fmt: skip
         with pytest.raises(ConfigError):
             VideoAPI(**{"base_url": "http://x", "model": "m", "usd_per_video": 1, **api})

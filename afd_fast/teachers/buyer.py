@@ -192,7 +192,9 @@ class Buyer:
             return self.ledger.write(name, state="lost", reason=f"{reason}; remove {name}.json to buy it again")
         seed = str(self.ledger[name].wire_seed)
         known, believed, flaw = self._under_way(), 0, _Unbelievable("")
+        listed_from = time.monotonic() + self.api.list_lag
         for search in range(1, self.pace.attempts + SEARCHES):
+            began = time.monotonic()
             try:
                 listed = await self._list()
                 if mine := self._free(listed, seed):
@@ -202,12 +204,14 @@ class Buyer:
                 if not all(task in listed.get(wire, ()) for task, wire in known.items()):  # it lags behind, or lies
                     raise _Unbelievable("the provider's list lacks tasks that exist")
                 believed += 1
+                if believed >= SEARCHES and began >= listed_from:
+                    return self.ledger.write(name, state="new", usd=0.0)
             except _Unbelievable as error:
                 flaw = error
-            if believed == SEARCHES:
-                return self.ledger.write(name, state="new", usd=0.0)
             known = self._under_way()
-            await asyncio.sleep(self.pace.poll * search)
+            await asyncio.sleep(
+                max(self.pace.poll * search, listed_from - time.monotonic() if believed >= SEARCHES - 1 else 0)
+            )
         raise flaw
 
     def _under_way(self) -> dict[str, str]:

@@ -18,7 +18,8 @@ class VideoAPI:
     fields of answers are dotted paths.
 
     body: of the create request; strings that are "{model}", "{prompt}" or "{seed}" are replaced, `parameters` are merged
-    in. list_path: None if tasks cannot be listed; a create request whose answer is lost is then given up. key_env,
+    in. list_path: None if tasks cannot be listed; a create request whose answer is lost is then given up. list_lag: seconds
+    after which a task is sure to be listed; a shorter time could buy a video twice. key_env,
     key_file: where the key is read from, at the first request; it never enters records, errors or redirects.
     usd_per_video: price of a video, for the budget. ConfigError for values with which a video could be paid for twice
     or not at all.
@@ -39,6 +40,7 @@ class VideoAPI:
     create_path: str = "/contents/generations/tasks"
     task_path: str = "/contents/generations/tasks/{id}"
     list_path: str | None = "/contents/generations/tasks?page_size=100&page_num={page}"
+    list_lag: float = 60.0
     id_field: str = "id"
     status_field: str = "status"
     url_field: str = "content.video_url"
@@ -51,6 +53,7 @@ class VideoAPI:
 
     def __post_init__(self) -> None:
         check_number("usd_per_video", self.usd_per_video, 0, 1e6)
+        check_number("list_lag", self.list_lag, 0, 86_400)
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name in ("done", "failed", "refusals"):
@@ -60,7 +63,7 @@ class VideoAPI:
             elif f.name in ("parameters", "body"):
                 if not isinstance(value, dict):
                     raise ConfigError(f"{f.name} is {value!r}, expected a JSON object")
-            elif f.name != "usd_per_video" and not (isinstance(value, str) and value):
+            elif f.name not in ("usd_per_video", "list_lag") and not (isinstance(value, str) and value):
                 if value is not None or f.name not in ("list_path", "key_file"):
                     raise ConfigError(f"{f.name} is {value!r}, expected a string")
         self._check_addresses()
