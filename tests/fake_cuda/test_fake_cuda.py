@@ -91,7 +91,8 @@ def test_iterations(name):
         assert metrics["grad_norm"] and run.state.step
         assert size != "1.3b" or log.all.wide.total() < 0.05 * log.all.flops.total()  # tensor cores
         assert name != "stream" or metrics["place"] > 0  # there is a prefix
-    within(name, log.all.launches.total(), ITERATIONS[name])
+    found = log.all.launches.total()
+    assert found <= ITERATIONS[name], f"{name}: {found} launches, the budget is {ITERATIONS[name]}"
 
 
 def test_evaluation():
