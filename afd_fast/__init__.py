@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from afd_fast import dropin
 from afd_fast.ops import NFTStats, NFTTerms, bt_loss, forward_noise, nft_loss, nft_terms
 from afd_fast.ops.module import NFTLoss
 from afd_fast.reference.advantage import PerPromptStatTracker, reward_to_r
@@ -14,6 +15,7 @@ __all__ = [
     "NFTTerms",
     "PerPromptStatTracker",
     "bt_loss",
+    "dropin",
     "forward_noise",
     "nft_loss",
     "nft_recipe",

@@ -6,6 +6,11 @@ import pytest
 import torch  # and of afd_fast, only what a fixture imports: the core's tests run where the extras are not installed
 
 
+def pytest_addoption(parser):
+    parser.addoption("--trainers", metavar="PATH", help="a folder of trainers' checkouts, for test_trainers.py")
+    parser.addoption("--time", action="store_true", help="test_trainers.py also prints times and memory (with -s)")
+
+
 @pytest.fixture(autouse=True)
 def _threads():
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 # ruff: noqa: E402
 """Mutation test of the Triton kernels: one-token mutants under the interpreter; how many does a small suite notice?
 
-python tests/mutate.py [every]     (tens of minutes; every=3 takes each third mutant; not part of `make test`)
+python tests/mutate.py [every] [--file noise.py]     (tens of minutes; every=3 takes each third mutant; not part of `make test`)
 A mutant changes one operator, comparison, constant, name or mask. Survivors are printed by name.
 """
 
@@ -22,10 +22,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
-from afd_kernels.layout import COEFFICIENTS, Slot
+from afd_kernels.layout import COEFFICIENTS, MAXIMA, Slot
 from torch import Tensor
 
-from afd_fast.ops import nft as ops
+from afd_fast.ops import nft_operators as ops
 from afd_fast.ops.inputs import Inputs
 from afd_fast.reference import flow
 from afd_fast.reference.recipes import NFTRecipe, nft_recipe
@@ -39,13 +39,16 @@ OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.NotEq: ast.Eq, ast.Eq: ast.NotEq}
 NAMES = {"e0": "e1", "e1": "e0", "e2": "e3", "e3": "e2", "old": "ref", "ref": "v", "pos": "neg", "neg": "pos", "cd": "cs",
          "cs": "cd", "cr": "cd", "sigma": "t", "w_pos": "w_neg", "w_neg": "w_pos", "valid": "chosen", "chosen": "valid",
-         "sine": "cosine", "first": "start", "sample": "tile", "S_POS": "S_NEG", "S_NEG": "S_POS", "S_SIZE": "S_PRIOR",
+         "sine": "cosine", "h0": "h1", "l0": "l1", "since": "frame", "first": "left", "sample": "tile", "S_POS": "S_NEG", "S_NEG": "S_POS", "S_SIZE": "S_PRIOR",
          "S_SIZE_GAP": "S_SIZE", "S_PRIOR": "S_POS", "S_KEPT": "S_POS", "S_DRIFT": "S_V", "S_V": "S_REF", "S_REF": "S_V",
          "BIT_POS": "BIT_PRIOR", "BIT_PRIOR": "BIT_KEPT", "BIT_KEPT": "BIT_PRIOR", "R_POS_LOSS": "R_NEG_LOSS",
          "R_NEG_LOSS": "R_POS_LOSS", "R_WEIGHT_POS": "R_WEIGHT_NEG", "R_WEIGHT_NEG": "R_WEIGHT_POS", "R_PRIOR": "R_V_NORM",
          "R_OLD_DEVIATION": "R_PRIOR", "R_V_NORM": "R_V_REF_NORM", "R_V_REF_NORM": "R_V_NORM", "R_DIFFERENCE": "R_SUM",
          "R_SUM": "R_DIFFERENCE", "R_REFERENCE": "R_SUM", "T_POLICY": "T_PRIOR", "T_PRIOR": "T_SIGNAL",
-         "T_SIGNAL": "T_PRIOR", "SEED": "X_T", "X_T": "SEED"}  # fmt: skip
+         "T_SIGNAL": "T_PRIOR", "T_R_MEAN": "T_SIGNAL", "SEED": "X_T", "X_T": "SEED", "CLEAN": "X_T", "S_X0": "S_V", "S_OLD_REF": "S_REF",
+         "S_X0_MAX": "S_DRIFT_MAX", "S_DRIFT_MAX": "S_X0_MAX", "R_OLD_DEVIATION_MAX": "R_OLD_PRIOR",
+         "R_OLD_PRIOR": "R_X0_SQUARE", "R_X0_SQUARE": "R_X0_SQUARE_MAX", "R_X0_SQUARE_MAX": "R_X0_SQUARE",
+         "drift": "behind", "behind": "drift", "clean": "drift"}  # fmt: skip
 
 
 class Mutant(NamedTuple):
@@ -141,13 +144,15 @@ class Draw:
 
     def inputs(self, shape: tuple[int, int], recipe: NFTRecipe, source: str, dtype: torch.dtype = torch.float32, frames: int = 1,
                **change: Any) -> Inputs:  # fmt: skip
-        """source: noise, seed or x_t; change: fields with other values."""
+        """source: noise, seed, x_t or "" (clean space); change: fields with other values."""
         batch = change["cu_seqlens"].numel() - 1 if "cu_seqlens" in change else shape[0]
         values = dict.fromkeys(Inputs._fields) | {
             name: self.normal(shape, dtype) for name in ("v", "x0", "v_old", "v_ref")
         }
         values |= {"r": self.uniform(batch), "t": self.levels(batch, frames), "inner": shape[1], "stats": True}
-        values |= {"recipe": recipe.key, source: (3 << 40) + 5 if source == "seed" else self.normal(shape, dtype)}
+        values |= {"recipe": recipe.key}
+        if source:
+            values |= {source: (3 << 40) + 5 if source == "seed" else self.normal(shape, dtype)}
         return Inputs(**values | change)  # type: ignore[arg-type]  # a dictionary of fields of many types
 
 
@@ -163,10 +168,12 @@ def cases() -> Iterator[Inputs]:
     some, others = mask(1, 0, 1), mask(0, 1, 1)
     yield draw.inputs((2, 4100), afd, "seed", v_old=None)
     yield draw.inputs((3, 9000), diffusionnft, "x_t", torch.bfloat16, sample_mask=some, ref_mask=others)
-    yield draw.inputs((2, 5000), nft_recipe("astrolabe", ref_coef=0.3), "noise", frames=5, inner=100,
-                      sigma=draw.levels(2, 5), element_mask=draw.uniform(2, 5000) > 0.4)  # fmt: skip
+    yield draw.inputs((2, 6192), nft_recipe("astrolabe", ref_coef=0.3), "noise", frames=2, inner=1032,
+                      sigma=draw.levels(2, 2), element_mask=draw.uniform(2, 6192) > 0.4)  # fmt: skip
     packed = nft_recipe("diffusionnft", ref_coef=0.3, batch_reduction="mean")
     yield draw.inputs((900, 13), packed, "x_t", cu_seqlens=torch.tensor([0, 3, 3, 640, 880, 900]))
+    clean = nft_recipe("astrolabe", ref_coef=0.3, space="clean", ref_space="v")
+    yield draw.inputs((2, 70), clean, "", element_mask=draw.uniform(2, 70) > 0.4)
     yield draw.inputs((2, 70), gardo, "seed", ref_mask=mask(0, 0), v_old=None)
     yield draw.inputs((3, 70), gardo, "x_t", sample_mask=some, ref_mask=others)
     yield draw.inputs((3, 70), afd, "x_t", sample_mask=some, ref_mask=others)
@@ -180,6 +187,7 @@ class NoiseCase(NamedTuple):
     x0: Tensor
     t: Tensor
     seed: int | None  # None: x0 is the noise as well
+    inner: int
     expected: Tensor
 
 
@@ -193,20 +201,24 @@ class LossCase(NamedTuple):
 
 def noise_cases() -> Iterator[NoiseCase]:
     draw = Draw()
-    t, x0 = draw.uniform(3, 5), draw.normal((3, 5000))
-    shaped, levels = x0.view(3, 10, 5, 100), t.view(3, 1, 5, 1)
-    yield NoiseCase(x0, t, -9, flow.forward_noise(shaped, levels, seed=-9).view(3, 5000))
-    yield NoiseCase(x0, t, None, flow.forward_noise(shaped, levels, noise=shaped).view(3, 5000))
+    for frames, inner in ((5, 100), (2, 1032)):
+        shape = 3, frames * inner * -(-5000 // (frames * inner))
+        t, x0 = draw.uniform(3, frames), draw.normal(shape)
+        shaped, levels = x0.view(3, -1, frames, inner), t.view(3, 1, frames, 1)
+        yield NoiseCase(x0, t, -9, inner, flow.forward_noise(shaped, levels, seed=-9).view(shape))
+        yield NoiseCase(x0, t, None, inner, flow.forward_noise(shaped, levels, noise=shaped).view(shape))
 
 
 NOISE = list(noise_cases())
-LOSS = [LossCase(i, ops._sums(i), ops._gradient(1.0, i._replace(v=i.v.float()))) for i in cases()]
+LOSS = [LossCase(i, ops._sums(i), ops._gradient((1.0, 1.0), i._replace(v=i.v.float()))) for i in cases()]
 PART = torch.randn(len(Slot), 2 * 2500, generator=torch.Generator().manual_seed(1))
 
 
 def check_noise(kernels: Kernels, case: NoiseCase) -> None:
     with sanitize() as report:
-        found = kernels.noise.forward_noise(case.x0, case.t, None if case.seed else case.x0.clone(), case.seed, 100)
+        found = kernels.noise.forward_noise(
+            case.x0, case.t, None if case.seed else case.x0.clone(), case.seed, case.inner
+        )
     report.check(["x0_ptr"], ["out_ptr"])
     assert torch.equal(found, case.expected)
 
@@ -220,7 +232,9 @@ def check_reduce(kernels: Kernels) -> None:
             PART, sums, PART, 1, 2 * tiles, 2, 2, tiles, SUMS=sum(slot.bit for slot in Slot), PACKED=False, CU_BLOCK=1
         )
     report.check()
-    torch.testing.assert_close(sums, PART.double().view(slots, 2, tiles).sum(2), rtol=1e-12, atol=1e-12)
+    parts = PART.double().view(slots, 2, tiles)
+    expected = torch.cat([parts[:MAXIMA].sum(2), parts[MAXIMA:].amax(2)])
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)
 
 
 def check_sums(found: ops.Sums, expected: ops.Sums) -> None:
@@ -278,14 +292,15 @@ def survives(folder: Path, number: int, mutant: Mutant) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("every", type=int, nargs="?", default=1)
-    every, start = parser.parse_args().every, time.time()
+    parser.add_argument("--file", choices=FILES, action="append", help="mutants of this file only")
+    given, start = parser.parse_args(), time.time()
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of mutants that divide by zero
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sys.path.insert(0, name)
         suite(load(folder, 0))
         print(f"the suite passes on the kernels themselves in {time.time() - start:.1f} s", flush=True)
-        todo = [mutant for file in FILES for mutant in mutants(file)][::every]
+        todo = [mutant for file in given.file or FILES for mutant in mutants(file)][:: given.every]
         alive = 0
         for number, mutant in enumerate(todo, 1):
             if survives(folder, number, mutant):

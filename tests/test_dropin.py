@@ -1,135 +1,193 @@
-"""Nine public trainers: the lines each one replaces (its arithmetic, in float64) and the one call that replaces them.
+"""`afd_fast.dropin` without the trainers' files: every function against the formula that the trainers share, in float64, with
+their shapes, masks and settings. Inside the files themselves: test_trainers.py."""
 
-Latents have the trainer's own shape. Line numbers and commits: docs/nft.md. `rows` are what the trainer has at that
-point of its loop: predictions, x0, noise, timesteps in 0..1000, advantages.
-"""
-
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from afd_fast import forward_noise, nft_loss, nft_recipe, reward_to_r
+from afd_fast import dropin, forward_noise, nft_loss, reward_to_r
 
-SD3, TOKENS, WAN_BCF, WAN_BFC = (2, 16, 64, 64), (2, 1024, 64), (1, 16, 21, 60, 104), (1, 21, 16, 60, 104)
+SHAPE, BETA, KL, CLIP = (3, 4, 5, 6), 0.2, 1e-2, 3.0
+DIMS = (1, 2, 3)
 
 
-def rows(shape, dtype=torch.float64):
+@pytest.fixture
+def d():
+    """What a trainer has when its loss block begins."""
     g = torch.Generator().manual_seed(0)
-    n = lambda scale=1.0: (scale * torch.randn(*shape, dtype=torch.float64, generator=g)).to(dtype)
-    d = SimpleNamespace(x0=n(), noise=n())
-    d.old = (d.noise - d.x0 + n(0.3)).to(dtype)
-    d.v, d.ref = (d.old + n(0.05)).to(dtype).requires_grad_(), (d.old + n(0.05)).to(dtype)
-    d.timesteps = torch.tensor([750.0, 300.0], dtype=torch.float64)[: shape[0]]
-    d.adv = torch.tensor([1.7, -3.9], dtype=torch.float64)[: shape[0]]
-    d.mask = torch.tensor([True, False])[: shape[0]]
-    d.t = (d.timesteps / 1000).to(torch.promote_types(dtype, torch.float32))
-    d.per = lambda x: x.view(-1, *[1] * (len(shape) - 1))
-    d.xt = ((1 - d.per(d.t)) * d.x0 + d.per(d.t) * d.noise).to(dtype)
-    d.sigma = 0.97 * d.t  # Astrolabe's scheduler table
+    n = lambda scale=1.0: scale * torch.randn(*SHAPE, dtype=torch.float64, generator=g)
+    d = SimpleNamespace(x0=n(), noise=n(), t=torch.tensor([0.75, 0.3, 0.6], dtype=torch.float64).view(3, 1, 1, 1))
+    d.old = d.noise - d.x0 + n(0.3)
+    d.v, d.ref = (d.old + n(0.05)).requires_grad_(), d.old + n(0.05)
+    d.xt = (1 - d.t) * d.x0 + d.t * d.noise
+    d.r = reward_to_r(torch.tensor([1.7, -2.9, 0.4], dtype=torch.float64), clip=CLIP)
+    d.mask = torch.tensor([True, False, True])
+    d.nft = (d.v, d.old, d.ref, d.x0, d.xt, d.t)
     return d
 
 
-def eager(d, *, r, beta, t=None, weights=True, joint=False, clip=5.0, kl=1e-4, mask=None, ref_mask=None):
-    """What eight of the trainers do, with their differences as arguments."""
-    dims, t = tuple(range(1, d.v.ndim)), d.per(d.t) if t is None else t
-    positive, negative = beta * d.v + (1 - beta) * d.old, (1.0 + beta) * d.old - beta * d.v
-    losses = []
-    for branch in (positive, negative):
-        x0_hat = d.xt - t * branch
-        with torch.no_grad():
-            w = (x0_hat.double() - d.x0.double()).abs().mean(dims, keepdim=True).clip(min=1e-5) if weights else 1.0
-        losses.append(((x0_hat - d.x0) ** 2 / w).mean(dims))
-    if joint:
-        per = (r * losses[0] + (1.0 - r) * losses[1]) / beta
-    else:
-        per = r * losses[0] / beta + (1.0 - r) * losses[1] / beta
-    per_kl = ((d.v - d.ref) ** 2).mean(dims)
-    if mask is None:
-        policy = (per * clip).mean()
-    else:
-        policy = (per * mask * clip).sum() / mask.sum()
-        per_kl = per_kl * mask
-    if mask is not None or ref_mask is not None:
-        chosen = mask if ref_mask is None else (ref_mask if ref_mask.any() else torch.ones_like(ref_mask))
-        return policy + kl * (per_kl * chosen).sum() / chosen.sum()
-    return policy + kl * per_kl.mean()
+def written_out(d, adaptive=True, keep=None, chosen=None, clip=CLIP):
+    """(policy, prior, numbers) with the branches, weights and means as the trainers have them."""
+    every = torch.ones(3, dtype=torch.float64)
+    keep = every if keep is None else keep.double()
+    chosen = keep if chosen is None else keep * chosen
+    energies = []
+    for branch in (BETA * d.v + (1 - BETA) * d.old, (1 + BETA) * d.old - BETA * d.v):
+        error = d.xt - d.t * branch - d.x0
+        w = error.detach().abs().mean(DIMS, keepdim=True).clip(min=1e-5) if adaptive else 1.0
+        energies.append((error**2 / w).mean(DIMS))
+    each = (d.r * energies[0] + (1 - d.r) * energies[1]) / BETA
+    kl, old_kl = ((d.v - d.ref) ** 2).mean(DIMS), ((d.old - d.ref) ** 2).mean(DIMS)
+    drift, square = (d.v - d.old) ** 2, d.x0**2
+    unweighted = (each * keep).sum() / keep.sum().clamp(min=1)
+    numbers = dict(x0=square.mean(), x0_max=square.max(), drift=drift.mean(), drift_max=drift.max(), kl_all=kl.mean(),
+                   old_kl=(old_kl * keep).sum() / keep.sum().clamp(min=1), unweighted=unweighted,
+                   positive=energies[0].mean(), negative=energies[1].mean())  # fmt: skip
+    return clip * unweighted, (kl * chosen).sum() / chosen.sum().clamp(min=1), numbers
 
 
-def astrolabe_eager(d, beta, kl):
-    """scripts/train_nft_wan.py:949-969: the branches are mixed in x0 space."""
-    s = d.per(d.sigma)
-    x0, x0_old, x0_ref = ((d.xt - s * p).to(p.dtype) for p in (d.v, d.old, d.ref))
-    r = (d.adv.clamp(-5, 5) / 5 / 2.0 + 0.5).clamp(0, 1)
-    dims = tuple(range(1, d.v.ndim))
-    pos = ((beta * x0 + (1 - beta) * x0_old - d.x0) ** 2).mean(dims)
-    neg = (((1 + beta) * x0_old - beta * x0 - d.x0) ** 2).mean(dims)
-    return (r * pos + (1 - r) * neg).mean() + kl * ((x0 - x0_ref) ** 2).mean()
-
-
-def r_of(d, clip=5.0):
-    low, high = (-clip, clip) if isinstance(clip, float) else clip
-    return ((d.adv.clamp(low, high) / high) / 2.0 + 0.5).clamp(0, 1)
-
-
-TRAINERS = {  # name: (shape, the trainer's lines, the call)
-    "diffusionnft": (SD3, lambda d: eager(d, r=r_of(d), beta=1.0),
-        lambda d: nft_loss(d.v, d.x0, reward_to_r(d.adv), d.timesteps / 1000, x_t=d.xt, v_old=d.old, v_ref=d.ref,
-                           recipe=nft_recipe("diffusionnft", beta=1.0, ref_coef=1e-4))),
-    "astrolabe": (WAN_BFC, lambda d: astrolabe_eager(d, 0.1, 1e-4),
-        lambda d: nft_loss(d.v, d.x0, reward_to_r(d.adv), d.timesteps / 1000, sigma=d.sigma, x_t=d.xt, v_old=d.old,
-                           v_ref=d.ref, recipe=nft_recipe("astrolabe", beta=0.1, ref_coef=1e-4))),
-    "verl_omni": (TOKENS, lambda d: eager(d, r=r_of(d), beta=0.1, t=d.per(d.t).expand(d.v.shape)),
-        lambda d: nft_loss(d.v, d.x0, reward_to_r(d.adv), d.per(d.t).expand(d.v.shape), x_t=d.xt, v_old=d.old,
-                           v_ref=d.ref, recipe=nft_recipe("verl_omni", beta=0.1, ref_coef=1e-4))),
-    "fastvideo": (WAN_BCF, lambda d: eager(d, r=r_of(d), beta=0.1),
-        lambda d: nft_loss(d.v, d.x0, reward_to_r(d.adv), d.timesteps / 1000, x_t=d.xt, v_old=d.old, v_ref=d.ref,
-                           recipe=nft_recipe("fastvideo", beta=0.1, ref_coef=1e-4))),
-    "flow_factory": (SD3, lambda d: eager(d, r=r_of(d), beta=1.0, joint=True, kl=0.0),
-        lambda d: nft_loss(d.v, d.x0, reward_to_r(d.adv), d.timesteps / 1000, x_t=d.xt, v_old=d.old,
-                           recipe=nft_recipe("flow_factory", beta=1.0))),
-    "cosmos_rl": (SD3, lambda d: eager(d, r=r_of(d, (-2.0, 4.0)), beta=1.0, clip=4.0),
-        lambda d: nft_loss(d.v, d.x0, reward_to_r(d.adv, clip=(-2.0, 4.0)), d.timesteps / 1000, x_t=d.xt, v_old=d.old,
-                           v_ref=d.ref, recipe=nft_recipe("cosmos_rl", adv_clip=(-2.0, 4.0)))),
-    "edit_r1": (TOKENS, lambda d: eager(d, r=r_of(d), beta=1.0, mask=d.mask.double()),
-        lambda d: nft_loss(d.v, d.x0, reward_to_r(d.adv), d.timesteps / 1000, x_t=d.xt, v_old=d.old, v_ref=d.ref,
-                           sample_mask=d.mask, recipe="edit_r1")),
-    "gardo": (SD3, lambda d: eager(d, r=r_of(d), beta=1.0, kl=0.04, ref_mask=d.mask),
-        lambda d: nft_loss(d.v, d.x0, reward_to_r(d.adv), d.timesteps / 1000, x_t=d.xt, v_old=d.old, v_ref=d.ref,
-                           ref_mask=d.mask, recipe=nft_recipe("gardo", ref_coef=0.04))),
-    "unirl": (SD3, lambda d: eager(d, r=r_of(d), beta=1.0, t=0.6, kl=1e-4),
-        lambda d: nft_loss(d.v, d.x0, reward_to_r(d.adv), 0.6, x_t=d.xt, v_old=d.old, v_ref=d.ref, recipe="unirl")),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_the_call_equals_the_lines_it_replaces(trainer):
-    shape, lines, call = TRAINERS[trainer]
-    d = rows(shape)
-    expected, loss = lines(d), call(d)
-    assert abs(loss.item() - expected.item()) <= 1e-9 * abs(expected.item())
-    (g,), (e,) = torch.autograd.grad(loss, d.v), torch.autograd.grad(expected, d.v)
+def same(d, found, policy, prior, terms):
+    loss, logged = found
+    total = policy + KL * prior
+    assert abs(loss - total) <= 1e-9 * abs(total)
+    (g,), (e,) = (torch.autograd.grad(x, d.v, allow_unused=True) for x in (loss, total))
     assert (g - e).norm() <= 1e-9 * e.norm()
+    numbers = terms | {"total": total, "policy": policy, "kl": prior}
+    for name, ours in NAMES.items():
+        if name in logged:
+            torch.testing.assert_close(logged[name].detach(), numbers[ours].detach(), rtol=1e-9, atol=1e-12)
+    assert logged and not any(x.requires_grad for name, x in logged.items() if name != "total_loss")
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_in_bfloat16_the_call_is_closer_to_float64_than_the_lines(trainer):
-    shape, lines, call = TRAINERS[trainer]
-    d = rows(shape, torch.bfloat16)
-    wide = SimpleNamespace(**{k: x.detach().double() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x
-                              for k, x in vars(d).items()})  # fmt: skip
-    wide.v.requires_grad_()
-    (exact,) = torch.autograd.grad(lines(wide), wide.v)
-    error = lambda f: ((torch.autograd.grad(f(d), d.v)[0].double() - exact).norm() / exact.norm()).item()
-    fused, theirs = error(call), error(lines)
-    print(f"{trainer}: gradient error {fused:.2e}, the trainer's lines {theirs:.2e}")
-    assert fused <= 2e-3 and fused < theirs
+NAMES = dict(x0_norm="x0", x0_norm_max="x0_max", old_deviate="drift", old_deviate_max="drift_max", policy_loss="total",
+             unweighted_policy_loss="unweighted", kl_div_loss="kl", old_kl_div="old_kl", total_loss="total")  # fmt: skip
+SETTINGS = dict(beta=BETA, kl_beta=KL, adv_clip_max=CLIP)
 
 
-def test_noise_from_a_seed_needs_no_noise_tensor():
+def test_diffusionnft(d):
+    same(d, dropin.diffusionnft(*d.nft, d.r, **SETTINGS), *written_out(d))
+
+
+@pytest.mark.parametrize("call", [dropin.diffusionnft, dropin.gardo, dropin.edit_r1])
+def test_the_true_policy_loss_is_an_option(d, call):
+    masks = () if call is dropin.diffusionnft else (torch.ones(3),)
+    policy, prior, _ = written_out(d)
+    for true, expected in ((False, policy + KL * prior), (True, policy)):
+        _, terms = call(*d.nft, d.r, *masks, **SETTINGS, true_policy_loss=true)
+        torch.testing.assert_close(terms["policy_loss"], expected.detach(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kept", [[1, 0, 1], [0, 0, 0], [1, 1, 1]])
+def test_masks_of_edit_r1_and_gardo(d, kept):
+    kept = torch.tensor(kept)
+    same(d, dropin.edit_r1(*d.nft, d.r, kept.float(), **SETTINGS), *written_out(d, keep=kept))
+    _, terms = dropin.edit_r1(*d.nft, d.r, kept.float(), **SETTINGS)
+    assert terms["kl_div"] == terms["kl_div_loss"]
+    chosen = kept if kept.any() else torch.ones(3)
+    policy, prior, numbers = written_out(d, chosen=chosen)
+    found = dropin.gardo(*d.nft, d.r, (kept - 0.5)[:, None], **SETTINGS)  # [B, 1]
+    same(d, found, policy, prior, numbers)
+    torch.testing.assert_close(found[1]["kl_div"], numbers["kl_all"].detach())
+
+
+def test_one_r_per_sample_in_every_shape(d):
+    settings = dict(nft_beta=BETA, kl_beta=KL)
+    for r in (d.r, d.r[:, None], d.r.view(3, 1, 1, 1)):
+        found = dropin.cosmos_rl(*d.nft, r, **settings, advantage_high=CLIP)
+        same(d, found, *written_out(d))
+        loss, terms = dropin.flow_factory(*d.nft, r, **settings, adv_clip_range=[-1.0, CLIP])
+        policy, prior, numbers = written_out(d)
+        same(d, (loss, {"total_loss": terms["loss"]}), policy, prior, numbers)
+        torch.testing.assert_close(terms["policy_loss"], policy.detach(), rtol=1e-9, atol=0)
+        assert terms["kl_div"].shape == (3,) and found[1]["kl_loss_contrib"] == terms["kl_loss"] / KL
+    with pytest.raises(ValueError, match=r"r must have one value per sample.*got \(3, 3\)"):
+        dropin.cosmos_rl(*d.nft, d.r.expand(3, 3), **settings, advantage_high=CLIP)
+    with pytest.raises(TypeError, match="r must be a tensor"):
+        dropin.fastvideo(*d.nft, 0.5, **settings, adv_clip_max=CLIP)
+
+
+def test_fastvideo_keeps_the_graph_of_its_loss(d):
+    loss, losses = dropin.fastvideo(*d.nft, d.r, nft_beta=BETA, kl_beta=KL, adv_clip_max=CLIP)
+    assert losses["total_loss"] is loss and [n for n, x in losses.items() if x.requires_grad] == ["total_loss"]
+    policy, prior, numbers = written_out(d)
+    torch.testing.assert_close(losses["policy_loss"], policy.detach(), rtol=1e-9, atol=0)
+    same(d, (loss, {n: x for n, x in losses.items() if n != "policy_loss"}), policy, prior, numbers)
+
+
+def test_verl_omni_averages_its_rewards_and_takes_every_t(d):
+    for t in (d.t, d.t.expand(SHAPE)):
+        found = dropin.verl_omni(
+            *d.nft[:-1], t, torch.stack([d.r - 0.01, d.r + 0.01], 1), mix_beta=BETA, ref_kl_coef=KL, adv_clip_max=CLIP,
+            adaptive_weight_min=1e-5,
+        )  # fmt: skip
+        same(d, found, *written_out(d))
+        assert found[1]["actor/reward_prob_mean"] == pytest.approx(d.r.mean())
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_unirl_has_no_prior(d, adaptive):
+    loss, terms = dropin.unirl(
+        d.v, d.old, d.x0, d.xt, d.t, d.r, 3 * d.r, beta=BETA, adv_clip_max=CLIP, use_adaptive_weight=adaptive
+    )
+    policy, _, numbers = written_out(d, adaptive=adaptive)
+    same(d, (loss, terms | {"policy_loss": loss.detach()}), policy, 0 * policy, numbers)
+    assert dropin.floats(terms)["policy_loss"] == pytest.approx(numbers["unweighted"].item(), rel=1e-9)
+    assert terms["advantage_std"] == (3 * d.r).std() and terms["t_value"] == 0.75
+
+
+@pytest.mark.parametrize("std", [None, [0.1, 0.0, 0.2], [0.0, 0.0, 0.0]])
+def test_astrolabe_predicts_x0(d, std):
+    std = None if std is None else torch.tensor(std)
+    loss, terms = dropin.astrolabe(d.v, d.old, d.ref, d.x0, d.r, std, beta=BETA, kl_beta=KL)
+    pos, neg = (((1 - k) * d.old + k * d.v - d.x0).square().mean(DIMS) for k in (BETA, -BETA))
+    chosen = torch.ones(3) if std is None else (std > 0).float()
+    kl = (((d.v - d.ref) ** 2).mean(DIMS) * chosen).sum() / chosen.sum().clamp(min=1)
+    same(d, (loss, {"total_loss": terms["total_loss"]}), (d.r * pos + (1 - d.r) * neg).mean(), kl, {})
+    assert ("kl_div" in terms) == (std is not None) and terms["kl_loss"] == pytest.approx(kl.item(), abs=1e-15)
+
+
+ALGORITHM = dict(
+    nft_loss_form="mse", nft_target_space="x0", nft_beta=BETA, adv_clip_max=CLIP, nft_weight_mode="adaptive"
+)
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"nft_loss_form": "dpo"}, "nft_loss_form='dpo' is not served here"), ({"nft_clip_ratio": 0.1}, "nft_clip_ratio=0.1"),
+    ({"nft_weight_mode": "inv_t2"}, "nft_weight_mode='inv_t2'"), ({"nft_target_space": "xnext"}, "nft_target_space='xnext'"),
+    ({"nft_weight_scale": [1.0, 2.0]}, "one number is served"), ({"noise_level": 0.7}, "a noise level above 0"),
+    ({"loss_mask": torch.ones(3, 2)}, "loss_mask must have 1 or 4 values per sample, got 2"),
+])  # fmt: skip
+def test_rlinf_refuses_what_it_does_not_compute(d, change, message):
+    args = {"loss_mask": torch.ones(3, 1), "noise_level": 0.0}
+    args |= {k: change[k] for k in args if k in change}
+    algorithm = ALGORITHM | {k: x for k, x in change.items() if k not in args}
+    with pytest.raises(ValueError, match=message):
+        dropin.rlinf(d.v, d.old, d.x0, d.xt, d.t, d.r, args["loss_mask"], algorithm, noise_level=args["noise_level"])
+
+
+def test_rlinf_per_sample_is_the_shared_formula(d):
+    policy, _, _ = written_out(d, keep=d.mask)
+    loss, _ = dropin.rlinf(d.v, d.old, d.x0, d.xt, d.t, d.r, d.mask, ALGORITHM | {"nft_gather_type": "chunk_level"})
+    torch.testing.assert_close(loss, policy, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", [n for n in dropin.__all__ if n != "floats"])
+def test_signatures_are_real(name):
+    signature = inspect.signature(getattr(dropin, name))
+    assert all(p.annotation is not p.empty and p.kind != p.VAR_KEYWORD for p in signature.parameters.values())
+    assert "Args:" in getattr(dropin, name).__doc__
+
+
+def test_floats_of_nothing():
+    assert dropin.floats({}) == {}
+
+
+def test_noise_from_a_seed_needs_no_noise_tensor(d):
     """The last step of a drop-in: neither noise nor x_t is kept for the loss."""
-    d = rows(SD3, torch.bfloat16)
-    x_t = forward_noise(d.x0, d.t, seed=11)  # goes into the network
-    kept = nft_loss(d.v, d.x0, reward_to_r(d.adv), d.t, x_t=x_t, v_old=d.old, recipe="diffusionnft")
-    regenerated = nft_loss(d.v, d.x0, reward_to_r(d.adv), d.t, seed=11, v_old=d.old, recipe="diffusionnft")
+    x0, v, old = d.x0.bfloat16(), d.v.detach().bfloat16(), d.old.bfloat16()
+    x_t = forward_noise(x0, d.t, seed=11)  # goes into the network
+    kept = nft_loss(v, x0, d.r, d.t, x_t=x_t, v_old=old, recipe="diffusionnft")
+    regenerated = nft_loss(v, x0, d.r, d.t, seed=11, v_old=old, recipe="diffusionnft")
     torch.testing.assert_close(regenerated, kept, rtol=1e-6, atol=0)

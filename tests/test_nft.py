@@ -126,6 +126,12 @@ def test_stats():
     torch.testing.assert_close(s.v_norm, flat["v"].norm(dim=1))
     torch.testing.assert_close(s.v_ref_norm, flat["v_ref"].norm(dim=1))
     torch.testing.assert_close(s.old_deviation, (flat["v"] - flat["v_old"]).square().mean(1))
+    flat["x0"] = inputs["x0"].flatten(1)
+    torch.testing.assert_close(s.old_deviation_max, (flat["v"] - flat["v_old"]).square().amax(1))
+    torch.testing.assert_close(s.old_prior, (flat["v_old"] - flat["v_ref"]).square().mean(1))
+    torch.testing.assert_close(s.x0_square, flat["x0"].square().mean(1))
+    torch.testing.assert_close(s.x0_square_max, flat["x0"].square().amax(1))
+    torch.testing.assert_close(s.r_mean, r.mean())
     assert not any(x.requires_grad for x in s)
 
 
@@ -169,6 +175,11 @@ BAD = [
     ({"t": torch.rand(3, 5), "frame_dim": 1}, ValueError, "t must be"),
     ({"seed": 1}, ValueError, "exactly one of noise"),
     ({"noise": None}, ValueError, "noised state is missing"),
+    (
+        {"recipe": afd_fast.nft_recipe("astrolabe", space="clean", ref_space="v")},
+        ValueError,
+        "leave noise=, seed= and x_t= out",
+    ),
     ({"noise": None, "seed": 1.5}, TypeError, "seed must be an integer"),
     ({"noise": None, "x_t": torch.rand(3, 4, 5, 6), "t": 0.0}, ValueError, "cannot recover the noise"),
     ({"sample_mask": torch.ones(3, 1)}, ValueError, "sample_mask must be"),
@@ -189,7 +200,8 @@ def test_bad_input(change, error, message):
 
 
 @pytest.mark.parametrize("overrides,message", [
-    ({"betta": 1.0}, "did you mean 'beta'"), ({"beta": 0.0}, "beta must be positive"), ({"space": "x"}, 'space must be "v" or "x0"'),
+    ({"betta": 1.0}, "did you mean 'beta'"), ({"beta": 0.0}, "beta must be positive"), ({"space": "x"}, 'space must be "v" or "x0" or "clean"'),
+    ({"space": "clean", "ref_space": "x0"}, 'takes ref_space="v"'),
     ({"adv_clip": (1, 5)}, "adv_clip must span zero"), ({"ref_coef": -1.0}, "ref_coef"),
     ({"beta": math.nan}, "beta"), ({"beta": math.inf}, "beta"), ({"ref_coef": math.nan}, "ref_coef"),
     ({"weight_floor": math.nan}, "weight_floor"), ({"adv_clip": math.inf}, "adv_clip"), ({"adv_clip": math.nan}, "adv_clip"),

@@ -80,7 +80,8 @@ def _toy(config: TrainConfig) -> Networks:
 def _wan(config: TrainConfig) -> Networks:
     options, chunk = config.student, config.rollout.chunk
     size = latent_size(options, chunk)
-    tiny = StudentConfig("tiny", frames=size.frames, height=size.height, width=size.width, lora_rank=options.lora_rank)
+    frames, height, width = size.frames, size.height, size.width
+    tiny = StudentConfig("tiny", None, frames, height, width, lora_rank=options.lora_rank, device="cpu")
     family = make_family(tiny, chunk=chunk)
     name, size_of, real = "CausalWan (tiny)", 4, False
     if options.name != "tiny":

@@ -49,6 +49,11 @@ class NFTStats(NamedTuple):
     signal: Tensor  # scalar, mean of (2r - 1) (pos + neg) / 2: moves where the loss value is flat in r
     v_norm: Tensor  # ||v||_2
     v_ref_norm: Tensor  # ||v_ref||_2, 0 without v_ref
+    old_deviation_max: Tensor  # max (v - v_old)^2
+    old_prior: Tensor  # mean (v_old - v_ref)^2, 0 without v_ref
+    x0_square: Tensor  # mean x0^2, which trainers log as x0_norm
+    x0_square_max: Tensor  # max x0^2
+    r_mean: Tensor  # scalar, mean r
 
 
 class NFTTerms(NamedTuple):
@@ -64,7 +69,7 @@ def _branches(v: Tensor, p: Prepared, recipe: NFTRecipe) -> tuple[Tensor, Tensor
     beta = recipe.beta
     positive = beta * v + (1 - beta) * p.v_old
     negative = (1.0 + beta) * p.v_old - beta * v
-    if recipe.space == "v":
+    if recipe.space != "x0":
         return positive - p.target, negative - p.target
     return (p.target - p.sigma * positive) - p.x0, (p.target - p.sigma * negative) - p.x0
 
@@ -174,10 +179,15 @@ def nft_terms(
         signal = (2 * p.r - 1) * (pos + neg) / 2
         if p.r_each is not None:  # the mean of (2 r - 1) (e+^2 / W+ + e-^2 / W-) / 2
             signal = each.energies[0] - pos / 2 + neg / 2 - each.energies[1]
+        drift, nothing = (p.v - p.v_old).square(), torch.zeros_like(p.r)
+        average = lambda x: x.mean() if len(x) else x.sum()
         stats = NFTStats(
-            policy, prior, pos, neg, each.w_pos, each.w_neg, prior_each, p.sum((p.v - p.v_old).square()) / p.elements,
-            signal.mean() if len(signal) else signal.sum(), p.plain_sum(p.v.square()).sqrt(),
-            torch.zeros_like(p.r) if p.v_ref is None else p.plain_sum(p.v_ref.square()).sqrt(),
+            policy_loss=policy, prior_loss=prior, pos_loss=pos, neg_loss=neg, weight_pos=each.w_pos, weight_neg=each.w_neg,
+            prior=prior_each, old_deviation=p.sum(drift) / p.elements, signal=average(signal),
+            v_norm=p.plain_sum(p.v.square()).sqrt(),
+            v_ref_norm=nothing if p.v_ref is None else p.plain_sum(p.v_ref.square()).sqrt(), old_deviation_max=p.max(drift),
+            old_prior=nothing if p.v_ref is None else p.sum((p.v_old - p.v_ref).square()) / p.elements,
+            x0_square=p.sum(p.x0.square()) / p.elements, x0_square_max=p.max(p.x0.square()), r_mean=average(p.r),
         )  # fmt: skip
     return NFTTerms(policy, prior, NFTStats(*(x.detach() for x in stats)))
 
@@ -216,14 +226,14 @@ def nft_loss(
 
 def nft_grad(
     v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: RecipeName | NFTRecipe = "afd",
-    **inputs: Unpack[NFTInputs],
+    scales: tuple[float, float] = (1.0, 1.0), **inputs: Unpack[NFTInputs],
 ) -> Tensor:  # fmt: skip
-    """d nft_loss / d v in closed form, in the working dtype; arguments as `nft_loss`."""
+    """d nft_loss / d v in closed form, in the working dtype, with policy and prior times `scales`; arguments as `nft_loss`."""
     recipe = as_recipe(recipe)
     p = prepare(v.detach(), x0, r, t, recipe, inputs)
     policy = _policy_terms(p, recipe)
     size = p.elements if recipe.sample_reduction == "mean" else 1
-    scale = recipe.factor * p.sample_weight
+    scale = scales[0] * recipe.factor * p.sample_weight
     if policy.at_limit is not None:
         scale = torch.where(policy.at_limit, 0, scale)
     pos, neg = policy.energies
@@ -248,7 +258,7 @@ def nft_grad(
         for sign, down, e, w in ((1, down_pos, policy.e_pos, policy.w_pos), (-1, down_neg, policy.e_neg, policy.w_neg)):
             above = torch.where(w > recipe.weight_floor, scale * down / p.elements, 0)
             grad = grad - sign * p.spread(above) * e.sign()
-    grad = recipe.beta * (1.0 if recipe.space == "v" else -p.sigma) * grad
+    grad = recipe.beta * (-p.sigma if recipe.space == "x0" else 1.0) * grad
     if p.weights is not None:
         grad = p.weights * grad
     if recipe.drift_clip is not None and recipe.drift_clip_by == "project":
@@ -260,5 +270,5 @@ def nft_grad(
         by_r = p.r_each if p.r_each is not None else p.spread(p.r)
         gap = by_r * gap if recipe.ref_weight == "r" else gap
         gap = gap if p.weights is None else p.weights * gap
-        grad = grad + p.spread(2 * recipe.ref_coef / size * p.ref_weight) * gap
+        grad = grad + p.spread(scales[1] * 2 * recipe.ref_coef / size * p.ref_weight) * gap
     return grad

@@ -145,7 +145,11 @@ class NoisedState(NamedTuple):
 
 
 def choose_source(noise: Tensor | None, seed: int | None, x_t: Tensor | None, recipe: NFTRecipe) -> NoisedState:
-    """The one input that the recipe's target is built from."""
+    """The one input that the recipe's target is built from; none for predictions of x0."""
+    if recipe.space == "clean":
+        if noise is not None or seed is not None or x_t is not None:
+            raise ValueError('space="clean" compares predictions of x0 with x0: leave noise=, seed= and x_t= out')
+        return NoisedState(None, None, None)
     if noise is not None and seed is not None:
         raise ValueError("give exactly one of noise= (a tensor) and seed= (an integer)")
     if noise is None and seed is None and x_t is None:
@@ -204,7 +208,7 @@ class Prepared(NamedTuple):
     x0: Tensor
     v_old: Tensor
     v_ref: Tensor | None
-    target: Tensor  # v* in v space, x_t in x0 space
+    target: Tensor  # v* in v space, x_t in x0 space, x0 in clean space
     sigma: Tensor  # velocity -> x0 coefficient, broadcastable; t where neither loss nor prior uses it
     r: Tensor  # [B]; where r is given per element: the samples' means
     r_each: Tensor | None  # r per element, broadcastable against v; None where it is [B]
@@ -223,14 +227,21 @@ class Prepared(NamedTuple):
         x = x.reshape(x.shape[0], x[0].numel() if len(x) else 0).sum(1)
         return x if self.rows is None else torch.zeros_like(self.r).index_add(0, self.rows, x)
 
+    def max(self, x: Tensor) -> Tensor:
+        """Like v, nowhere negative -> [B]."""
+        x = x.reshape(x.shape[0], -1).amax(1) if x.numel() else x.new_zeros(x.shape[0])
+        return x if self.rows is None else torch.zeros_like(self.r).scatter_reduce(0, self.rows, x, "amax")
+
     def sum(self, x: Tensor) -> Tensor:
         """Like v -> [B], weighted."""
         return self.plain_sum(x if self.weights is None else self.weights * x)
 
 
 def _target(x0: Tensor, t: Tensor, source: NoisedState, recipe: NFTRecipe) -> Tensor:
-    """v* in v space, x_t in x0 space, in t's dtype."""
+    """v* in v space, x_t in x0 space, x0 in clean space, in t's dtype."""
     clean, x_t = x0.to(t.dtype), source.x_t
+    if recipe.space == "clean":
+        return clean
     if x_t is not None:
         return (x_t.to(t.dtype) - clean) / t if recipe.space == "v" else x_t.to(t.dtype)
     eps = resolve_noise(x0, source.noise, source.seed).to(t.dtype)
@@ -309,6 +320,7 @@ def prepare(v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, recipe: NFTReci
         keep = mask != 0  # what does not count may be NaN
         wide, clean, old, target = (torch.where(keep, x, 0) for x in (wide, clean, old, target))
         ref = None if ref is None else torch.where(keep, ref, 0)
+        r = torch.where(keep, r, 0) if r.ndim > 1 else r
         weights = mask.to(work) if mask.is_floating_point() else None
         elements = (keep if weights is None else weights).reshape(len(x0), -1).sum(1).to(work)
         elements = elements if rows is None else elements.new_zeros(samples).index_add(0, rows, elements)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Literal, TypedDict
 
-import torch
 from typing_extensions import Unpack
 
 from afd_fast.errors import check_fields
@@ -17,7 +16,8 @@ from afd_fast.errors import check_fields
 RecipeName = Literal[
     "afd", "astrolabe", "diffusionnft", "cosmos_rl", "fastvideo", "verl_omni", "flow_factory", "edit_r1", "gardo", "unirl"
 ]  # fmt: skip
-Space = Literal["v", "x0"]  # velocity or clean sample
+Space = Literal["v", "x0", "clean"]  # errors of velocities, of x0 from velocities, of predictions of x0
+RefSpace = Literal["v", "x0"]
 Weighting = Literal["adaptive", "none"]
 Scale = Literal["adv_clip", "none"]
 Reduction = Literal["mean", "sum"]
@@ -48,7 +48,8 @@ class NFTRecipe:
     beta: interpolation between v_old and v.
     ref_coef: weight lambda of the prior.
     adv_clip: clip of the advantages, a number or (low, high).
-    space: of the errors, "v" or "x0".
+    space: of the errors, "v" or "x0"; "clean" for networks that predict x0: v, v_old, v_ref are predictions of it, the
+        errors are v - x0, the prior compares predictions, and no noise is needed.
     weighting: "adaptive" (W) or "none" (1).
     weight_floor: lower bound of W.
     divide_by_beta: whether d is beta or 1.
@@ -81,7 +82,7 @@ class NFTRecipe:
     scale: Scale = "none"
     sample_reduction: Reduction = "sum"
     batch_reduction: Reduction = "sum"
-    ref_space: Space = "v"
+    ref_space: RefSpace = "v"
     ref_weight: RefWeight = "r"
     ref_empty: RefEmpty = "zero"
     ref_reduction: RefReduction = "sample"
@@ -104,6 +105,8 @@ class NFTRecipe:
             raise ValueError('shared_weight and weight_grad are about W: they need weighting="adaptive"')
         if self.dpo_beta <= 0 or (self.drift_clip is not None and self.drift_clip <= 0):
             raise ValueError(f"dpo_beta and drift_clip must be positive, got {self.dpo_beta} and {self.drift_clip}")
+        if self.space == "clean" and self.ref_space != "v":
+            raise ValueError('space="clean" takes ref_space="v": the prior compares predictions as they are')
         low, high = self.clip_range
         if not low < 0 < high:
             raise ValueError(f"adv_clip must span zero, got {self.adv_clip}")
@@ -137,7 +140,7 @@ class RecipeFields(TypedDict, total=False):
     scale: Scale
     sample_reduction: Reduction
     batch_reduction: Reduction
-    ref_space: Space
+    ref_space: RefSpace
     ref_weight: RefWeight
     ref_empty: RefEmpty
     ref_reduction: RefReduction
@@ -173,7 +176,6 @@ RECIPES: dict[str, NFTRecipe] = {
 }
 
 
-@torch.compiler.assume_constant_result  # inside a compiled function it is called once, when that is traced
 def nft_recipe(name: RecipeName, **overrides: Unpack[RecipeFields]) -> NFTRecipe:
     """A named recipe with some fields replaced. ValueError names the nearest match of an unknown name or field."""
     if name not in RECIPES:
@@ -188,11 +190,19 @@ def nft_recipe(name: RecipeName, **overrides: Unpack[RecipeFields]) -> NFTRecipe
     return replace(RECIPES[name], **overrides) if overrides else RECIPES[name]
 
 
+# torch.compile calls it once, while it traces; the decorator torch.compiler.assume_constant_result would import Dynamo
+nft_recipe._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def as_recipe(recipe: RecipeName | NFTRecipe) -> NFTRecipe:
     """The recipe itself, or the one of that name."""
     if not isinstance(recipe, (str, NFTRecipe)):
         raise TypeError(f"recipe must be a name or an NFTRecipe, got {type(recipe).__name__}")
-    return nft_recipe(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(recipe, NFTRecipe):
+        return recipe
+    return (
+        RECIPES[recipe] if recipe in RECIPES else nft_recipe(recipe)
+    )  # read, not called: PyTorch 2.6 traces only that
 
 
 @functools.lru_cache(256)

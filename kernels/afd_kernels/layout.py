@@ -12,7 +12,7 @@ TILE = 4096  # elements per program, and per noise tile: 1024 Philox counters wi
 
 
 class Slot(IntEnum):
-    """The sums over the elements of a sample."""
+    """The sums over the elements of a sample, then the maxima."""
 
     SIZE = 0  # |e+|
     SIZE_GAP = 1  # |e+| - |e-|
@@ -23,6 +23,14 @@ class Slot(IntEnum):
     DRIFT = 6  # (v - v_old)^2
     V = 7  # v^2
     REF = 8  # v_ref^2
+    X0 = 9  # x0^2
+    OLD_REF = 10  # (v_old - v_ref)^2
+    R_POS = 11  # r e+^2, for an r per element; so the next three
+    R_NEG = 12  # (1 - r) e-^2
+    R_PRIOR = 13  # r m (v - v_ref)^2
+    R = 14
+    X0_MAX = 15  # x0^2; this and the next are maxima, not sums
+    DRIFT_MAX = 16  # (v - v_old)^2
 
     @property
     def bit(self) -> int:
@@ -30,8 +38,11 @@ class Slot(IntEnum):
         return 1 << self
 
 
+MAXIMA = Slot.X0_MAX  # the first slot that is a maximum
+
+
 class Row(IntEnum):
-    """The results per sample. The first eight are fields of `NFTStats`, the last three coefficients of the gradient."""
+    """The results per sample: fields of `NFTStats`, and last the three coefficients of the gradient."""
 
     POS_LOSS = 0
     NEG_LOSS = 1
@@ -41,9 +52,13 @@ class Row(IntEnum):
     OLD_DEVIATION = 5
     V_NORM = 6
     V_REF_NORM = 7
-    DIFFERENCE = 8  # c+ - c-
-    SUM = 9  # c+ + c-
-    REFERENCE = 10  # c_ref
+    OLD_DEVIATION_MAX = 8
+    OLD_PRIOR = 9
+    X0_SQUARE = 10
+    X0_SQUARE_MAX = 11
+    DIFFERENCE = 12  # c+ - c-; with an r per element: c+ at r = 1
+    SUM = 13  # c+ + c-; with an r per element: c- at r = 0
+    REFERENCE = 14  # c_ref
 
 
 COEFFICIENTS = Row.DIFFERENCE  # the first row that is no statistic
@@ -55,6 +70,7 @@ class Total(IntEnum):
     POLICY = 0
     PRIOR = 1
     SIGNAL = 2
+    R_MEAN = 3
 
 
 class Source(IntEnum):
@@ -63,6 +79,22 @@ class Source(IntEnum):
     NOISE = 0
     SEED = 1
     X_T = 2
+    CLEAN = 3  # no noise: the predictions are of x0 (space="clean")
+
+
+class Frames(IntEnum):
+    """How t and sigma lie over a sample's elements; its frames are `inner` consecutive elements each."""
+
+    ONE = 0  # one value a sample
+    LONG = 1  # a quarter of a tile meets one border at most, and no border splits the eight elements of a thread
+    SHORT = 2  # anything else: every element looks up its frame
+
+    @classmethod
+    def of(cls, frames: int, inner: int, tiles: int) -> "Frames":
+        """What `frames` values per sample of `tiles` tiles are."""
+        if frames == 1:
+            return cls.ONE
+        return cls.LONG if inner >= TILE // 4 and inner % 8 == 0 and tiles <= 2**32 * 8 // TILE else cls.SHORT
 
 
 def rows_contiguous(x: Tensor) -> bool:

@@ -22,7 +22,7 @@ typedef uint32_t U __attribute__((vector_size(32)));
 typedef int32_t I __attribute__((vector_size(32)));
 typedef uint16_t H __attribute__((vector_size(16)));
 
-INLINE int64_t size_of(int type) { return type == AFD_BF16 ? 2 : 4; }
+INLINE int64_t size_of(int type) { return type == AFD_F32 ? 4 : 2; }
 INLINE const char* at(const void* p, int type, int64_t i) { return (const char*)p + i * size_of(type); }
 
 // To nearest even, in the high half. A NaN whose payload is all ones would overflow: only a float32 input can bring one.
@@ -32,7 +32,30 @@ INLINE U round_bf16(F f) {
   return (CAREFUL ? (U)(f != f ? (I)(u | 0x400000) : (I)r) : r) & 0xFFFF0000;
 }
 
-// Sixteen elements. SPLIT: the even ones and the odd ones, what a bfloat16 load gives for a shift and a mask.
+INLINE U pick(I mask, U a, U b) { return ((U)mask & a) | (~(U)mask & b); }
+
+// float16 in the low half of each lane. A subnormal becomes the difference of two normal numbers, so that a thread which
+// flushes subnormals reads it too.
+INLINE F from_f16(U h) {
+  U bits = (h & 0x7FFF) << 13, normal = bits + (112u << 23);
+  F small = (F)(bits + (113u << 23)) - 0x1p-14f;
+  U out = pick(bits < 1u << 23, (U)small, pick(bits >= 0x1Fu << 23, normal + (112u << 23), normal));
+  return (F)(out | (h & 0x8000) << 16);
+}
+
+// To nearest even, in the low half: infinity from 65520 on, NaN stays NaN; below 2^-14 an addition does the rounding.
+INLINE U to_f16(F f) {
+  U u = (U)f, bits = u & 0x7FFFFFFF;
+  U normal = (bits - (112u << 23) + 0xFFF + ((bits >> 13) & 1)) >> 13, small = (U)((F)bits + 0.5f) - 0x3F000000u;
+  U large = pick(bits > 0x7F800000u, U{} + 0x7E00, U{} + 0x7C00);
+  return pick(bits < 113u << 23, small, pick(bits >= 143u << 23, large, normal)) | (u >> 16 & 0x8000);
+}
+
+// To a type of 16 bits, as a float again.
+template <bool CAREFUL>
+INLINE F rounded(F f, int type) { return type == AFD_BF16 ? (F)round_bf16<CAREFUL>(f) : from_f16(to_f16(f)); }
+
+// Sixteen elements. SPLIT: the even ones and the odd ones, what a load of 16-bit numbers gives for a shift and a mask.
 struct Pair { F x[2]; };
 
 template <bool SPLIT>
@@ -41,6 +64,11 @@ INLINE Pair load(const void* p, int type, int64_t i) {
     U u;
     memcpy(&u, (const uint16_t*)p + i, sizeof u);
     return {(F)(u << 16), (F)(u & 0xFFFF0000)};
+  }
+  if (SPLIT && type == AFD_F16) {
+    U u;
+    memcpy(&u, (const uint16_t*)p + i, sizeof u);
+    return {from_f16(u & 0xFFFF), from_f16(u >> 16)};
   }
   F a, b;
   memcpy(&a, (const float*)p + i, sizeof a);
@@ -72,6 +100,11 @@ INLINE void store(void* p, int type, int64_t i, Pair f) {
     write<STREAM>((uint16_t*)p + i, &u, sizeof u);
     return;
   }
+  if (SPLIT && type == AFD_F16) {
+    U u = to_f16(f.x[0]) | to_f16(f.x[1]) << 16;
+    write<STREAM>((uint16_t*)p + i, &u, sizeof u);
+    return;
+  }
   F a = f.x[0], b = f.x[1];
   if (SPLIT) {
     a = __builtin_shuffle(f.x[0], f.x[1], I{0, 8, 1, 9, 2, 10, 3, 11});
@@ -96,6 +129,7 @@ CLONES static void noise_tile(float* e, uint32_t tile, uint32_t sample, int64_t 
 struct Run {  // elements with one t and sigma
   const char *v, *x0, *y, *old, *ref;
   const uint8_t* mask;
+  const float *weight, *each;
   char* grad;
   int64_t n;
   int32_t y_type;
@@ -105,57 +139,75 @@ struct Run {  // elements with one t and sigma
   F acc[AFD_SLOTS];
 };
 
-// TYPE: what all tensors are, or ANY; then masks and stats are possible too. OLD: whether there is a v_old.
-enum { ANY = -1, STEP = 2 * W };
-template <int TYPE, bool OLD, bool GRAD, bool SUMS>
+INLINE F larger(F a, F b) { return (F)pick(a > b, (U)a, (U)b); }
+
+// TYPE: what all tensors are (y may be float32 among 16-bit ones), or ANY; then masks are possible too. OLD: whether there is
+// a v_old. SUMS: none, those of the loss, or with the statistics. SAME_F32: float32 with the sums in ANY's order.
+enum { ANY = -1, SAME_F32 = 3, STEP = 2 * W, LOSS = 1, STATS = 2 };
+template <int TYPE, bool OLD, bool GRAD, int SUMS>
 INLINE void step(const AfdCall& c, Run& u, int64_t i) {
   constexpr bool SPLIT = TYPE != AFD_F32;
-  auto type = [](int of) { return TYPE == ANY ? of : TYPE; };
+  auto type = [](int of) { return TYPE == ANY ? of : TYPE == SAME_F32 ? (int)AFD_F32 : TYPE; };
   Pair V = load<SPLIT>(u.v, type(c.v_type), i), X = load<SPLIT>(u.x0, type(c.x0_type), i), R = V, G;
-  Pair Y = load<SPLIT>(u.y, SPLIT ? u.y_type : 0, i), O = OLD ? load<SPLIT>(u.old, type(c.old_type), i) : V;
+  Pair Y = load<SPLIT>(u.y, SPLIT && TYPE != SAME_F32 ? u.y_type : 0, i), O = OLD ? load<SPLIT>(u.old, type(c.old_type), i) : V;
   if (u.ref) R = load<SPLIT>(u.ref, type(c.ref_type), i);
   for (const char* p : {u.v, u.x0, u.y, u.ref})  // without: 1.2 of a copy, with: 1.0 (two cores, 32 Mi elements)
-    if (TYPE == AFD_BF16 && p) __builtin_prefetch(p + 2 * i + 768);
+    if ((TYPE == AFD_BF16 || TYPE == AFD_F16) && p) __builtin_prefetch(p + 2 * i + 768);
   U bytes = {};
+  Pair M = {}, E = {};
   if (TYPE == ANY && u.mask) {
     H pairs;
     memcpy(&pairs, u.mask + i, sizeof pairs);
     bytes = __builtin_convertvector(pairs, U);
   }
+  if (TYPE == ANY && u.weight) M = load<SPLIT>(u.weight, AFD_F32, i);
+  if (TYPE == ANY && u.each) E = load<SPLIT>(u.each, AFD_F32, i);
   for (int half = 0; half < 2; half++) {
     F v = V.x[half], x0 = X.x[half], y = Y.x[half], old = O.x[half], ref = R.x[half], ones = F{} + 1.0f;
-    if (TYPE == ANY && u.mask) {
-      I keep = ((bytes >> 8 * half) & 0xFF) != 0;
+    F r = E.x[half];
+    if (TYPE == ANY && (u.mask || u.weight)) {
+      I keep = u.mask ? ((bytes >> 8 * half) & 0xFF) != 0 : M.x[half] != 0.0f;
       v = (F)((I)v & keep); x0 = (F)((I)x0 & keep); y = (F)((I)y & keep);
-      old = (F)((I)old & keep); ref = (F)((I)ref & keep); ones = (F)((I)ones & keep);
+      old = (F)((I)old & keep); ref = (F)((I)ref & keep); r = (F)((I)r & keep);
+      ones = u.mask ? (F)((I)ones & keep) : M.x[half];
     }
+    bool weighted = TYPE == ANY && u.weight;
+    auto weigh = [&](F f) { return weighted ? ones * f : f; };
     F w;
     if (c.x0_space) {
       if (c.source != AFD_XT) {
         y = (1.0f - u.t) * x0 + u.t * y;
-        if (type(c.x0_type) == AFD_BF16) y = (F)round_bf16<TYPE == ANY>(y);  // as the network saw it
+        if (type(c.x0_type) != AFD_F32) y = rounded<TYPE == ANY>(y, type(c.x0_type));  // as the network saw it
       }
       w = y - x0;
     } else {
-      w = c.source == AFD_XT ? (x0 - y) / u.t : x0 - y;
+      w = c.source == AFD_XT ? (x0 - y) / u.t : c.source == AFD_CLEAN ? -y : x0 - y;
     }
     AfdElement<F> x = afd_element<OLD, F>(v, w, old, ref, u.k);
-    G.x[half] = x.grad;
+    G.x[half] = weigh(TYPE == ANY && u.each ? afd_dense_gradient<F>(x, r, u.k, c.ref_by_r) : x.grad);
     if (SUMS) {
       F pos = OLD ? x.a + x.d : x.a;
-      u.acc[S_POS] += pos * pos;
-      u.acc[S_PRIOR] += x.gap * x.gap;
-      F neg = OLD ? x.a - x.d : x.a;
-      if (OLD) u.acc[S_NEG] += neg * neg;
+      F gap = weigh(x.gap * x.gap), pos_square = weigh(pos * pos);
+      u.acc[S_POS] += pos_square;
+      u.acc[S_PRIOR] += gap;
+      F neg = OLD ? x.a - x.d : x.a, neg_square = OLD ? weigh(neg * neg) : pos_square;
+      if (OLD) u.acc[S_NEG] += neg_square;
       if (c.adaptive) {
-        u.acc[S_SIZE] += magnitude(pos);
-        if (OLD) u.acc[S_SIZE_GAP] += magnitude(pos) - magnitude(neg);
+        u.acc[S_SIZE] += weigh(magnitude(pos));
+        if (OLD) u.acc[S_SIZE_GAP] += weigh(magnitude(pos) - magnitude(neg));
       }
-      if (TYPE == ANY) {
-        u.acc[S_KEPT] += ones;
-        u.acc[S_DRIFT] += (v - old) * (v - old);
+      if (TYPE == ANY) u.acc[S_KEPT] += ones;
+      if (TYPE == ANY && u.each) {
+        u.acc[S_R_POS] += r * pos_square; u.acc[S_R_NEG] += (1.0f - r) * neg_square;
+        u.acc[S_R_PRIOR] += r * gap; u.acc[S_R] += ones * r;
+      }
+      if (SUMS == STATS) {
+        F drift = (v - old) * (v - old), clean = x0 * x0;
+        if (OLD) u.acc[S_DRIFT] += weigh(drift), u.acc[S_DRIFT_MAX] = larger(drift, u.acc[S_DRIFT_MAX]);
         u.acc[S_V] += v * v;
-        u.acc[S_REF] += u.ref ? ref * ref : F{};
+        u.acc[S_X0] += weigh(clean);
+        u.acc[S_X0_MAX] = larger(clean, u.acc[S_X0_MAX]);
+        if (u.ref) u.acc[S_REF] += ref * ref, u.acc[S_OLD_REF] += weigh((old - ref) * (old - ref));
       }
     }
   }
@@ -163,7 +215,7 @@ INLINE void step(const AfdCall& c, Run& u, int64_t i) {
   if (GRAD && !u.stream) store<SPLIT, false, TYPE == ANY>(u.grad, type(c.grad_type), i, G);
 }
 
-template <int TYPE, bool OLD, bool GRAD, bool SUMS>
+template <int TYPE, bool OLD, bool GRAD, int SUMS>
 INLINE void run(const AfdCall& given, const Run& start, double* part) {
   const AfdCall c = given;  // copies: a store through char* could alias the originals
   Run u = start;
@@ -172,6 +224,7 @@ INLINE void run(const AfdCall& given, const Run& start, double* part) {
   for (; i + STEP <= u.n; i += STEP) step<TYPE, OLD, GRAD, SUMS>(c, u, i);
   if (int64_t rest = u.n - i) {  // the last elements, padded with zeros that add nothing
     alignas(64) char v[64] = {}, x0[64] = {}, y[64] = {}, old[64] = {}, ref[64] = {}, grad[64];
+    alignas(64) float weight[STEP] = {}, each[STEP] = {};
     alignas(16) uint8_t mask[STEP] = {};
     Run tail = u;
     auto copy = [&](char* to, const char*& from, int type) {
@@ -180,6 +233,8 @@ INLINE void run(const AfdCall& given, const Run& start, double* part) {
     copy(v, tail.v, c.v_type); copy(x0, tail.x0, c.x0_type); copy(y, tail.y, u.y_type);
     copy(old, tail.old, c.old_type); copy(ref, tail.ref, c.ref_type);
     if (u.mask) memcpy(mask, u.mask + i, rest), tail.mask = mask;
+    if (u.weight) memcpy(weight, u.weight + i, rest * sizeof *weight), tail.weight = weight;
+    if (u.each) memcpy(each, u.each + i, rest * sizeof *each), tail.each = each;
     tail.grad = grad;
     tail.stream = false;
     step<TYPE, OLD, GRAD, SUMS>(c, tail, 0);
@@ -187,33 +242,50 @@ INLINE void run(const AfdCall& given, const Run& start, double* part) {
     for (int k = 0; k < AFD_SLOTS; k++) u.acc[k] = tail.acc[k];
   }
   if (!SUMS) return;
-  for (int k = 0; k < AFD_SLOTS; k++) for (int j = 0; j < W; j++) part[k] += u.acc[k][j];
+  for (int k = 0; k < AFD_SLOTS; k++) for (int j = 0; j < W; j++) part[k] = afd_join(k, part[k], u.acc[k][j]);
   if (!OLD) part[S_NEG] = part[S_POS];
 }
 
 typedef void Runner(const AfdCall&, const Run&, double*);
 #define RUNNER(NAME, TYPE, OLD, GRAD, SUMS) \
   CLONES static void NAME(const AfdCall& c, const Run& u, double* p) { run<TYPE, OLD, GRAD, SUMS>(c, u, p); }
-#define RUNNERS(NAME, TYPE, OLD)          \
-  RUNNER(NAME##_sums, TYPE, OLD, 0, 1)    \
-  RUNNER(NAME##_grad, TYPE, OLD, 1, 0)    \
-  RUNNER(NAME##_both, TYPE, OLD, 1, 1)    \
-  static Runner* const NAME[] = {NAME##_sums, NAME##_grad, NAME##_both};
-RUNNERS(any_old, ANY, true)
-RUNNERS(any_new, ANY, false)
-RUNNERS(f32_old, AFD_F32, true)
+#define RUNNERS(NAME, TYPE, OLD)             \
+  RUNNER(NAME##_sums, TYPE, OLD, 0, LOSS)    \
+  RUNNER(NAME##_grad, TYPE, OLD, 1, 0)       \
+  RUNNER(NAME##_both, TYPE, OLD, 1, LOSS)    \
+  static Runner* const NAME[] = {NAME##_grad, NAME##_sums, NAME##_both};
+#define STATS_RUNNERS(NAME, TYPE, OLD)       \
+  RUNNER(NAME##_sums, TYPE, OLD, 0, STATS)   \
+  RUNNER(NAME##_both, TYPE, OLD, 1, STATS)   \
+  static Runner* const NAME[] = {nullptr, NAME##_sums, NAME##_both};
 RUNNERS(f32_new, AFD_F32, false)
-RUNNERS(bf16_old, AFD_BF16, true)
+RUNNERS(f32_old, AFD_F32, true)
 RUNNERS(bf16_new, AFD_BF16, false)
+RUNNERS(bf16_old, AFD_BF16, true)
+RUNNERS(f16_new, AFD_F16, false)
+RUNNERS(f16_old, AFD_F16, true)
+RUNNERS(any_new, ANY, false)
+RUNNERS(any_old, ANY, true)
+STATS_RUNNERS(f32_new_stats, SAME_F32, false)
+STATS_RUNNERS(f32_old_stats, SAME_F32, true)
+STATS_RUNNERS(bf16_new_stats, AFD_BF16, false)
+STATS_RUNNERS(bf16_old_stats, AFD_BF16, true)
+STATS_RUNNERS(f16_new_stats, AFD_F16, false)
+STATS_RUNNERS(f16_old_stats, AFD_F16, true)
+STATS_RUNNERS(any_new_stats, ANY, false)
+STATS_RUNNERS(any_old_stats, ANY, true)
 
 static Runner* choose(const AfdCall& c, bool grad, bool sums) {
   int type = c.v_type;
   bool same = c.x0_type == type && (!c.v_old || c.old_type == type) && (!c.v_ref || c.ref_type == type) &&
-              (!grad || c.grad_type == type) && (c.source == AFD_SEED || c.y_type == type);
-  if (c.mask || c.stats || !same) type = ANY;
-  auto table = type == ANY ? c.v_old ? any_old : any_new : type == AFD_F32 ? c.v_old ? f32_old : f32_new
-                                                                          : c.v_old ? bf16_old : bf16_new;
-  return table[!grad ? 0 : !sums ? 1 : 2];
+              (!grad || c.grad_type == type) &&
+              (c.source == AFD_SEED || c.y_type == type || (type != AFD_F32 && c.y_type == AFD_F32));
+  enum { MIXED = 3 };
+  static Runner* const* const plain[][2] = {{f32_new, f32_old}, {bf16_new, bf16_old}, {f16_new, f16_old}, {any_new, any_old}};
+  static Runner* const* const stats[][2] = {
+    {f32_new_stats, f32_old_stats}, {bf16_new_stats, bf16_old_stats}, {f16_new_stats, f16_old_stats}, {any_new_stats, any_old_stats}};
+  auto row = (c.stats && sums ? stats : plain)[c.mask || c.weight || c.each || !same ? (int)MIXED : type];
+  return row[c.v_old != nullptr][!sums ? 0 : grad ? 2 : 1];
 }
 
 static void sweep(const AfdCall& c, bool grad, bool sums) {
@@ -240,13 +312,15 @@ static void sweep(const AfdCall& c, bool grad, bool sums) {
       u.y = c.source == AFD_SEED ? (const char*)(eps + (i - begin)) : from(c.y, c.y_type, c.y_stride);
       u.old = from(c.v_old, c.old_type, c.old_stride); u.ref = from(c.v_ref, c.ref_type, c.ref_stride);
       u.mask = c.mask ? c.mask + row * c.mask_stride + i : nullptr;
+      u.weight = c.weight ? c.weight + row * c.mask_stride + i : nullptr;
+      u.each = c.each ? c.each + row * c.mask_stride + i : nullptr;
       u.grad = (char*)(grad ? from(c.grad, c.grad_type, c.grad_stride) : nullptr);
       u.y_type = c.source == AFD_SEED ? (int)AFD_F32 : c.y_type;
       u.stream = stream && (uintptr_t)u.grad % 16 == 0;
       u.n = stop - i; u.t = c.t[k]; u.k = afd_constants(c, b, c.sigma ? c.sigma[k] : c.t[k]);
       double add[AFD_SLOTS] = {};
       runner(c, u, add);
-      for (int s = 0; s < AFD_SLOTS; s++) part[s] += add[s];
+      for (int s = 0; s < AFD_SLOTS; s++) part[s] = afd_join(s, part[s], add[s]);
       i = stop;
     }
   }
@@ -254,7 +328,7 @@ static void sweep(const AfdCall& c, bool grad, bool sums) {
   for (int64_t b = 0; b < B; b++)
     for (int k = 0; k < AFD_SLOTS; k++) {
       double total = 0;
-      for (int64_t tile = first[b]; tile < first[b + 1]; tile++) total += c.part[tile * AFD_SLOTS + k];
+      for (int64_t tile = first[b]; tile < first[b + 1]; tile++) total = afd_join(k, total, c.part[tile * AFD_SLOTS + k]);
       c.sums[k * B + b] = total;
     }
 }
@@ -266,7 +340,7 @@ EXPORT int afd_abi() { return sizeof(AfdCall); }
 
 // Loss, totals and rows; with c->grad also the gradient times c->scale, in the same sweep where it needs no sums first.
 EXPORT void afd_nft_loss(const AfdCall* c) {
-  bool grad = c->grad, sums_first = grad && (c->adaptive || (c->mask && c->sample_mean));
+  bool grad = c->grad, sums_first = grad && (c->adaptive || c->dpo || ((c->mask || c->weight) && (c->sample_mean || c->ref_batch)));
   if (grad && !sums_first) afd_finish(*c, false);
   sweep(*c, grad && !sums_first, true);
   afd_finish(*c, true);

@@ -1,0 +1,288 @@
+"""A function per public trainer: its names and shapes -> `nft_loss`, the statistics -> the numbers it logs.
+
+Legend: B samples; v one prediction like x0 [B, ...]. Predictions of the old and the reference policy are constants, whether
+detached or not. Every function returns (loss, terms): the loss is a scalar with a graph, in float32 (float64 for float64
+predictions); the terms are detached scalars on its device, and nothing synchronises a GPU (`floats` does, once).
+Every function raises ValueError or TypeError as `afd_fast.nft_loss` does, and for an r or a mask with several values per sample.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd_fast.dropin.terms import Terms, measured, per_sample, recipe, renamed
+from afd_fast.ops import nft_loss
+from afd_fast.reference.nft import NFTStats
+from afd_fast.reference.recipes import NFTRecipe
+from afd_fast.reference.transforms import readable
+
+LOGGED = dict(  # by DiffusionNFT and the trainers derived from it
+    x0_norm="x0", x0_norm_max="x0_max", old_deviate="drift", old_deviate_max="drift_max", policy_loss="total",
+    unweighted_policy_loss="unweighted", kl_div_loss="kl", kl_div="kl_all", old_kl_div="old_kl", total_loss="total",
+)  # fmt: skip
+
+
+def _loss(
+    v: Tensor, old: Tensor, ref: Tensor | None, x0: Tensor, xt: Tensor, t: Tensor, r: Tensor, recipe: NFTRecipe,
+    sample_mask: Tensor | None = None, ref_mask: Tensor | None = None,
+) -> tuple[Tensor, NFTStats]:  # fmt: skip
+    return nft_loss(
+        v, x0, per_sample("r", r, v), t, x_t=xt, v_old=old, v_ref=ref, sample_mask=sample_mask, ref_mask=ref_mask,
+        recipe=recipe, return_stats=True,
+    )  # fmt: skip
+
+
+def _logged(true_policy_loss: bool) -> dict[str, str]:
+    return LOGGED | ({"policy_loss": "policy"} if true_policy_loss else {})
+
+
+def diffusionnft(
+    forward_prediction: Tensor, old_prediction: Tensor, ref_forward_prediction: Tensor, x0: Tensor, xt: Tensor,
+    t_expanded: Tensor, r: Tensor, *, beta: float, kl_beta: float, adv_clip_max: float, true_policy_loss: bool = False,
+) -> tuple[Tensor, Terms]:  # fmt: skip
+    """NVlabs/DiffusionNFT, scripts/train_nft_sd3.py.
+
+    Args:
+        forward_prediction, old_prediction, ref_forward_prediction: [B, C, H, W] velocities; the first gets a gradient.
+        x0, xt: [B, C, H, W]. t_expanded: [B, 1, 1, 1] in [0, 1]. r: [B] in [0, 1].
+        beta: config.beta. kl_beta: config.train.beta. adv_clip_max: config.train.adv_clip_max.
+        true_policy_loss: log the policy loss as policy_loss. The file logs the total there, because it adds the KL in
+            place, and so does the default.
+    """
+    loss, stats = _loss(
+        forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
+        recipe("diffusionnft", beta=beta, ref_coef=kl_beta, adv_clip=adv_clip_max),
+    )  # fmt: skip
+    return loss, renamed(measured(loss, stats, adv_clip_max), **_logged(true_policy_loss))
+
+
+def gardo(
+    forward_prediction: Tensor, old_prediction: Tensor, ref_forward_prediction: Tensor, x0: Tensor, xt: Tensor,
+    t_expanded: Tensor, r: Tensor, reward_std: Tensor, *, beta: float, kl_beta: float, adv_clip_max: float,
+    true_policy_loss: bool = False,
+) -> tuple[Tensor, Terms]:  # fmt: skip
+    """tinnerhrhe/GARDO, scripts/train_sd3_nft_gardo.py: the KL runs over samples with reward_std > 0, over all if there is none.
+
+    Args: as `diffusionnft`, and reward_std: [B] or [B, 1].
+    """
+    loss, stats = _loss(
+        forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
+        recipe("gardo", beta=beta, ref_coef=kl_beta, adv_clip=adv_clip_max),
+        ref_mask=per_sample("reward_std", reward_std, x0) > 0,
+    )  # fmt: skip
+    return loss, renamed(measured(loss, stats, adv_clip_max), **_logged(true_policy_loss))
+
+
+def edit_r1(
+    forward_prediction: Tensor, old_prediction: Tensor, ref_forward_prediction: Tensor, x0: Tensor, xt: Tensor,
+    t_expanded: Tensor, r: Tensor, valid_mask: Tensor, *, beta: float, kl_beta: float, adv_clip_max: float,
+    true_policy_loss: bool = False,
+) -> tuple[Tensor, Terms]:  # fmt: skip
+    """PKU-YuanGroup/Edit-R1, scripts/train_nft_qwen_image_edit.py (and train_nft_kontext.py).
+
+    Args: as `diffusionnft` with tokens [B, S, D], and valid_mask: [B], 0 or 1; loss and KL are means over the valid samples,
+        0 where there is none.
+    """
+    valid = per_sample("valid_mask", valid_mask, x0) != 0
+    loss, stats = _loss(
+        forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
+        recipe("edit_r1", beta=beta, ref_coef=kl_beta, adv_clip=adv_clip_max), sample_mask=valid,
+    )  # fmt: skip
+    found = measured(loss, stats, adv_clip_max, valid)
+    return loss, renamed(found, **_logged(true_policy_loss) | {"kl_div": "kl"})
+
+
+def fastvideo(
+    forward_prediction: Tensor, old_prediction: Tensor, ref_forward_prediction: Tensor, x0: Tensor, xt: Tensor,
+    t_expanded: Tensor, r: Tensor, *, nft_beta: float, kl_beta: float, adv_clip_max: float,
+) -> tuple[Tensor, Terms]:  # fmt: skip
+    """hao-ai-lab/FastVideo, fastvideo/train/methods/rl/diffusion_nft.py.
+
+    Args: as `diffusionnft` with latents [B, F, C, H, W] or [B, C, F, H, W]; self._nft_beta, self._kl_beta, self._adv_clip_max.
+    Returns: as all; terms["total_loss"] is the loss with its graph, on which the trainer's loop calls backward.
+    """
+    loss, stats = _loss(
+        forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
+        recipe("fastvideo", beta=nft_beta, ref_coef=kl_beta, adv_clip=adv_clip_max),
+    )  # fmt: skip
+    terms = renamed(
+        measured(loss, stats, adv_clip_max), policy_loss="policy", unweighted_policy_loss="unweighted",
+        kl_div_loss="kl", old_deviate="drift", old_kl_div="old_kl", x0_norm="x0",
+    )  # fmt: skip
+    return loss, {"total_loss": loss} | terms
+
+
+def cosmos_rl(
+    forward_prediction: Tensor, old_prediction: Tensor, ref_forward_prediction: Tensor, x0: Tensor, xt: Tensor,
+    t_expanded: Tensor, r: Tensor, *, nft_beta: float, kl_beta: float, advantage_high: float,
+) -> tuple[Tensor, Terms]:  # fmt: skip
+    """nvidia-cosmos/cosmos-rl, cosmos_rl/policy/trainer/diffusers_trainer/nft_trainer.py.
+
+    Args: as `diffusionnft`; r: [B] or [B, 1], one value per sample. The trainer's lines broadcast a [B, 1] r to [B, B], by
+        which every sample gets the mean r of the batch; here each keeps its r.
+    """
+    loss, stats = _loss(
+        forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
+        recipe("cosmos_rl", beta=nft_beta, ref_coef=kl_beta, adv_clip=advantage_high),
+    )  # fmt: skip
+    return loss, renamed(
+        measured(loss, stats, advantage_high), loss_contrib="total", policy_loss_contrib="policy",
+        unweighted_policy_loss_contrib="unweighted", kl_loss_contrib="kl", x0_norm="x0", x0_norm_max="x0_max",
+        old_deviation="drift", old_deviation_max="drift_max", old_kl="old_kl",
+    )  # fmt: skip
+
+
+def verl_omni(
+    forward_prediction: Tensor, old_prediction: Tensor, ref_forward_prediction: Tensor, x0: Tensor, xt: Tensor,
+    t_expanded: Tensor, reward_prob: Tensor, *, mix_beta: float, ref_kl_coef: float, adv_clip_max: float,
+    adaptive_weight_min: float,
+) -> tuple[Tensor, Terms]:  # fmt: skip
+    """verl-project/verl-omni, verl_omni/trainer/diffusion/diffusion_algos.py.
+
+    Args: as `diffusionnft` with packed latents [B, S, D]; t_expanded: [B, 1, 1] or like x0. reward_prob: [B, ...] in [0, 1],
+        of which a sample takes the mean. Settings: those of config.diffusion_loss.
+    """
+    r = reward_prob.flatten(1).mean(1) if isinstance(reward_prob, Tensor) and reward_prob.ndim > 1 else reward_prob
+    loss, stats = _loss(
+        forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r.to(x0.device, x0.dtype),
+        recipe("verl_omni", beta=mix_beta, ref_coef=ref_kl_coef, adv_clip=adv_clip_max, weight_floor=adaptive_weight_min),
+    )  # fmt: skip
+    names = dict(policy_loss="policy", positive_loss="positive", negative_loss="negative", ref_kl_loss="kl",
+                 old_deviate="drift", reward_prob_mean="r", total_loss="total")  # fmt: skip
+    return loss, renamed(measured(loss, stats, adv_clip_max), **{f"actor/{name}": x for name, x in names.items()})
+
+
+def flow_factory(
+    new_v_pred: Tensor, old_v_pred: Tensor, ref_v_pred: Tensor | None, clean_latents: Tensor, noised_latents: Tensor,
+    sigma_broadcast: Tensor, r: Tensor, *, nft_beta: float, kl_beta: float, adv_clip_range: tuple[float, float],
+) -> tuple[Tensor, Terms]:  # fmt: skip
+    """X-GenGroup/Flow-Factory, src/flow_factory/trainers/nft.py.
+
+    Args: as `diffusionnft`; ref_v_pred: the reference's velocity, or None where self.enable_kl_loss is False.
+        sigma_broadcast: [B, 1, 1, 1] in [0, 1]. r: [B] or [B, 1, 1, 1].
+    Returns: as all; the terms kl_div [B] and kl_loss are there with ref_v_pred only.
+    """
+    low, high = (float(end) for end in adv_clip_range)
+    loss, stats = _loss(
+        new_v_pred, old_v_pred, ref_v_pred, clean_latents, noised_latents, sigma_broadcast, r,
+        recipe("flow_factory", beta=nft_beta, ref_coef=kl_beta, adv_clip=(low, high)),
+    )  # fmt: skip
+    terms = renamed(
+        measured(loss, stats, high), policy_loss="policy", unweighted_policy_loss="unweighted", loss="total"
+    )
+    return loss, terms if ref_v_pred is None else terms | {"kl_div": stats.prior, "kl_loss": kl_beta * stats.prior_loss}
+
+
+def unirl(
+    new_pred: Tensor, old_pred: Tensor, x0: Tensor, xt: Tensor, t_exp: Tensor, r: Tensor, adv: Tensor, *, beta: float,
+    adv_clip_max: float, use_adaptive_weight: bool,
+) -> tuple[Tensor, Terms]:  # fmt: skip
+    """Tencent-Hunyuan/UniRL, unirl/algorithms/diffusionnft.py; it has no KL.
+
+    Args: as `diffusionnft`; t_exp: [B, 1, ...], the same for every sample. adv: [B], the advantages, which are logged.
+    """
+    weighting = "adaptive" if use_adaptive_weight else "none"
+    loss, stats = _loss(
+        new_pred, old_pred, None, x0, xt, t_exp, r,
+        recipe("unirl", beta=beta, adv_clip=adv_clip_max, weighting=weighting),
+    )  # fmt: skip
+    found = measured(loss, stats, adv_clip_max)
+    with torch.no_grad():
+        found |= {"advantage": adv.mean(), "spread": adv.std() if len(adv) > 1 else adv.new_zeros(())}
+        found["t"] = t_exp.flatten()[0]
+    return loss, renamed(
+        found, policy_loss="unweighted", pos_loss_mean="positive", neg_loss_mean="negative", r_mean="r",
+        advantage_mean="advantage", advantage_std="spread", prediction_deviation="drift", x0_norm="x0", t_value="t",
+    )  # fmt: skip
+
+
+def astrolabe(
+    forward_pred_x0: Tensor, old_pred: Tensor, ref_pred_x0: Tensor, batch_latents_x0: Tensor, r: Tensor,
+    reward_std: Tensor | None = None, *, beta: float, kl_beta: float,
+) -> tuple[Tensor, Terms]:  # fmt: skip
+    """franklinz233/Astrolabe, scripts/train_nft_wan.py, whose networks return x0 and whose errors are those of x0.
+
+    Args:
+        forward_pred_x0, old_pred, ref_pred_x0: [B, F, C, H, W] predictions of x0. batch_latents_x0: like them. r: [B].
+        reward_std: [B], with config.use_select_kl: the KL runs over samples with reward_std > 0, and is 0 without one.
+        beta: config.beta. kl_beta: config.train.beta.
+    """
+    chosen = None if reward_std is None else per_sample("reward_std", reward_std, batch_latents_x0) > 0
+    loss, stats = nft_loss(
+        forward_pred_x0, batch_latents_x0, per_sample("r", r, forward_pred_x0), 1.0, v_old=old_pred,
+        v_ref=ref_pred_x0, ref_mask=chosen, return_stats=True,
+        recipe=recipe("astrolabe", beta=beta, ref_coef=kl_beta, space="clean", ref_space="v"),
+    )  # fmt: skip
+    found = measured(loss, stats, 1.0)
+    names = dict(total_loss="total", policy_loss="policy", kl_loss="kl", x0_norm="x0", old_deviate="drift",
+                 old_kl_div="old_kl")  # fmt: skip
+    return loss, renamed(found, **names | ({} if chosen is None else {"kl_div": "kl_all"}))
+
+
+def rlinf(
+    v_theta: Tensor, v_old: Tensor, x0: Tensor, x_t: Tensor, t_bc: Tensor, advantages: Tensor, loss_mask: Tensor,
+    algorithm: Mapping[str, Any], *, noise_level: Tensor | float = 0.0,
+) -> tuple[Tensor, Terms]:  # fmt: skip
+    """RLinf/RLinf, rlinf/workers/actor/fsdp_nft_policy_worker.py, with the settings of its SD3 and Wan configurations.
+
+    Args:
+        v_theta, v_old, x0, x_t: [B, F, C, ...]; F is 1 for SD3, the latent frames for Wan. t_bc: [B, 1, ...] in [0, 1].
+        advantages: the optimality in [0, 1] (after self._postprocess_advantages). loss_mask: like it, [B], [B, 1] or [B, F].
+        algorithm: self.cfg.algorithm. W and loss are per frame with nft_gather_type "action_level", else per sample.
+        noise_level: forward_inputs["nft_noise_level"], zero for a deterministic sampler.
+    Raises: ValueError for a setting that the trainer has and this call has not: nft_loss_form "dpo", nft_clip_ratio, other
+        weights than adaptive and constant, the target "xnext", two weight scales, a stochastic sampler.
+    """
+    setting = lambda name, default: algorithm.get(name, default)
+    for name, default, known in (
+        ("nft_target_space", "xnext", ("x0",)), ("nft_loss_form", "dpo", ("mse",)), ("nft_clip_ratio", None, (None,)),
+        ("nft_weight_mode", "auto", ("auto", "adaptive", "constant")),
+        ("nft_gather_type", "action_level", ("action_level", "chunk_level")),
+        ("nft_energy_reduction", "mean", ("mean", "sum")),
+    ):  # fmt: skip
+        if (given := setting(name, default)) not in known:
+            raise ValueError(f"{name}={given!r} is not served here, only {known}: keep the trainer's own lines")
+    weight = setting("nft_weight_scale", 1.0)
+    if not isinstance(weight, (int, float)):
+        raise ValueError(f"nft_weight_scale={weight!r}: one number is served here: keep the trainer's own lines")
+    noise = torch.as_tensor(noise_level)
+    if readable(noise) and bool((noise != 0).any()):
+        raise ValueError(
+            "a noise level above 0 is not served here, only a deterministic sampler: keep the trainer's own lines"
+        )
+    axes = 2 if setting("nft_gather_type", "action_level") == "action_level" else 1
+    each = tuple(x_t.shape[:axes])
+    r, keep = _aligned("advantages", advantages, each), _aligned("loss_mask", loss_mask, each) != 0
+    t = t_bc.expand(*each, *t_bc.shape[axes:])
+    v, old, clean, noised, t = (x.flatten(0, axes - 1) for x in (v_theta, v_old, x0, x_t, t))
+    loss, stats = nft_loss(
+        v, clean, r, t, x_t=noised, v_old=old, sample_mask=keep, return_stats=True,
+        recipe=recipe("diffusionnft", beta=float(setting("nft_beta", 1.0)),
+                      adv_clip=float(setting("adv_clip_max", 1.0)) * weight,
+                      sample_reduction=setting("nft_energy_reduction", "mean"),
+                      weighting="none" if setting("nft_weight_mode", "auto") == "constant" else "adaptive"),
+    )  # fmt: skip
+    with torch.no_grad():
+        positive, negative = weight * stats.pos_loss, weight * stats.neg_loss
+        good, bad = ((r > 0.5) & keep).to(positive.dtype), ((r < 0.5) & keep).to(positive.dtype)
+        drift = (stats.old_deviation * noised[0].numel()).sqrt()
+        return loss, {
+            "actor/nft_loss": loss.detach(), "actor/delta_v_norm": drift.mean(),
+            "actor/clip_frac": torch.zeros_like(stats.r_mean), "actor/E_pos_mean": positive.mean(),
+            "actor/E_neg_mean": negative.mean(),
+            "actor/E_pos_mean_pos_only": (positive * good).sum() / good.sum().clamp(min=1),
+            "actor/E_neg_mean_neg_only": (negative * bad).sum() / bad.sum().clamp(min=1),
+            "actor/delta_E_mean": (positive - negative).mean(),
+        }  # fmt: skip
+
+
+def _aligned(name: str, x: Tensor, each: tuple[int, ...]) -> Tensor:
+    """A value per sample or per frame -> one per entry of `each` [B] or [B, F], flat. ValueError for another number."""
+    x = x.detach().reshape(each[0], -1)
+    if len(each) == 1:
+        return x[:, 0]
+    if x.shape[1] not in (1, each[1]):
+        raise ValueError(f"{name} must have 1 or {each[1]} values per sample, got {x.shape[1]}")
+    return x.expand(each).reshape(-1)
