@@ -65,4 +65,6 @@ def test_video_reward():
     with fake_cuda() as log:
         counted("discriminator", log, size="1.3b", layers=LAYERS, batch=2)
         for name, phase in (("encode", "encode"), ("forward", "loss"), ("backward", "backward")):
-            assert getattr(traffic, name).light == pytest.approx(log.phases[phase].light, rel=0.15), name
+            tally = log.phases[phase]  # the counter takes an embedding to read its whole table
+            found = tally.light - tally.moved["embedding"]
+            assert getattr(traffic, name).light == pytest.approx(found, rel=0.15), name
