@@ -28,7 +28,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _PACKAGES = {
     "fa3": ("flash_attn_interface", "flash-attn-3: build hopper/ of github.com/Dao-AILab/flash-attention"),
     "fa4": ("flash_attn.cute", "flash-attn-4: pip install --pre flash-attn-4"),
-    "fa2": ("flash_attn", "flash-attn 2: pip install flash-attn"),
+    "fa2": ("flash_attn", "flash-attn 2: pip install --no-build-isolation 'afd-fast[flash]'"),
     "cudnn": ("cudnn", "a CUDA build of PyTorch with cuDNN >= 9"),
 }
 _ORDER: dict[int, tuple[Backend, ...]] = {

@@ -6,6 +6,7 @@ PyTorch reference; `afd_fast.ops.backends()` tells which.
 
 import ctypes
 import functools
+import warnings
 from pathlib import Path
 
 import afd_kernels
@@ -45,11 +46,16 @@ class _Call(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library next to the Triton kernels; None where it was not built."""
+    """The library next to the Triton kernels; None where it was not built, or, with a warning, cannot be loaded."""
     path = next((p for p in (Path(place) / NAME for place in afd_kernels.__path__) if p.exists()), None)
     if path is None:
         return None
-    lib = ctypes.CDLL(str(path))
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        said = f"afd_fast runs PyTorch code on the CPU: its C++ library cannot be loaded ({error})"
+        warnings.warn(said, RuntimeWarning, stacklevel=3)
+        return None
     if lib.afd_abi() != ctypes.sizeof(_Call):
         raise ImportError(f"{path} was built from other sources: reinstall with `pip install -e .`")
     return lib

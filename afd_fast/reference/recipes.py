@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Literal, TypedDict
 
-import torch
 from typing_extensions import Unpack
 
 from afd_fast.errors import check_fields
@@ -173,7 +172,6 @@ RECIPES: dict[str, NFTRecipe] = {
 }
 
 
-@torch.compiler.assume_constant_result  # inside a compiled function it is called once, when that is traced
 def nft_recipe(name: RecipeName, **overrides: Unpack[RecipeFields]) -> NFTRecipe:
     """A named recipe with some fields replaced. ValueError names the nearest match of an unknown name or field."""
     if name not in RECIPES:
@@ -186,6 +184,10 @@ def nft_recipe(name: RecipeName, **overrides: Unpack[RecipeFields]) -> NFTRecipe
             hint = f", did you mean {near[0]!r}?" if near else f": {list(RecipeFields.__annotations__)}"
             raise ValueError(f"NFTRecipe has no field {key!r}{hint}")
     return replace(RECIPES[name], **overrides) if overrides else RECIPES[name]
+
+
+# torch.compile calls it once, while it traces; the decorator torch.compiler.assume_constant_result would import Dynamo
+nft_recipe._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def as_recipe(recipe: RecipeName | NFTRecipe) -> NFTRecipe:
