@@ -78,7 +78,7 @@ def test_weights_and_cpu_tensors_take_the_reference():
         assert all(map(torch.equal, gradients(name, torch.float32, ops), gradients(name, torch.float32, reference)))
     x, weight = (a.requires_grad_() for a in norm_cases(torch.float32)["rms_norm"])
     assert ops.rms_norm(x, weight).grad_fn is not None
-    assert not ops._fused(torch.empty(1, device="meta"), weight)
+    assert not ops._fused(torch.empty(1, device="meta"), weight) and not ops._fused(x.detach())
 
 
 @pytest.mark.parametrize("name", ["gate_modulate", "rms_norm", "rope"])

@@ -247,8 +247,8 @@ class QKNormRope(torch.autograd.Function):
 
 
 def _fused(x: Tensor, *constants: Tensor | None) -> bool:
-    """Whether the gradient is a kernel's: of activations on CUDA."""
-    return x.is_cuda and not under_func() and not any(a is not None and a.requires_grad for a in constants)
+    """Whether the gradient is a kernel's: of activations on CUDA, and on the meta device, which stands in for it."""
+    return x.device.type != "cpu" and not under_func() and not any(a is not None and a.requires_grad for a in constants)
 
 
 def norm_modulate(

@@ -41,7 +41,7 @@ def test_student(networks):
     with fake_cuda() as log:
         counted("update", log, size="1.3b", layers=LAYERS, frames=FRAMES)
         found = sum(log.phases[name].light for name in ("forward", "backward"))
-    assert traffic.forward + traffic.backward + traffic.more == pytest.approx(found, rel=0.05)
+    assert traffic.forward + traffic.backward + traffic.more == pytest.approx(found, rel=0.1)
 
 
 def test_vae(networks):
