@@ -82,7 +82,7 @@ class EvaluationConfig:
 
     every: iterations between evaluations.
     rollouts: student clips per held-out prompt.
-    batch: clips that are made at a time; none: all.
+    batch: clips that are made, and seen by the discriminator, at a time; none: all.
     """
 
     every: int = 50

@@ -13,7 +13,7 @@ import io
 import logging
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd_fast.errors import VideoError, extra
+from afd_fast.files.mp4 import fragments_seconds
 
 if TYPE_CHECKING:
     import av
@@ -118,16 +119,12 @@ def read_video(
     size: tuple[int, int] | None = None,
     fps: float | None = None,
 ) -> Tensor:
-    """A video as [3, F, H, W] floats in [0, 1]: what a player shows, in 8 bits (`read_frames`)."""
-    images: Iterable[Tensor] = read_frames(file, frames=frames, size=size, fps=fps)
-    if frames is None:
-        images = list(images)
-        frames = len(images)
-    video = torch.empty(0, dtype=torch.float32)
-    for i, image in enumerate(images):
-        if i == 0:
-            video = torch.empty(3, frames, *image.shape[1:], dtype=torch.float32)
-        video[:, i] = image
+    """A video as [3, F, H, W] floats in [0, 1]: what a player shows, in 8 bits (`read_frames`), in memory for itself and
+    a few frames."""
+    images = list(read_frames(file, frames=frames, size=size, fps=fps))
+    video = torch.empty(3, len(images), *images[0].shape[1:], dtype=torch.float32)
+    for i in reversed(range(len(images))):
+        video[:, i] = images.pop()  # which frees it
     return video.div_(255)
 
 
@@ -172,7 +169,7 @@ def read_frames(
                 for _ in range(count):
                     yield image
                 if done == frames:
-                    with contextlib.suppress(av.FFmpegError, StopIteration):  # what follows is not needed
+                    with contextlib.suppress(av.FFmpegError, VideoError, StopIteration):  # what follows is not needed
                         next(pictures)
                         _say(f"videos are longer than the {frames} frames that are used: the rest is left out")
                     return
@@ -202,14 +199,23 @@ def _open(file: str | Path | IO[bytes]) -> Iterator[av.container.InputContainer]
 
 
 def is_complete(file: Path) -> bool:
-    """Whether the file opens and holds every frame that its index lists. Nothing is decoded."""
+    """Whether the file opens and holds every frame that its header or index promises. Nothing is decoded."""
     with extra("train"):
         import av
 
+    frames, end = 0, Fraction(0)
     try:
         with _open(file) as container:
-            sizes = [packet.size for packet in container.demux(video=0) if packet.size and not packet.is_corrupt]
-            return len(sizes) == container.streams.video[0].frames > 0
+            for packet in container.demux():
+                if packet.is_corrupt:
+                    return False
+                if packet.size and packet.time_base and packet.pts is not None:
+                    frames += packet.stream is container.streams.video[0]
+                    end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+            seconds = fragments_seconds(file)
+            if seconds is None:
+                return frames == container.streams.video[0].frames > 0
+            return frames > 0 and float(end) + 0.01 >= seconds  # rounded to a movie's ticks
     except (VideoError, av.FFmpegError, OSError, IndexError):
         return False
 
@@ -246,6 +252,10 @@ def _shown(container: av.container.InputContainer) -> Iterator[_Shown]:
     held: av.VideoFrame | None = None
     start = gap = origin = reach = Fraction(0)
     for index, frame in enumerate(container.decode(stream)):
+        if frame.is_corrupt:
+            raise VideoError(
+                f"{container.name}: frame {index} is damaged: its data cannot be decoded; replace the file"
+            )
         if frame.color_trc in HDR:
             raise VideoError(
                 f"{container.name}: is HDR (PQ or HLG), which every player shows differently; convert it to SDR"

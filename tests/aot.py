@@ -26,7 +26,9 @@ class Compiled:
     stores: dict
     instructions: int  # of a thread
     backward_branch: bool
+    conversions: int  # tensors that change their layout, through shared memory
     ptx: str
+    sass: str
     read: collections.Counter  # kernel argument -> elements a program loads, from the IR
     written: collections.Counter
 
@@ -65,7 +67,7 @@ def compile_kernel(kernel, types: dict, constants: dict, *, capability=90, align
     read, written = _traffic(built.asm["ttgir"])
     return Compiled(
         number("REG"), number("STACK"), number("LOCAL") + local, dict(loads), dict(stores), count, back,
-        built.asm["ptx"], read, written,
+        built.asm["ttgir"].count("ttg.convert_layout"), built.asm["ptx"], sass, read, written,
     )  # fmt: skip
 
 

@@ -1,13 +1,15 @@
 """Triton's interpreter, mended, and a sanitizer (helper; TRITON_INTERPRET=1 before triton is imported).
 
-As shipped (3.5-3.7) the interpreter truncates bfloat16 instead of rounding, adds bfloat16 as integers, and sees neither
-a race nor an access outside a tensor. `install` rounds and makes bfloat16 arithmetic an error; `sanitize` watches:
+As shipped (3.5-3.7) the interpreter truncates bfloat16 instead of rounding, adds bfloat16 as integers, rounds tl.fma
+twice, refuses inline assembly, and sees neither a race nor an access outside a tensor. `install` rounds once, makes
+bfloat16 arithmetic an error and runs the instructions of `PTX`; `sanitize` watches:
     with sanitize() as report: kernel[grid](...)
     report.check(read_once=["x_ptr"], written_once=["out_ptr"])
 """
 
 import contextlib
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import triton.language as tl
@@ -18,6 +20,20 @@ def _round_bf16(x: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded).reshape(x.shape)
+
+
+def fused_multiply_add(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """x y + z of float32 with one rounding: the float64 sum rounded to odd keeps what the last rounding needs."""
+    product, z = x.astype(np.float64) * y, z.astype(np.float64)  # the product is exact
+    total = product + z
+    part = total - product
+    error = (product - (total - part)) + (z - part)
+    even = total.view(np.int64) & 1 == 0
+    away = np.nextafter(total, np.copysign(np.inf, error))
+    return np.where(np.isfinite(error) & (error != 0) & even, away, total).astype(np.float32)
+
+
+PTX = {"mul.wide.u32 $0, $1, $2;": lambda a, b: a.astype(np.uint64) * b.astype(np.uint64)}
 
 
 def install() -> None:
@@ -56,12 +72,23 @@ def install() -> None:
             raise TypeError("reduction on bfloat16: upcast to float32 first")
         return reduce(self, x)
 
+    def fma(self, x, y, z):
+        assert x.dtype.scalar == tl.float32
+        return interpreter.TensorHandle(fused_multiply_add(*np.broadcast_arrays(x.data, y.data, z.data)), tl.float32)
+
+    def inline_asm(self, text, constraints, values, types, is_pure, pack):
+        assert len(types) == pack == 1
+        found = interpreter.TensorHandle(PTX[text](*(x.data for x in values)), types[0].scalar)
+        return SimpleNamespace(get_result=lambda index: found)
+
     def patch_lang_tensor(tensor, scope):  # Triton 3.6: int() of a one-element array is an error with NumPy 2.4
         patch(tensor, scope)
         for name in ("__index__", "__int__"):
             scope.set_attr(tensor, name, lambda self: int(np.asarray(self.handle.data).squeeze()))
 
     interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_fma = fma
+    interpreter.InterpreterBuilder.create_inline_asm = inline_asm
     interpreter.InterpreterBuilder.binary_op = binary_op
     interpreter.ReduceScanOpInterface.apply = apply
     interpreter._patch_lang_tensor = patch_lang_tensor

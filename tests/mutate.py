@@ -1,7 +1,7 @@
 # ruff: noqa: E402
 """Mutation test of the Triton kernels: one-token mutants under the interpreter; how many does a small suite notice?
 
-python tests/mutate.py [every]     (tens of minutes; every=3 takes each third mutant; not part of `make test`)
+python tests/mutate.py [every] [--file noise.py]     (tens of minutes; every=3 takes each third mutant; not part of `make test`)
 A mutant changes one operator, comparison, constant, name or mask. Survivors are printed by name.
 """
 
@@ -25,7 +25,7 @@ import torch
 from afd_kernels.layout import COEFFICIENTS, MAXIMA, Slot
 from torch import Tensor
 
-from afd_fast.ops import nft as ops
+from afd_fast.ops import nft_operators as ops
 from afd_fast.ops.inputs import Inputs
 from afd_fast.reference import flow
 from afd_fast.reference.recipes import NFTRecipe, nft_recipe
@@ -39,7 +39,7 @@ OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.NotEq: ast.Eq, ast.Eq: ast.NotEq}
 NAMES = {"e0": "e1", "e1": "e0", "e2": "e3", "e3": "e2", "old": "ref", "ref": "v", "pos": "neg", "neg": "pos", "cd": "cs",
          "cs": "cd", "cr": "cd", "sigma": "t", "w_pos": "w_neg", "w_neg": "w_pos", "valid": "chosen", "chosen": "valid",
-         "sine": "cosine", "first": "start", "sample": "tile", "S_POS": "S_NEG", "S_NEG": "S_POS", "S_SIZE": "S_PRIOR",
+         "sine": "cosine", "h0": "h1", "l0": "l1", "since": "frame", "first": "left", "sample": "tile", "S_POS": "S_NEG", "S_NEG": "S_POS", "S_SIZE": "S_PRIOR",
          "S_SIZE_GAP": "S_SIZE", "S_PRIOR": "S_POS", "S_KEPT": "S_POS", "S_DRIFT": "S_V", "S_V": "S_REF", "S_REF": "S_V",
          "BIT_POS": "BIT_PRIOR", "BIT_PRIOR": "BIT_KEPT", "BIT_KEPT": "BIT_PRIOR", "R_POS_LOSS": "R_NEG_LOSS",
          "R_NEG_LOSS": "R_POS_LOSS", "R_WEIGHT_POS": "R_WEIGHT_NEG", "R_WEIGHT_NEG": "R_WEIGHT_POS", "R_PRIOR": "R_V_NORM",
@@ -168,8 +168,8 @@ def cases() -> Iterator[Inputs]:
     some, others = mask(1, 0, 1), mask(0, 1, 1)
     yield draw.inputs((2, 4100), afd, "seed", v_old=None)
     yield draw.inputs((3, 9000), diffusionnft, "x_t", torch.bfloat16, sample_mask=some, ref_mask=others)
-    yield draw.inputs((2, 5000), nft_recipe("astrolabe", ref_coef=0.3), "noise", frames=5, inner=100,
-                      sigma=draw.levels(2, 5), element_mask=draw.uniform(2, 5000) > 0.4)  # fmt: skip
+    yield draw.inputs((2, 6192), nft_recipe("astrolabe", ref_coef=0.3), "noise", frames=2, inner=1032,
+                      sigma=draw.levels(2, 2), element_mask=draw.uniform(2, 6192) > 0.4)  # fmt: skip
     packed = nft_recipe("diffusionnft", ref_coef=0.3, batch_reduction="mean")
     yield draw.inputs((900, 13), packed, "x_t", cu_seqlens=torch.tensor([0, 3, 3, 640, 880, 900]))
     clean = nft_recipe("astrolabe", ref_coef=0.3, space="clean", ref_space="v")
@@ -187,6 +187,7 @@ class NoiseCase(NamedTuple):
     x0: Tensor
     t: Tensor
     seed: int | None  # None: x0 is the noise as well
+    inner: int
     expected: Tensor
 
 
@@ -200,20 +201,24 @@ class LossCase(NamedTuple):
 
 def noise_cases() -> Iterator[NoiseCase]:
     draw = Draw()
-    t, x0 = draw.uniform(3, 5), draw.normal((3, 5000))
-    shaped, levels = x0.view(3, 10, 5, 100), t.view(3, 1, 5, 1)
-    yield NoiseCase(x0, t, -9, flow.forward_noise(shaped, levels, seed=-9).view(3, 5000))
-    yield NoiseCase(x0, t, None, flow.forward_noise(shaped, levels, noise=shaped).view(3, 5000))
+    for frames, inner in ((5, 100), (2, 1032)):
+        shape = 3, frames * inner * -(-5000 // (frames * inner))
+        t, x0 = draw.uniform(3, frames), draw.normal(shape)
+        shaped, levels = x0.view(3, -1, frames, inner), t.view(3, 1, frames, 1)
+        yield NoiseCase(x0, t, -9, inner, flow.forward_noise(shaped, levels, seed=-9).view(shape))
+        yield NoiseCase(x0, t, None, inner, flow.forward_noise(shaped, levels, noise=shaped).view(shape))
 
 
 NOISE = list(noise_cases())
-LOSS = [LossCase(i, ops._sums(i), ops._gradient(1.0, i._replace(v=i.v.float()))) for i in cases()]
+LOSS = [LossCase(i, ops._sums(i), ops._gradient((1.0, 1.0), i._replace(v=i.v.float()))) for i in cases()]
 PART = torch.randn(len(Slot), 2 * 2500, generator=torch.Generator().manual_seed(1))
 
 
 def check_noise(kernels: Kernels, case: NoiseCase) -> None:
     with sanitize() as report:
-        found = kernels.noise.forward_noise(case.x0, case.t, None if case.seed else case.x0.clone(), case.seed, 100)
+        found = kernels.noise.forward_noise(
+            case.x0, case.t, None if case.seed else case.x0.clone(), case.seed, case.inner
+        )
     report.check(["x0_ptr"], ["out_ptr"])
     assert torch.equal(found, case.expected)
 
@@ -287,14 +292,15 @@ def survives(folder: Path, number: int, mutant: Mutant) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("every", type=int, nargs="?", default=1)
-    every, start = parser.parse_args().every, time.time()
+    parser.add_argument("--file", choices=FILES, action="append", help="mutants of this file only")
+    given, start = parser.parse_args(), time.time()
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of mutants that divide by zero
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sys.path.insert(0, name)
         suite(load(folder, 0))
         print(f"the suite passes on the kernels themselves in {time.time() - start:.1f} s", flush=True)
-        todo = [mutant for file in FILES for mutant in mutants(file)][::every]
+        todo = [mutant for file in given.file or FILES for mutant in mutants(file)][:: given.every]
         alive = 0
         for number, mutant in enumerate(todo, 1):
             if survives(folder, number, mutant):

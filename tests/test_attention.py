@@ -230,3 +230,33 @@ def test_varlen_refuses_what_does_not_fit():
             attention_varlen(*args)
     with pytest.raises(ValueError, match="float16 or bfloat16 CUDA"):
         attention_varlen(q, k, v, (3, 4), backend="fa2")
+
+
+@pytest.mark.parametrize("lengths", [(100, 90, 128), (100, 127)])
+def test_padded_segments_are_the_same_function(lengths, monkeypatch):
+    """What cuDNN gets, by SDPA on this CPU: one dense call of a size that repeats, values and gradients unchanged."""
+    calls = []
+
+    def dense(backend, q, k, v, causal):
+        calls.append((tuple(q.shape), causal))
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), h, 8, generator=g, dtype=torch.float64).requires_grad_() for h in (4, 2, 2))
+    expected = attention_varlen(q, k, v, lengths, causal=True, backend="sdpa")
+    weight = torch.randn(expected.shape, generator=g, dtype=torch.float64)
+    gradients = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    monkeypatch.setattr(module, "_dense", dense)
+    monkeypatch.setattr(module, "resolve_backend", lambda *_, **__: "cudnn")
+    found = attention_varlen(q, k, v, lengths, causal=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad((found * weight).sum(), (q, k, v)), gradients, rtol=1e-12, atol=1e-12
+    )
+    assert calls == [((len(lengths), 4, 128, 8), True)]
+    calls.clear()
+    attention_varlen(q, k, v, lengths)  # without causality a key behind the end would be seen
+    attention_varlen(q, k, v, (len(q) - 5, 5), causal=True)  # too much of it would be padding
+    assert len(calls) == len(lengths) + 2

@@ -87,7 +87,7 @@ def assert_close(got, want, tolerance=1e-10):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_sft_is_flow_matching_on_teacher_videos_and_prefixes(gradient_of, chunked):
     run, part = double_run(changed(CONFIG, update__chunked=chunked)), shard()
-    x0 = (part.teacher.double() * 2 - 1).float().double()
+    x0 = (part.teacher("cpu").double() * 2 - 1).float().double()
     want = regression(run, x0, PROMPTS)
     run.state.optimizer.zero_grad()
     assert_close(gradient_of(run, [part]), want)
@@ -97,7 +97,7 @@ def test_rejection_regresses_on_the_best_rollout_of_each_prompt(gradient_of, mon
     run, part = double_run(changed(CONFIG, method="rejection")), shard()
     videos = torch.randn(4, 3, 12, 16, 16, generator=generator(0, 0, "x"), dtype=torch.float64)
     scores = torch.tensor([0.1, 0.3, 5.0, 2.0])  # the second of the first prompt, the first of the second
-    found = Rollouts(0, PROMPTS, videos, part.teacher)
+    found = Rollouts(0, PROMPTS, videos, part.teacher("cpu"))
     monkeypatch.setattr(rejection, "sample", lambda *a: found)
     monkeypatch.setattr(rejection, "score", lambda run, x: setattr(x, "scores", scores))
     want = regression(run, videos[[1, 2]], PROMPTS[1:3])
@@ -122,7 +122,7 @@ def test_generator_gradient_is_that_of_the_rollout_by_finite_differences(gradien
     def pixels():
         return decode_video(rollout(student, student.encode_text(text), noise, RolloutConfig((750,), 1.0, 3)))
 
-    leaf, real = deliver(pixels()).requires_grad_(), part.teacher
+    leaf, real = deliver(pixels()).requires_grad_(), part.teacher("cpu")
     a, b = real, leaf
     if method == "dmd":
         g = generator(0, 0, "diffuse")

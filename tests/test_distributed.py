@@ -14,8 +14,8 @@ from afd_fast.discriminators import Discriminator
 from afd_fast.errors import ConfigError
 from afd_fast.students.toy import shipped
 from afd_fast.teachers.dataset import Shard
-from afd_fast.training import checkpoint, rollouts, update
-from afd_fast.training.distributed import Ranks
+from afd_fast.training import checkpoint, distributed, rollouts, update
+from afd_fast.training.distributed import PATIENCE, Ranks
 from afd_fast.training.loop import train_step
 from afd_fast.training.run_folder import read_rows
 from tests.runs import changed, toy_run
@@ -109,6 +109,29 @@ def test_ranks_wait_for_rank_0_beyond_the_timeout_and_hear_of_its_failure(tmp_pa
     assert sorted(done.stdout.splitlines()) == [
         "AssertionError out of paper", "TrainingError rank 0 stopped: out of paper", "alive 0 True", "alive 1 True"
     ]  # fmt: skip
+
+
+def test_with_nccl_too_ranks_wait_for_rank_0_in_a_gloo_group(monkeypatch):
+    """NCCL's timeout runs from the start of a collective, so none may be queued while rank 0 works."""
+    begun, made, groups = [], [], []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name, stand_in in {
+        "init_process_group": begun.append, "destroy_process_group": lambda: None, "get_rank": lambda: 1,
+        "get_world_size": lambda: 2, "new_group": lambda **options: made.append(options) or "patient",
+        "broadcast_object_list": lambda told, src, group=None: groups.append(group),
+        "barrier": lambda group=None: groups.append(group), "all_reduce": lambda *a, **k: groups.append("default"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.distributed, name, stand_in)
+    with distributed.job() as ranks:
+        with ranks.lead_first():
+            pass
+        with ranks.led():
+            pass
+        ranks.wait()
+    assert begun == ["nccl"] and made == [{"backend": "gloo", "timeout": PATIENCE}] and groups == ["patient"] * 3
 
 
 def test_every_shard_draws_its_own_numbers(monkeypatch):

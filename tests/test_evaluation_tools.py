@@ -228,6 +228,27 @@ class TestCommand:
         names = [clip.video for clip in folder.read_manifest(tmp_path / "out")]
         assert names == ["0000-a-ball-a-cup-0.mp4", "0000-a-ball-a-cup-1.mp4", "0001-rain-0.mp4", "0001-rain-1.mp4"]
 
+    def test_a_kill_at_a_write_blocks_no_export(self, tmp_path, monkeypatch):
+        """What it leaves of the manifest, and half of a copy or of the settings, is no other export."""
+        suite = official_tools.write(
+            tmp_path / "full.json", json.dumps([{"prompt_en": "a dog", "dimension": ["color"]}])
+        )
+        out, make = tmp_path / "out", ("export", tmp_path / "out", "--vbench", suite, "--n", 1)
+        (out / "videos").mkdir(parents=True)
+        (out / "manifest.csv.77.part").write_text("vid")
+
+        def half(source, target):
+            target.write_text("[{")
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("afd_fast.cli.evaluate.shutil.copyfile", half)
+            CliRunner().invoke(app, ["eval", *map(str, make)])
+        (out / "export.json").unlink()
+        (out / "export.part").write_text("{")
+        assert "0 of 1 videos" in command(*make)
+        assert (out / vbench.SUITE).read_bytes() == suite.read_bytes() and folder.read_settings(out)["n"] == 1
+
     def test_prompts_of_any_editor(self, tmp_path):
         """A byte order mark is no part of a prompt, a line separator of Unicode splits none, Latin-1 is one clear line."""
         (tmp_path / "p.txt").write_bytes("\ufeffa red\u2028ball\r\n\r\n=1+1\r\n".encode())

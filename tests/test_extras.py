@@ -113,6 +113,7 @@ def test_a_command_on_the_core_names_its_extra_in_one_line(arguments, extra):
 
 def test_a_package_that_is_missing_later_is_one_line_too(tmp_path):
     """Commands whose own imports are there; the toy student's adapters need peft, and Wan's VAE diffusers."""
+    pytest.importorskip("typer", reason="needs the extras")
     done = without(
         ["peft"], COMMAND, ["demo", "iterations=1", "discriminator.warmup=0", "--out", str(tmp_path / "run")]
     )

@@ -5,6 +5,7 @@ Needs its own process: TRITON_INTERPRET=1 pytest tests/test_kernels_interpreter.
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,12 +16,12 @@ import triton
 import triton.language as tl
 from afd_kernels import nft as kernels
 from afd_kernels import noise as noise_kernels
-from afd_kernels.layout import COEFFICIENTS, Row
+from afd_kernels.layout import COEFFICIENTS, Frames, Row
 
 import afd_fast
-from afd_fast.ops import nft as ops
+from afd_fast.ops import nft_operators as ops
 from afd_fast.reference import flow
-from tests.interpreter import install, sanitize
+from tests.interpreter import fused_multiply_add, install, sanitize
 
 install()
 TENSORS = ["v_ptr", "x0_ptr", "old_ptr", "ref_ptr"]
@@ -41,7 +42,7 @@ def make(shape=(2, 5000), dtype=torch.float32, recipe="diffusionnft", source="no
         v=n(), x0=n(), r=torch.rand(shape[0], generator=g), t=0.1 + 0.8 * torch.rand(shape[0], frames, generator=g),
         noise=n() if source == "noise" else None, seed=0x123456789ABCDEF if source == "seed" else None,
         x_t=n() if source == "x_t" else None, v_old=n(), v_ref=n(), sigma=None, sample_mask=None, ref_mask=None,
-        element_mask=None, cu_seqlens=None, inner=count // frames, recipe=recipe.key, stats=True,
+        element_mask=None, each=None, policy_weight=None, prior_weight=None, cu_seqlens=None, inner=count // frames, recipe=recipe.key, stats=True,
     )  # fmt: skip
     return ops.Inputs(**values | change)
 
@@ -55,7 +56,7 @@ def check(i, scale=3.0, watch=True):
     tensors = [n for n, x in zip(TENSORS, (i.v, i.x0, i.v_old, i.v_ref)) if x is not None]
     tensors += [] if i.noise is None and i.x_t is None else ["y_ptr"]
     loss, totals, rows = ops._sums(i)
-    exact = ops._gradient(1.0, i._replace(v=i.v.float())).double()
+    exact, apart = (ops._gradient(pair, i._replace(v=i.v.float())).double() for pair in ((1.0, 1.0), (scale, -2.0)))
     with sanitize() as report:
         found = kernels.nft_loss(*i)
     report.check(read_once=tensors if watch else ())
@@ -72,14 +73,15 @@ def check(i, scale=3.0, watch=True):
     info = torch.finfo(i.v.dtype)
     bound = (info.eps * 0.51 + 2e-6) * top + info.smallest_normal * info.eps
     assert error(grad, exact) <= bound
-    go = torch.tensor(scale)
+    go = torch.tensor(scale).expand(2)
     with sanitize() as report:
         alone = kernels.nft_loss_backward(go, found[2], *i)
     report.check(read_once=tensors if watch else (), written_once=["grad_ptr"])
     assert error(alone, scale * exact) <= scale * bound
+    assert error(kernels.nft_loss_backward(torch.tensor([scale, -2.0]), found[2], *i), apart) <= 2 * scale * bound
     kept = grad.clone()
     with sanitize() as report:
-        kernels.nft_loss_redo(torch.tensor(1.0), found[2], *i, grad)
+        kernels.nft_loss_redo(torch.tensor(1.0).expand(2), found[2], *i, grad)
     report.check()
     assert (
         torch.equal(grad, kept)
@@ -112,6 +114,31 @@ def test_options(change, recipe):
         check(make(recipe=recipe, source="seed" if "element_mask" in change else "noise", **change))
 
 
+def _each(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("change", [
+    {"each": _each(2, 5000)}, {"each": _each(2, 5000), "v_old": None, "element_mask": _each(2, 5000) > 0.3},
+    {"each": _each(2, 5000), "element_mask": _each(2, 5000)}, {"element_mask": _each(2, 5000) * (_each(2, 5000) > 0.3)},
+    {"policy_weight": _each(2), "prior_weight": 3 * _each(2)}, {"sample_mask": _each(2), "ref_mask": 0.1 * _each(2)},
+], ids=lambda c: ",".join(c))  # fmt: skip
+@pytest.mark.parametrize("recipe", ["afd", "gardo"])
+def test_weights_and_dense_r(change, recipe):
+    check(make(recipe=recipe, dtype=torch.bfloat16 if "policy_weight" in change else torch.float32, **change))
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"element_mask": _each(2, 5000) > 0.3}, {"v_old": None}], ids=lambda c: ",".join(c)
+)
+@pytest.mark.parametrize("fields", [
+    {"form": "dpo", "dpo_beta": 1.3}, {"form": "dpo", "dpo_beta": 40.0, "weighting": "none"}, {"shared_weight": True},
+    {"ref_reduction": "batch"}, {"ref_reduction": "batch", "sample_reduction": "sum", "batch_reduction": "sum"},
+], ids=str)  # fmt: skip
+def test_fields(fields, change):
+    check(make(recipe=afd_fast.nft_recipe("diffusionnft", **fields), **change))
+
+
 @pytest.mark.parametrize("batch,size", [(3, 7), (2, 4097)])
 def test_clean_space(batch, size):
     recipe = afd_fast.nft_recipe("astrolabe", space="clean", ref_space="v")
@@ -124,11 +151,12 @@ def test_sizes(batch, size):
     check(make((batch, size), seed=size))
 
 
-@pytest.mark.parametrize("frames,inner", [(5, 1000), (5, 100), (5000, 1)])
+@pytest.mark.parametrize("frames,inner", [(5, 1000), (5, 100), (5000, 1), (5, 1032), (3, 1027)])
 @pytest.mark.parametrize("source", ["noise", "seed"])
 def test_frames(frames, inner, source):
     sigma = 0.1 + 0.8 * torch.rand(2, frames, generator=torch.Generator().manual_seed(1))
-    check(make(recipe="astrolabe", source=source, frames=frames, inner=inner, sigma=sigma))
+    shape = (2, frames * inner * -(-5000 // (frames * inner)))  # whole periods, two tiles or more
+    check(make(shape, recipe="astrolabe", source=source, frames=frames, inner=inner, sigma=sigma))
 
 
 def test_packed():
@@ -149,7 +177,7 @@ def test_bad_offsets_stay_inside_and_give_nan(offsets):
     grad = torch.zeros_like(i.v)
     with sanitize() as report:  # raises outside of a tensor
         loss, _, rows = kernels.nft_loss_with_grad(*i, grad)
-        kernels.nft_loss_backward(torch.tensor(1.0), rows, *i)
+        kernels.nft_loss_backward(torch.ones(2), rows, *i)
     assert loss.isnan() and not report.errors
 
 
@@ -181,7 +209,8 @@ def test_weight_floor():
 
 
 @pytest.mark.parametrize(
-    "shape,frames,inner", [((2, 5000), 1, 5000), ((1, 3), 1, 3), ((3, 4097), 1, 4097), ((2, 5000), 5, 100)]
+    "shape,frames,inner",
+    [((2, 5000), 1, 5000), ((1, 3), 1, 3), ((3, 4097), 1, 4097), ((2, 5000), 5, 100), ((2, 6192), 2, 1032)],
 )
 @pytest.mark.parametrize("seed", [0, -7, 2**63 - 1])
 def test_noise_bits(shape, frames, inner, seed):
@@ -200,6 +229,22 @@ def test_noise_bits(shape, frames, inner, seed):
     assert torch.equal(
         found, flow.forward_noise(x0.view(view), t.view(-1, 1, frames, 1), noise=noise.view(view)).view(shape)
     )
+
+
+def test_kinds_of_frames():
+    assert [Frames.of(*x) for x in ((1, 8, 1), (2, 1024, 1), (2, 1016, 1), (2, 1028, 1), (2, 1024, 2**23), (2, 1024, 2**23 + 1))] == [
+        Frames.ONE, Frames.LONG, Frames.SHORT, Frames.SHORT, Frames.LONG, Frames.SHORT
+    ]  # fmt: skip
+
+
+def test_fma_is_rounded_once():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).numpy()
+    y, near = x[::-1].copy(), -(x * x[::-1])
+    left = fused_multiply_add(x, y, near)  # what a float32 product loses
+    assert (left == x.astype(float) * y + near).all() and (left != 0).mean() > 0.9
+    one, two = np.float32(1 + 2**-18) / 4096, np.float32(1 - 2**-18) / 4096
+    odd = np.float32([1 + 2**-23])  # the sum lies 2^-60 below a midpoint, where float64 sees the midpoint
+    assert fused_multiply_add(one + 0 * odd, two + 0 * odd, odd) == odd
 
 
 @triton.jit

@@ -162,6 +162,7 @@ def test_import_is_light():
 
 def test_training_and_its_tests_need_no_optional_package():
     """A GPU image has none of these: what does not read videos, simulate, load diffusers' VAE or clean prompts runs without."""
+    pytest.importorskip("typer", reason="needs the extras")
     absent = ("av", "pymunk", "ftfy", "diffusers", "nvtx")
     imports = "import afd_fast.training.trainer, afd_fast.cli.main, benchmarks.step, benchmarks.rollout, benchmarks.discriminator, tests.conftest"
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); {imports}"

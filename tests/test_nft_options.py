@@ -215,6 +215,10 @@ def test_statistics_of_an_r_per_element():
     torch.testing.assert_close(s.neg_loss, neg.detach(), rtol=1e-12, atol=0)
     signal = ((2 * c.each - 1) * (e_pos**2 / w_pos + e_neg**2 / w_neg) / 2).mean()
     torch.testing.assert_close(s.signal, signal.detach(), rtol=1e-12, atol=0)
+    keep = c.element.expand(B, *SHAPE) > 0.5
+    _, s = nft_loss(c.v, c.x0, c.each, c.t, **c.given, element_mask=keep, recipe="diffusionnft", return_stats=True)
+    expected = torch.stack([r[m].mean() for r, m in zip(c.each, keep)]).mean()
+    torch.testing.assert_close(s.r_mean, expected, rtol=1e-12, atol=0)
 
 
 def test_integer_masks_only_select():
@@ -250,7 +254,7 @@ def test_a_float_mask_of_zeros_and_ones_is_a_mask():
     ({"element_mask": torch.full((B, 1, 1, 1), float("inf"))}, "element_mask must be finite and at least 0"),
     ({"v_old": None, "recipe": nft_recipe("diffusionnft", drift_clip=0.1)}, "drift_clip limits v - v_old"),
     ({"r": torch.rand(B, *SHAPE), "recipe": nft_recipe("diffusionnft", form="dpo")}, 'form="dpo" compares'),
-    ({"out": torch.empty(B, *SHAPE, dtype=torch.float64), "recipe": nft_recipe("diffusionnft", form="dpo")}, "out= is for"),
+    ({"out": torch.empty(B, *SHAPE, dtype=torch.float64), "recipe": nft_recipe("diffusionnft", weight_grad=True)}, "out= is for"),
 ], ids=lambda x: str(x)[:30])  # fmt: skip
 def test_bad_options(change, message):
     c = Case()

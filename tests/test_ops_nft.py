@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from afd_kernels.layout import Row, Slot, Source, Total
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import afd_fast
 from afd_fast.ops import layout, native
-from afd_fast.ops import nft as ops
+from afd_fast.ops import nft_operators as ops
 from afd_fast.ops._register import is_wide
 from afd_fast.ops.noise import wrap_seed
 
@@ -242,7 +243,7 @@ def _inputs(dtype=torch.float32, recipe="diffusionnft", **change):
     values = dict(
         v=i["v"].detach(), x0=i["x0"], r=i["r"], t=i["t"][:, None].contiguous(), noise=i["noise"], seed=None, x_t=None,
         v_old=i["v_old"], v_ref=i["v_ref"], sigma=None, sample_mask=None, ref_mask=None, element_mask=None,
-        cu_seqlens=None, inner=30, recipe=afd_fast.nft_recipe(recipe).key, stats=True,
+        each=None, policy_weight=None, prior_weight=None, cu_seqlens=None, inner=30, recipe=afd_fast.nft_recipe(recipe).key, stats=True,
     )  # fmt: skip
     return ops.Inputs(**values | change)
 
@@ -253,10 +254,12 @@ def test_opcheck(dtype):
     if dtype == torch.float64:
         i = i._replace(t=i.t.double())
     check = lambda op, args: torch.library.opcheck(op, args, test_utils=tests)
-    _, _, rows = ops._loss(*i)
-    one = torch.ones((), dtype=rows.dtype)
+    _, _, rows = ops.loss(*i)
+    one = torch.ones(2, dtype=rows.dtype)
     check(torch.ops.afd_fast.nft_loss.default, tuple(i))
     check(torch.ops.afd_fast.nft_loss.default, tuple(i._replace(noise=None, seed=3, v_old=None, v_ref=None)))
+    dense = i._replace(each=torch.rand_like(i.v, dtype=rows.dtype), policy_weight=i.r, element_mask=i.v.abs())
+    check(torch.ops.afd_fast.nft_loss.default, tuple(dense))
     check(torch.ops.afd_fast.nft_loss_with_grad.default, (*i, torch.empty_like(i.v)))
     check(torch.ops.afd_fast.nft_loss_backward.default, (one, rows, *i))
     check(torch.ops.afd_fast.nft_loss_redo.default, (3 * one, rows, *i, torch.empty_like(i.v)))
@@ -283,6 +286,18 @@ def test_compile_fullgraph(recipe, dtype):
     torch.testing.assert_close(grad, expected[1], rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-8)
     assert torch.equal(x_t, afd_fast.forward_noise(inputs["x0"], inputs["t"], seed=5))
     assert step(seeded)[0].isfinite()
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="PyTorch 2.6 cannot trace a dataclass that was made in the function"
+)
+def test_a_recipe_is_made_inside_a_compiled_function():
+    inputs = make((2, 3, 50), torch.float32)
+    make_recipe = lambda: afd_fast.nft_recipe("diffusionnft", beta=0.3)
+    compiled = torch.compile(fullgraph=True, backend="aot_eager")(
+        lambda i: afd_fast.nft_loss(**i, recipe=make_recipe())
+    )
+    assert torch.equal(compiled(inputs), afd_fast.nft_loss(**inputs, recipe=make_recipe()))
 
 
 def test_only_v_gets_a_gradient_and_double_backward_says_no():
@@ -395,3 +410,19 @@ def test_the_sanitizers_report_nothing():
     command = [sys.executable, Path(__file__).parent / "fuzz_native.py", "--seconds", "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "no report" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_the_backward_fills_nothing():
+    """The statistics have no gradient, and none of zeros is made for them."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    names = []
+    v = torch.randn(2, 8).requires_grad_()
+    loss = afd_fast.nft_loss(v, torch.randn(2, 8), torch.rand(2), 0.5, noise=torch.randn(2, 8), v_ref=torch.randn(2, 8))
+    with Names():
+        loss.backward(torch.ones(()))
+    assert v.grad.abs().sum() > 0 and names and not [n for n in names if "zero" in n or "fill" in n]

@@ -1,5 +1,6 @@
 """What `pip install` puts on a machine: everything the demo needs, and nothing that shadows other people's packages."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from afd_fast.ops import native
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,8 +34,21 @@ def build_wheel(sources: Path, to: Path, **env) -> tuple[Path, str]:
     return wheel, done.stderr
 
 
+LOSS = """
+import sys, torch, afd_fast
+assert afd_fast.__file__.startswith(sys.argv[1]), afd_fast.__file__
+v, v_ref, x0 = torch.randn(3, 2, 4, 8, 8).requires_grad_()
+loss = afd_fast.nft_loss(v, x0.detach(), torch.rand(2), torch.rand(2), seed=1, v_ref=v_ref)
+assert torch.isfinite(torch.autograd.grad(loss, v)[0]).all()
+"""
+
+
 def test_wheel_holds_the_package_its_assets_and_the_kernels(sources, tmp_path):
-    names = zipfile.ZipFile(build_wheel(sources, tmp_path)[0]).namelist()
+    wheel = zipfile.ZipFile(build_wheel(sources, tmp_path)[0])
+    names, place = wheel.namelist(), tmp_path / "installed"
+    wheel.extractall(place)
+    code = f"import sys; sys.path.insert(0, {str(place)!r})\n{LOSS}"
+    subprocess.run([sys.executable, "-I", "-c", code, str(place)], cwd=tmp_path, check=True)  # outside the checkout
     for needed in (
         "afd_fast/assets/base_student.safetensors", "afd_fast/assets/report.html", "afd_fast/reference/nft.py",
         "afd_fast/training/methods/afd.py", "afd_kernels/nft.py", "afd_kernels/transformer.py",
@@ -63,3 +79,39 @@ def test_cmake_configures(sources, tmp_path, cuda):
         assert done.returncode != 0 and "AFD_CUDA=ON needs nvcc" in said
     else:
         assert done.returncode == 0 and ("sm_90a" if cuda else "CUDA kernels skipped") in said
+
+
+def objdump(flag: str) -> str:
+    if native.library() is None or not shutil.which("objdump"):
+        pytest.skip("needs the C++ library and objdump")
+    return subprocess.run(["objdump", flag, native.library()._name], capture_output=True, text=True, check=True).stdout
+
+
+MANYLINUX_2_28 = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}  # PEP 600, as PyTorch's wheels
+
+
+def test_the_library_runs_on_the_systems_that_the_wheels_tag_names():
+    """`make dist` tags the wheel manylinux_2_28. PyTorch has loaded a libgomp.so.1 before, of whatever name."""
+    versions = re.findall(r"\((GLIBC|GLIBCXX|CXXABI)_([\d.]+)\)", objdump("-T"))
+    assert versions and all(tuple(map(int, v.split("."))) <= MANYLINUX_2_28[name] for name, v in versions)
+    needed = set(re.findall(r"NEEDED +(\S+)", objdump("-p")))
+    assert needed <= {
+        "libc.so.6",
+        "libm.so.6",
+        "libstdc++.so.6",
+        "libgcc_s.so.1",
+        "libgomp.so.1",
+        "ld-linux-x86-64.so.2",
+    }
+
+
+def test_the_library_runs_on_a_cpu_without_avx():
+    """Wide registers are for the clones that a CPU with AVX2 or AVX-512 chooses when the library is loaded."""
+    wide, clone = {True: 0, False: 0}, False
+    for line in objdump("-d").splitlines():
+        if line.endswith(">:"):
+            clone = "arch_x86_64_v" in line
+        else:
+            wide[clone] += bool(re.search(r"%[yz]mm|\tv[a-z]+\w* ", line))
+    if "x86-64" in objdump("-f"):
+        assert wide[False] == 0 and wide[True] > 100

@@ -1,7 +1,10 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 
+from afd_fast.judges import clips as real_videos
 from afd_fast.judges.physics import (
     by_day,
     evaluate,
@@ -29,6 +32,25 @@ from afd_fast.teachers.physics import (
 )  # fmt: skip
 
 PROMPTS = all_prompts()[::5]
+
+
+def test_the_judge_of_real_videos_has_one_clip_in_floats_at_a_time():
+    rng = np.random.default_rng(0)
+    videos, reference = (rng.integers(low, 256, (12, 3, 9, 32, 32), dtype=np.uint8) for low in (0, 60))
+    tracemalloc.start()
+    found = real_videos.evaluate(videos, reference)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * 8 * videos[0].size
+    x, y = videos / 255, reference / 255
+    change = lambda a: np.abs(np.diff(a, axis=2)).mean((1, 3, 4))
+    features = lambda a: np.concatenate([a.mean((3, 4)).reshape(12, -1), change(a)], 1)
+    expected = {
+        "dynamic": 100 * change(x).mean(), "brightness": x.mean(), "contrast": x.std(),
+        "frechet": frechet(features(x), features(y)),
+    }  # fmt: skip
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert np.isnan(real_videos.evaluate(videos[:1], reference)["frechet"])
 
 
 def clips(prompts, seed=0, **physics):

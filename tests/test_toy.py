@@ -135,12 +135,12 @@ def test_disabled_adapters_are_the_initial_student():
 def test_ema_follows_and_swaps_back():
     model = student()
     add_lora(model, 4, list(LORA_TARGETS))
-    ema = EMA(model, 0.9)
+    ema = EMA(trainable(model), 0.9)
     start = {k: v.clone() for k, v in ema.shadow.items()}
     with torch.no_grad():
         for p in trainable(model).values():
             p.add_(1)
-    ema.update(model)
+    ema.update(trainable(model))
     name = next(iter(start))
     torch.testing.assert_close(ema.shadow[name], start[name] + 0.1)
     now = trainable(model)[name].clone()

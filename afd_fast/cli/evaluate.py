@@ -56,6 +56,7 @@ def export(
     """Make the videos a tool expects, under the names it expects; run again to continue."""
     from afd_fast.evaluation import folder
     from afd_fast.evaluation import vbench as suite
+    from afd_fast.files.durable import settle
     from afd_fast.generate import chunk_count
     from afd_fast.rollout import RolloutConfig
     from afd_fast.students.wan.family import BASE, load_networks
@@ -82,7 +83,8 @@ def export(
             )  # a wrong checkpoint leaves no folder that blocks the right one
     folder.start(out, clips, settings)
     if vbench is not None and not (out / suite.SUITE).exists():
-        shutil.copyfile(vbench, out / suite.SUITE)
+        shutil.copyfile(vbench, out / "suite.part")
+        settle(out / "suite.part", out / suite.SUITE)
     todo = folder.missing(out, clips)
     if networks is not None and todo:
         _generate(out, todo, networks, options, sampler)

@@ -9,6 +9,7 @@ import torch
 from afd_fast.discriminators.discriminator import Discriminator, check_discriminator
 from afd_fast.discriminators.objective import Objective
 from afd_fast.errors import ConfigError, check_at_least
+from afd_fast.students.student import check_device, placing
 from afd_fast.video_io import VideoFormat
 
 
@@ -39,13 +40,7 @@ class DiscriminatorConfig(Objective):
         super().__post_init__()
         check_at_least(self, 0, "lr", "warmup")
         check_at_least(self, 1, "steps")
-        if self.device is not None:
-            try:
-                found = torch.device(self.device).type
-            except RuntimeError:
-                found = "meta"
-            if found == "meta":  # which holds no numbers
-                raise ConfigError(f"device must be one of PyTorch's, such as cuda:1, got {self.device!r}")
+        check_device(self.device)
         used = entry(self.name).keys
         for name in ("width", "lora_rank"):
             if getattr(self, name) is not None and name not in used:
@@ -97,9 +92,5 @@ def entry(name: str) -> DiscriminatorEntry:
 def new_discriminator(config: DiscriminatorConfig, video: VideoFormat, device: torch.device) -> Discriminator:
     """The discriminator for videos of this format, on its device. ConfigError for a device that is not there."""
     found = check_discriminator(entry(config.name).make(config, video))
-    if config.device is None:
-        return found.to(device)
-    try:
-        return found.to(config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"discriminator.device={config.device}: {str(error).splitlines()[0]}") from None
+    with placing("discriminator.device", config.device):
+        return found.to(config.device or device)

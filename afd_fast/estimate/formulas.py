@@ -1,9 +1,8 @@
 """Formulas for the FLOPs and bytes of a causal student's rollout and update, and a roofline.
 
 They follow `students/wan/model.py`, `students/toy/model.py`, `rollout.py` and `training/velocity.py` as they are and equal PyTorch's
-counter on the real modules (tests/test_estimate.py). Products of matrices alone are counted: 2 FLOPs a multiply-add, every
-operand read and every result written once. Norms, activation functions, noise and the loss cost nothing here, so a time
-from these numbers is a floor, not a forecast.
+counter on the real modules (tests/test_estimate.py): 2 FLOPs a multiply-add, every operand read and every
+result written once. What other kernels move is counted by `meters.py`; VideoReward's is in the table `PASSES`.
 
 Legend: b samples, N tokens of a chunk, (i, o) a linear from width i to o, r rank of an adapter.
 """
@@ -11,7 +10,7 @@ Legend: b samples, N tokens of a chunk, (i, o) a linear from width i to o, r ran
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from afd_fast.config import TrainConfig
 from afd_fast.students.toy.model import ToyConfig
@@ -20,6 +19,12 @@ from afd_fast.students.wan.layers import PATCH, CausalWanConfig
 T5_LAYER, T5_LAYERS, T5_WIDTH = 4 * 4096**2 + 3 * 4096 * 10240, 24, 4096  # google/umt5-xxl/config.json
 T5_PARAMETERS = 5_680_910_336  # of its encoder, embedding included
 ATTENTION_BACKWARD = 2.5  # of its forward: five products for two, as flash kernels recompute the scores
+
+LIKELY = (0.6, 0.9)  # of a GPU's products and bandwidth, in a time that is no floor
+
+# VideoReward's kernels that are no products: how often a layer's rows [rows, width] are read or written in bfloat16, and a
+# clip's pixels in float32. Of `python -m tests.fake_cuda.count discriminator --size 1.3b`; tests/fake_cuda compares them.
+PASSES = {"pixels": 5.8, "tower": 110.5, "forward": 233.0, "backward": 618.0}
 
 Linears: TypeAlias = tuple[tuple[int, int], ...]  # (inputs, outputs) of each
 
@@ -35,6 +40,12 @@ class GPU:
     bandwidth: float
     memory: float
 
+    def likely(self) -> "GPU":
+        """What kernels commonly reach of it: an assumption, no measurement."""
+        products, bandwidth = LIKELY
+        half, single = products * self.half, products * self.single
+        return replace(self, half=half, single=single, bandwidth=bandwidth * self.bandwidth)
+
 
 GPUS = {
     "h100": GPU("H100 SXM", 989e12, 67e12, 3.35e12, 80e9),
@@ -46,28 +57,36 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs on bfloat16 (half) and float32 (single) operands, and bytes moved."""
+    """FLOPs on bfloat16 (half) and float32 (single) operands, bytes moved by those products, and by all other kernels
+    (light), which run before and after them."""
 
     half: float = 0.0
     single: float = 0.0
     bytes: float = 0.0
+    light: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.half + other.half, self.single + other.single, self.bytes + other.bytes)
+        return Work(
+            self.half + other.half, self.single + other.single, self.bytes + other.bytes, self.light + other.light
+        )
 
     def __rmul__(self, n: float) -> "Work":
-        return Work(n * self.half, n * self.single, n * self.bytes)
+        return Work(n * self.half, n * self.single, n * self.bytes, n * self.light)
 
     @property
     def flops(self) -> float:
         return self.half + self.single
 
     def seconds(self, gpu: GPU) -> float:
-        """The roofline: max(time of the products at the published peaks, time of the bytes)."""
-        return max(self.half / gpu.half + self.single / gpu.single, self.bytes / gpu.bandwidth)
+        """The roofline: max(time of the products at the published peaks, time of their bytes), then the other kernels."""
+        return max(self.compute(gpu), self.bytes / gpu.bandwidth) + self.light / gpu.bandwidth
+
+    def compute(self, gpu: GPU) -> float:
+        return self.half / gpu.half + self.single / gpu.single
 
     def bound(self, gpu: GPU) -> str:
-        return "bandwidth" if self.bytes / gpu.bandwidth >= self.seconds(gpu) else "compute"
+        """What takes more than half of the time."""
+        return "compute" if 2 * self.compute(gpu) > self.seconds(gpu) else "bandwidth"
 
 
 def work(flops: float, elements: float, size: int) -> Work:
@@ -197,17 +216,20 @@ class Student:
         """Every noised chunk over the clean ones before it, without the text."""
         return total((1 + (index + 1 < self.chunks)) * self.forward(b, index, rank) for index in range(self.chunks))
 
-    def update(self, b: int, config: TrainConfig) -> Work:
-        """`student_backward`: policy, reference where the prior has weight, lagged policy where asked."""
+    def policy(self, b: int, config: TrainConfig) -> Work:
+        """The policy's part of `student_backward`: forward and backward."""
         rank = config.student.lora_rank
         back = total(self.backward(b, index, rank) for index in range(self.chunks)) + self.encode(b, rank, True)
         twice = config.update.chunked and config.loss.weighting != "none"  # first without a graph
-        out = (1 + twice) * self.velocity(b, rank) + self.encode(b, rank) + back
-        frozen = self.velocity(b) + self.encode(b)
+        return (1 + twice) * self.velocity(b, rank) + self.encode(b, rank) + back
+
+    def update(self, b: int, config: TrainConfig) -> Work:
+        """`student_backward`: policy, reference where the prior has weight, lagged policy where asked."""
+        out, frozen = self.policy(b, config), self.velocity(b) + self.encode(b)
         if config.loss.ref_coef:
             out += 1 / config.update.ref_every * frozen
         merges = math.ceil(b / (config.update.batch or b))  # one for each backward
-        return out + merges * self.merge(rank) + frozen if config.update.v_old == "ema" else out
+        return out + merges * self.merge(config.student.lora_rank) + frozen if config.update.v_old == "ema" else out
 
     @property
     def cache_bytes(self) -> int:
@@ -262,6 +284,29 @@ def language_model(c: Any, size: int = 2) -> Stack:
         (c.intermediate_size, d),
     )
     return Stack(c.num_hidden_layers, linears, 3, d, kv, size, adapter=size)
+
+
+class RewardTraffic(NamedTuple):
+    """What VideoReward's kernels move that are no products: preparing pixels and the tower, the language model's forward,
+    and its backward with the forward that checkpointing runs again."""
+
+    encode: Work
+    forward: Work
+    backward: Work
+
+
+def reward_traffic(
+    c: Any, clips: int, video: tuple[int, int, int], grid: tuple[int, int, int], length: int
+) -> RewardTraffic:
+    """c: Qwen2-VL's config; video: frames, height, width of a clip; grid as of `vision_tower`; length: tokens of a clip."""
+    text, vision, patches = c.get_text_config(), c.vision_config, math.prod(grid)
+    tower = PASSES["tower"] * 2 * vision.depth * patches * vision.embed_dim
+    layers = 2 * text.num_hidden_layers * length * text.hidden_size
+    return RewardTraffic(
+        Work(light=clips * (tower + PASSES["pixels"] * 4 * 3 * math.prod(video))),
+        Work(light=clips * layers * PASSES["forward"]),
+        Work(light=clips * layers * PASSES["backward"]),
+    )
 
 
 def causal(clips: int, length: int) -> tuple[int, float, int]:

@@ -1,37 +1,33 @@
-"""What one training iteration costs at least on a named GPU: FLOPs, bytes moved, memory, and a floor of the time by phase.
+"""What one training iteration costs on a named GPU: FLOPs, bytes moved, memory, and the time by phase, a floor and a model.
 
-The student's rollout and update and VideoReward are counted by the formulas of `formulas.py`; the VAE, the toy discriminator
-and what autograd keeps are counted by running the real modules on the meta device, where there are shapes and no numbers.
-No checkpoint is read. A sum of memory leaves out what an allocator and kernels need for themselves.
+The products of the student and of VideoReward are counted by the formulas of `formulas.py`; the VAE, the toy discriminator,
+all kernels that are no products and what autograd keeps by `meters.py`, which runs the real modules on the meta device. Not
+counted: noise, the loss, the merge of adapters, pixels' preparation. No checkpoint is read. A sum of memory leaves out what an
+allocator and kernels need for themselves.
 
 Legend: b samples of a shard, F x H x W frames and pixels of a video, L tokens.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch import Tensor
 
-from afd_fast.config import TrainConfig
+from afd_fast.config import TrainConfig, with_overrides
 from afd_fast.discriminators.config import new_discriminator
 from afd_fast.errors import ConfigError, extra
 from afd_fast.estimate import formulas
-from afd_fast.estimate.formulas import GPUS, Student, Work, total, work
+from afd_fast.estimate.formulas import GPUS, Student, Work, total
+from afd_fast.estimate.meters import Kept, Traffic, graph_bytes, metered, student_traffic
 from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.students.lora import add_lora, trainable
-from afd_fast.students.student import WAN, Family, StudentConfig, StudentModule, entry
+from afd_fast.students.student import WAN, Family, StudentConfig, entry
 from afd_fast.students.student import family as make_family
 from afd_fast.students.toy.model import ToyStudent
 from afd_fast.students.wan.family import latent_size
 from afd_fast.students.wan.vae import WanDecoder
-from afd_fast.training.velocity import Chunking, chunk_velocities
 
 with extra("train"):
     from rich.table import Table
@@ -39,94 +35,6 @@ with extra("train"):
 OPTIMISER = 4 * (3 + 7)  # bytes a parameter: clipping reads twice and writes, AdamW reads 4 and writes 3, in float32
 AVERAGE = 4 * 3  # the EMA reads two and writes one
 REWARD_TEXT = 900  # tokens of VideoReward's input apart from the video's: about 780 of the template, 120 of a prompt
-
-
-class Meter(TorchDispatchMode):
-    """Bytes of the operands and results of what FlopCounterMode counts, and the most a single call takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes, self.largest = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            moved = sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
-            self.bytes, self.largest = self.bytes + moved, max(self.largest, moved)
-        return out
-
-
-def metered(call: Callable[[], Any], size: int) -> tuple[Work, int]:
-    """The products of a call on the meta device with operands of `size` bytes, and the largest one's bytes."""
-    with Meter() as meter, FlopCounterMode(display=False) as counter:
-        call()
-    return work(counter.get_total_flops(), meter.bytes / size, size), meter.largest
-
-
-class Kept(saved_tensors_hooks):
-    """Bytes autograd saves inside the block since the last `take`; every storage once, parameters not at all."""
-
-    def __init__(self, module: nn.Module):
-        own = {p.untyped_storage()._cdata for p in module.parameters()}
-        self.storages: dict[int, torch.UntypedStorage] = {}
-
-        def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage._cdata not in own:
-                self.storages[storage._cdata] = storage
-            return x
-
-        super().__init__(pack, lambda x: x)
-
-    def take(self) -> int:
-        found = sum(s.nbytes() for s in self.storages.values())
-        self.storages.clear()
-        return found
-
-
-class _Flash(torch.autograd.Function):
-    """What a flash kernel keeps: queries, keys, values, the result (and a log-sum-exp, 1 / head width of it)."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-
-def graph_bytes(family: Family, batch: int = 1) -> list[int]:
-    """What autograd keeps of every chunk of the update of `batch` samples, the text's graph included: the real forward of a
-    meta student."""
-    student, latents = family.student, family.latents
-    for block in student.modules():
-        for name, attention in block.named_children():
-            if name in ("self_attn", "cross_attn"):
-                attention.attend = _Flash.apply  # type: ignore[assignment]  # nn.Module types every attribute alike
-    dtype = next(p.dtype for p in student.parameters() if not p.requires_grad)
-
-    def empty(*size: int) -> Tensor:
-        return torch.empty(size, device="meta", dtype=dtype)
-
-    x = empty(batch, *latents)
-    with (kept := Kept(student)):
-        text = student.encode_text(WORDS[family.name](student, batch))
-        in_text, sizes = kept.take(), []
-        for _ in chunk_velocities(student, x, empty(batch, latents.frames), text, x, Chunking(family.chunk)):
-            sizes.append(in_text + kept.take())
-    return sizes
-
-
-def _wan_words(student: StudentModule, batch: int) -> Tensor:
-    assert isinstance(student, CausalWan)
-    return torch.empty(batch, student.config.text_len, student.config.text_dim, device="meta", dtype=student.dtype)
-
-
-def _toy_words(student: StudentModule, batch: int) -> Tensor:
-    assert isinstance(student, ToyStudent)
-    return torch.zeros(batch, student.config.text_len, dtype=torch.long, device="meta")
-
-
-WORDS = {"wan": _wan_words, "toy": _toy_words}  # a family's encoded prompt, by its name
 
 
 @dataclass
@@ -156,7 +64,7 @@ def networks(config: TrainConfig) -> Networks:
     wan = entry(config.student.name) is WAN
     found = _wan(config) if wan else _toy(config)
     if found.decoder is not None:
-        found.decoder.vae.requires_grad_(False).to("meta")
+        found.family.vae = WanDecoder(found.decoder.vae.to("meta"))
     found.family.student.to("meta")
     add_lora(found.family.student, config.student.lora_rank, list(found.family.lora_targets))
     return found
@@ -172,7 +80,8 @@ def _toy(config: TrainConfig) -> Networks:
 def _wan(config: TrainConfig) -> Networks:
     options, chunk = config.student, config.rollout.chunk
     size = latent_size(options, chunk)
-    tiny = StudentConfig("tiny", frames=size.frames, height=size.height, width=size.width, lora_rank=options.lora_rank)
+    frames, height, width = size.frames, size.height, size.width
+    tiny = StudentConfig("tiny", None, frames, height, width, lora_rank=options.lora_rank, device="cpu")
     family = make_family(tiny, chunk=chunk)
     name, size_of, real = "CausalWan (tiny)", 4, False
     if options.name != "tiny":
@@ -181,11 +90,11 @@ def _wan(config: TrainConfig) -> Networks:
 
         large = "14b" in options.name.lower()
         name, size_of, real = f"CausalWan {'14B' if large else '1.3B'} in bfloat16", 2, True
-        assert isinstance(family.vae, WanDecoder)
         with torch.device("meta"):
             family.student = CausalWan(CausalWanConfig.wan_14b() if large else CausalWanConfig.wan_1_3b())
-            family.vae.vae = AutoencoderKLWan()
-        family.student.bfloat16(), family.vae.vae.bfloat16()
+            vae: Any = AutoencoderKLWan()  # diffusers has no types
+            family.vae = WanDecoder(vae.bfloat16())
+        family.student.bfloat16()
     assert isinstance(family.student, CausalWan)
     counted = formulas.wan(family.student.config, *family.latents[1:], chunk, size_of)
     return Networks(family, counted, name, size_of, real)
@@ -244,12 +153,15 @@ def reward_judge(config: TrainConfig, family: Family, b: int) -> Judge:
     trained = lm.layers * rank * sum(i + o for i, o in lm.linears) + lm.width
 
     def one(n: int) -> formulas.Work:
-        return formulas.vision_tower(c.vision_config, n, grid) + lm.forward(*formulas.causal(n, length), rank)
+        light = formulas.reward_traffic(c, n, family.video[:3], grid, length)
+        products = formulas.vision_tower(c.vision_config, n, grid) + lm.forward(*formulas.causal(n, length), rank)
+        return products + light.encode + light.forward
 
     train = (
         one(2 * b)
         + lm.forward(*formulas.causal(2 * b, length), rank)
         + lm.backward(*formulas.causal(2 * b, length), rank)
+        + formulas.reward_traffic(c, 2 * b, family.video[:3], grid, length).backward
     )
     kept = 2 * b * length * 2 * (lm.layers * lm.width + sum(i + o for i, o in lm.linears))  # inputs, one block's rest
     weights = 2 * parameters + 4 * trained
@@ -260,6 +172,7 @@ def reward_judge(config: TrainConfig, family: Family, b: int) -> Judge:
 class Estimate:
     """phases: work of an iteration on one device. memory: (what, bytes, phases it is there in; none: always)."""
 
+    config: TrainConfig
     about: list[str]
     phases: dict[str, Work]
     memory: list[tuple[str, float, tuple[str, ...]]]
@@ -270,6 +183,17 @@ class Estimate:
         held = {p: sum(n for _, n, where in self.memory if not where or p in where) for p in self.phases}
         return max((n, p) for p, n in held.items())
 
+    def fitting(self, gpu: formulas.GPU) -> list[str]:
+        """The first settings that fit the GPU's memory with the same work: one sample for each backward, then more shards.
+        Empty where none does."""
+        config = self.config
+        more = [n for n in range(config.shards + 1, config.prompts_per_step + 1) if config.prompts_per_step % n == 0]
+        single = ["update.batch=1"] if config.update.batch != 1 else []
+        for keys in ([single] if single else []) + [[*single, f"shards={n}"] for n in more]:
+            if estimate(with_overrides(config, keys)).peak[0] < gpu.memory:
+                return keys
+        return []
+
 
 def estimate(config: TrainConfig) -> Estimate:
     """ConfigError for a configuration that cannot run or is not counted."""
@@ -279,20 +203,19 @@ def estimate(config: TrainConfig) -> Estimate:
     judge = (toy_judge if config.discriminator.name == "toy" else reward_judge)(config, family, b)
     decode, vae, vae_needs = Work(), 0, 0  # the toy's latents are pixels
     if decoder is not None:
-        stream, latents = decoder.stream(), torch.empty(1, *family.latents, device="meta", dtype=torch.float32)
+        latents = torch.empty(1, *family.latents, device="meta", dtype=torch.float32)
         with torch.no_grad():
-            decode, largest = metered(lambda: stream(latents), net.size)
+            decode, vae_needs = metered(lambda: decoder.decode(latents), net.size)
         vae = sum(p.nbytes for p in decoder.vae.parameters())
-        vae_needs = b * (largest + sum(x.nbytes for x in stream.past.values()))
     text = formulas.text_encoder(config.prompts_per_step // shards, s.text_len) if net.real else Work()
-    trained = sum(p.numel() for p in trainable(family.student).values())
+    trained, steps = sum(p.numel() for p in trainable(family.student).values()), len(config.rollout.steps)
     phases = {
         "prompts": shards * text,
-        "rollout": shards * s.rollout(b, len(config.rollout.steps), config.student.lora_rank),
+        "rollout": shards * (s.rollout(b, steps, config.student.lora_rank) + student_traffic(family, b).rollout(steps)),
         "decode": shards * b * decode,
         "discriminator": config.discriminator.steps * (shards * judge.update + Work(bytes=OPTIMISER * judge.trained)),
         "score": shards * judge.score,
-        "update": shards * s.update(b, config),
+        **{name: shards * work for name, work in update(config, s, family, b).items()},
         "optimiser": Work(bytes=(OPTIMISER + AVERAGE) * trained),
     }
     rows = min(b, config.update.batch or b)  # of one backward
@@ -306,14 +229,14 @@ def estimate(config: TrainConfig) -> Estimate:
         ("VAE's weights", vae, ()),
         ("text encoder's weights", 2 * formulas.T5_PARAMETERS if net.real else 0, ()),
         (f"KV cache of {b} samples", b * s.cache_bytes, ("rollout",)),
-        (f"KV cache of {rows} samples", rows * s.cache_bytes, ("update",)),
-        ("merged weights next to them", merged, ("rollout", *(["update"] if config.update.v_old == "ema" else []))),
-        ("VAE: past frames, largest product", vae_needs, ("decode",)),
+        (f"KV cache of {rows} samples", rows * s.cache_bytes, ("reference", "backward")),
+        ("merged weights next to them", merged, ("rollout", *(["reference"] if config.update.v_old == "ema" else []))),
+        (f"VAE: activations and pixels of {b} samples", b * vae_needs, ("decode",)),
         ("student's clips", clips, ("decode", "discriminator", "score")),
         ("teacher's clips", clips, ("discriminator", "score")),
         ("discriminator's activations", judge.kept, ("discriminator",)),
         (f"activations of {'a chunk' if config.update.chunked else 'all chunks'}",
-         rows * (max(graphs) if config.update.chunked else sum(graphs)), ("update",)),
+         rows * (max(graphs) if config.update.chunked else sum(graphs)), ("backward",)),
     ]  # fmt: skip
     about = [f"student: {net.name}; discriminator: {judge.name}; {shards} x {b} videos of {family.video.frames} frames, "
              f"{family.video.height} x {family.video.width} pixels; no checkpoint was read"]  # fmt: skip
@@ -321,7 +244,21 @@ def estimate(config: TrainConfig) -> Estimate:
         about.append("prompts: a pass of UMT5-XXL for those that are new; later iterations have none")
     if judge.name.startswith("VideoReward"):
         about.append(f"the discriminator's text is taken to be {REWARD_TEXT} tokens")
-    return Estimate(about, phases, memory)
+    return Estimate(config, about, phases, memory)
+
+
+def update(config: TrainConfig, s: Student, family: Family, b: int) -> dict[str, Work]:
+    """The update of b samples: v_ref and v_old, and the policy's forward and backward."""
+    rows = min(b, config.update.batch or b)  # of one backward
+    traffic: Traffic = student_traffic(family, rows)
+    passes, frozen = b / rows, s.velocity(b) + s.encode(b) + b / rows * traffic.velocity(traffic.plain)
+    reference = (1 / config.update.ref_every if config.loss.ref_coef else 0) * frozen
+    policy = passes * traffic.policy()
+    if config.update.chunked and config.loss.weighting != "none":  # first without a graph
+        policy += passes * traffic.velocity(traffic.adapted)
+    if config.update.v_old == "ema":
+        reference += frozen + passes * s.merge(config.student.lora_rank)
+    return {"reference": reference, "backward": s.policy(b, config) + policy}
 
 
 def floor(config: TrainConfig) -> dict[str, str]:
@@ -349,16 +286,27 @@ def short(x: float) -> str:
 
 
 def tables(e: Estimate, gpu: formulas.GPU) -> tuple[Table, Table]:
-    """Work and floor of every phase, and memory."""
+    """Work and times of every phase, and memory."""
     time = Table(title=f"one iteration on {gpu.name}: a floor, not a measurement", title_justify="left")
-    for column in ("phase", "TFLOP bf16", "TFLOP fp32", "GB moved", "floor, ms", "bound by"):
+    for column in (
+        "phase",
+        "TFLOP bf16",
+        "TFLOP fp32",
+        "GB by products",
+        "GB by others",
+        "floor, ms",
+        "likely, ms",
+        "bound by",
+    ):
         time.add_column(column, justify="left" if column in ("phase", "bound by") else "right")
-    floor = sum(w.seconds(gpu) for w in e.phases.values())
+    floor, likely = (sum(w.seconds(g) for w in e.phases.values()) for g in (gpu, gpu.likely()))
     for name, w in (e.phases | {"all": total(e.phases.values())}).items():
-        seconds, bound = (floor, "") if name == "all" else (w.seconds(gpu), w.bound(gpu))
-        figures = (w.half / 1e12, w.single / 1e12, w.bytes / 1e9, seconds * 1e3)
+        seconds = (floor, likely) if name == "all" else (w.seconds(gpu), w.seconds(gpu.likely()))
+        figures = (w.half / 1e12, w.single / 1e12, w.bytes / 1e9, w.light / 1e9, *(1e3 * s for s in seconds))
         if w.bytes:
-            time.add_row(name, *map(short, figures), bound)
+            time.add_row(name, *map(short, figures), "" if name == "all" else w.bound(gpu))
+    products, bandwidth = formulas.LIKELY
+    time.caption = f"likely: {products:.0%} of the products' peak, {bandwidth:.0%} of the bandwidth (an assumption); others: no products"
     size = Table(title="memory, without what the allocator and kernels need", title_justify="left")
     size.add_column("what")
     size.add_column("GB", justify="right")
@@ -369,5 +317,7 @@ def tables(e: Estimate, gpu: formulas.GPU) -> tuple[Table, Table]:
     peak, phase = e.peak
     size.add_row("at the peak", short(peak / 1e9), phase)
     if peak >= gpu.memory:
-        size.caption = f"[red]does not fit[/] in {gpu.memory / 1e9:.0f} GB: lower update.batch, or make shards smaller (shards= divides prompts_per_step)"
+        keys = e.fitting(gpu)
+        way = f"{' '.join(keys)} does" if keys else "lower rollouts_per_prompt or the size of the videos"
+        size.caption = f"[red]does not fit[/] in {gpu.memory / 1e9:.0f} GB: {way}"
     return time, size

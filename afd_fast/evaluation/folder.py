@@ -15,6 +15,7 @@ from typing import Any
 
 from afd_fast.errors import ConfigError
 from afd_fast.evaluation.intervals import Groups
+from afd_fast.files.durable import settle
 from afd_fast.files.tables import inside, read_csv, write_csv
 from afd_fast.files.text import read_json
 from afd_fast.video_io import is_complete
@@ -42,7 +43,7 @@ def verify(out: Path, clips: list[Clip], settings: Settings) -> None:
     if (out / "export.json").exists():
         if read_manifest(out) != clips or read_settings(out) != settings:
             raise ConfigError(f"{out} holds an export with other prompts or settings; choose another folder")
-    elif out.exists() and {path.name for path in out.iterdir()} - {"videos", "manifest.csv"}:
+    elif out.exists() and {p.name for p in out.iterdir() if p.suffix != ".part"} - {"videos", "manifest.csv"}:
         raise ConfigError(f"{out} holds other things than an export; choose another folder")
 
 
@@ -53,7 +54,8 @@ def start(out: Path, clips: list[Clip], settings: Settings) -> None:
         return
     (out / "videos").mkdir(parents=True, exist_ok=True)
     write_csv(out / "manifest.csv", [field.name for field in fields(Clip)], map(astuple, clips))
-    (out / "export.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (out / "export.part").write_text(json.dumps(settings, indent=1) + "\n")
+    settle(out / "export.part", out / "export.json")
 
 
 def read_settings(out: Path) -> Settings:

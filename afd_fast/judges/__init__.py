@@ -15,12 +15,23 @@ def _clips(videos: np.ndarray, prompts: Sequence[str], reference: np.ndarray) ->
     return clips.evaluate(videos, reference)
 
 
+def _unit(videos: np.ndarray) -> np.ndarray:
+    """8-bit pixels -> float32 in [0, 1]."""
+    return videos.astype(np.float32) / np.float32(255)
+
+
 def _physics(videos: np.ndarray, prompts: Sequence[str], reference: np.ndarray) -> Scores:
-    return physics.evaluate(videos, list(prompts), reference)
+    return physics.evaluate(_unit(videos), list(prompts), _unit(reference))
+
+
+def _physics_fault(videos: np.ndarray, prompts: list[str]) -> np.ndarray:
+    return physics.physics_residual(_unit(videos), prompts)
 
 
 class Judge(NamedTuple):
-    """scores: (clips [N, 3, F, H, W] in [0, 1], prompts [N], teacher clips of the same prompts) -> scores.
+    """Takes finished clips as they are stored, 8 bits a value: float clips of full size do not fit a host's memory.
+
+    scores: (clips [N, 3, F, H, W], prompts [N], teacher clips of the same prompts) -> scores.
     headline: the scores that the terminal shows. fault: per clip [N], how far it is from what its prompt asks for, if
     the judge knows; lower is better. free_reference: whether the teacher makes more clips for nothing."""
 
@@ -34,6 +45,6 @@ class Judge(NamedTuple):
 
 
 JUDGES = {
-    "physics": Judge(_physics, ("residual_px", "frechet", "general"), physics.physics_residual, free_reference=True),
+    "physics": Judge(_physics, ("residual_px", "frechet", "general"), _physics_fault, free_reference=True),
     "clips": Judge(_clips, ("dynamic", "frechet")),
 }

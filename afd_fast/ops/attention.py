@@ -28,7 +28,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _PACKAGES = {
     "fa3": ("flash_attn_interface", "flash-attn-3: build hopper/ of github.com/Dao-AILab/flash-attention"),
     "fa4": ("flash_attn.cute", "flash-attn-4: pip install --pre flash-attn-4"),
-    "fa2": ("flash_attn", "flash-attn 2: pip install flash-attn"),
+    "fa2": ("flash_attn", "flash-attn 2: pip install --no-build-isolation 'afd-fast[flash]'"),
     "cudnn": ("cudnn", "a CUDA build of PyTorch with cuDNN >= 9"),
 }
 _ORDER: dict[int, tuple[Backend, ...]] = {
@@ -193,7 +193,8 @@ def attention_varlen(
 
     q: [L, H, d]; k, v: [L, Hk, d], Hk divides H; lengths: the segments' host integers, their sum is L. Returns
     [L, H, d]. Neighbouring segments of equal length are one dense call of SDPA or cuDNN; the flash packages get
-    cumulative lengths. "auto" does not choose FA3 for head widths that are no multiple of 64, where it was measured
+    cumulative lengths. Causal segments of several lengths are one call of cuDNN, each filled up behind its end, which
+    no row of it sees, to a multiple of 64: cuDNN plans every new shape anew, and prompts have many lengths. "auto" does not choose FA3 for head widths that are no multiple of 64, where it was measured
     at a third of FA2's speed (verl PR #4670, H100, d = 80).
     """
     if q.ndim != 3 or k.shape != v.shape or q.shape[1] % k.shape[1] or sum(lengths) != len(q) or len(q) != len(k):
@@ -202,6 +203,10 @@ def attention_varlen(
             f"of {sum(lengths)} rows do not fit together"
         )
     chosen = resolve_backend(backend, q.device, q.dtype, without="fa3" if q.shape[-1] % 64 else "")
+    if chosen == "cudnn" and causal and len(set(lengths)) > 1 and _padded_rows(lengths) <= 1.25 * len(q):
+        n, (filled, back) = len(lengths), _padding(lengths, q.device)
+        queries, keys, values = (a.index_select(0, filled).unflatten(0, (n, -1)).transpose(1, 2) for a in (q, k, v))
+        return _dense(chosen, queries, keys, values, causal).transpose(1, 2).flatten(0, 1).index_select(0, back)
     if chosen in ("sdpa", "cudnn"):
         parts, begin = [], 0
         for length, run in itertools.groupby(lengths):
@@ -215,6 +220,21 @@ def attention_varlen(
     most = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)} if wants_max else {}
     out = function(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, causal=causal, **most)
     return out[0] if isinstance(out, tuple) else out
+
+
+def _padded_rows(lengths: tuple[int, ...]) -> int:
+    """Rows of all segments, each as long as the longest one rounded up to a multiple of 64."""
+    return len(lengths) * (-(-max(lengths) // 64) * 64)
+
+
+@functools.lru_cache(maxsize=64)
+def _padding(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The packed row in every row of the filled-up segments (the last one again behind the end), and the way back."""
+    size = _padded_rows(lengths) // len(lengths)
+    starts = itertools.accumulate(lengths, initial=0)
+    rows = [start + torch.arange(size, device=device).clamp(max=n - 1) for start, n in zip(starts, lengths)]
+    back = [i * size + torch.arange(n, device=device) for i, n in enumerate(lengths)]
+    return torch.cat(rows), torch.cat(back)
 
 
 @functools.lru_cache(maxsize=64)  # every layer of a forward asks for the same one

@@ -3,6 +3,8 @@
 Legend: B samples.
 """
 
+from collections.abc import Iterable
+
 import torch
 from afd_kernels.layout import rows_contiguous
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from afd_fast.reference.transforms import under_func
 
 
-def check_out(out: Tensor | None, v: Tensor, inputs: tuple[Tensor | float | None, ...]) -> None:
+def check_out(out: Tensor | None, v: Tensor, inputs: Iterable[object]) -> None:
     """ValueError for a buffer that could give a wrong gradient."""
     if out is None:
         return

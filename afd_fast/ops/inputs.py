@@ -26,7 +26,10 @@ class Inputs(NamedTuple):
     sigma: Tensor | None  # [B, F]; None is t
     sample_mask: Tensor | None
     ref_mask: Tensor | None
-    element_mask: Tensor | None  # bool, like v
+    element_mask: Tensor | None  # like v: bool, or weights
+    each: Tensor | None  # like v, w: an r per element, then r itself is not read
+    policy_weight: Tensor | None  # [B]
+    prior_weight: Tensor | None
     cu_seqlens: Tensor | None
     inner: int  # element n of a sample belongs to frame (n // inner) % F
     recipe: str  # NFTRecipe.key
@@ -44,6 +47,6 @@ class Inputs(NamedTuple):
 
 SCHEMA = (
     "Tensor v, Tensor x0, Tensor r, Tensor t, Tensor? noise, int? seed, Tensor? x_t, Tensor? v_old, Tensor? v_ref, "
-    "Tensor? sigma, Tensor? sample_mask, Tensor? ref_mask, Tensor? element_mask, Tensor? cu_seqlens, SymInt inner, "
-    "str recipe, bool stats"
+    "Tensor? sigma, Tensor? sample_mask, Tensor? ref_mask, Tensor? element_mask, Tensor? each, Tensor? policy_weight, "
+    "Tensor? prior_weight, Tensor? cu_seqlens, SymInt inner, str recipe, bool stats"
 )

@@ -6,6 +6,7 @@ PyTorch reference; `afd_fast.ops.backends()` tells which.
 
 import ctypes
 import functools
+import warnings
 from pathlib import Path
 
 import afd_kernels
@@ -27,8 +28,8 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         [(n, ctypes.c_void_p) for n in (
-            "v", "x0", "y", "v_old", "v_ref", "grad", "mask", "t", "sigma", "cu", "r", "valid", "chosen", "rows",
-            "loss", "totals", "sums", "part",
+            "v", "x0", "y", "v_old", "v_ref", "grad", "mask", "weight", "each", "t", "sigma", "cu", "r", "valid", "chosen",
+            "policy_weight", "prior_weight", "rows", "loss", "totals", "sums", "part",
         )]
         + [(n, ctypes.c_int64) for n in (
             "v_stride", "x0_stride", "y_stride", "old_stride", "ref_stride", "grad_stride", "mask_stride",
@@ -36,20 +37,25 @@ class _Call(ctypes.Structure):
         )]
         + [(n, ctypes.c_int32) for n in (
             "v_type", "x0_type", "y_type", "old_type", "ref_type", "grad_type", "source", "x0_space", "ref_x0",
-            "adaptive", "sample_mean", "batch_mean", "ref_by_r", "empty_all", "stats", "threads",
+            "adaptive", "sample_mean", "batch_mean", "ref_by_r", "empty_all", "stats", "threads", "shared", "dpo", "ref_batch",
         )]
-        + [(n, ctypes.c_double) for n in ("ref_coef", "factor", "floor")]
-        + [("beta", ctypes.c_float), ("scale", ctypes.c_float)]
+        + [(n, ctypes.c_double) for n in ("ref_coef", "factor", "floor", "dpo_beta")]
+        + [(n, ctypes.c_float) for n in ("beta", "scale", "prior_scale")]
     )  # fmt: skip
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library next to the Triton kernels; None where it was not built."""
+    """The library next to the Triton kernels; None where it was not built, or, with a warning, cannot be loaded."""
     path = next((p for p in (Path(place) / NAME for place in afd_kernels.__path__) if p.exists()), None)
     if path is None:
         return None
-    lib = ctypes.CDLL(str(path))
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        said = f"afd_fast runs PyTorch code on the CPU: its C++ library cannot be loaded ({error})"
+        warnings.warn(said, RuntimeWarning, stacklevel=3)
+        return None
     if lib.afd_abi() != ctypes.sizeof(_Call):
         raise ImportError(f"{path} was built from other sources: reinstall with `pip install -e .`")
     return lib
@@ -127,8 +133,8 @@ def _check(i: Inputs, grad: Tensor | None) -> None:
     if i.cu_seqlens is not None:
         check_offsets(i.v, i.cu_seqlens)
         samples = len(i.cu_seqlens) - 1
-    _check_sizes(i.v.shape, i.x0, i.noise, i.x_t, i.v_old, i.v_ref, i.element_mask, grad)
-    _check_sizes(torch.Size([samples]), i.r, i.sample_mask, i.ref_mask)
+    _check_sizes(i.v.shape, i.x0, i.noise, i.x_t, i.v_old, i.v_ref, i.element_mask, i.each, grad)
+    _check_sizes(torch.Size([samples]), i.r, i.sample_mask, i.ref_mask, i.policy_weight, i.prior_weight)
     _check_levels(samples, i.inner, i.t, i.sigma)
     missing = i.noise is None and i.x_t is None and (i.seed is None or i.cu_seqlens is not None)
     if missing and i.source is not Source.CLEAN:
@@ -143,10 +149,13 @@ def _fill(i: Inputs, grad: Tensor | None) -> _Filled:
     for field, stem, x in (("v", "v", i.v), ("x0", "x0", i.x0), ("y", "y", i.x0 if i.source is Source.CLEAN else i.noise if i.x_t is None else i.x_t),
                            ("v_old", "old", i.v_old), ("v_ref", "ref", i.v_ref), ("grad", "grad", grad)):  # fmt: skip
         f.rows(field, stem, x, contiguous=packed)
-    if i.element_mask is not None:
+    c.mask_stride = i.v[0].numel()
+    if i.element_mask is not None and i.element_mask.is_floating_point():
+        f.point("weight", i.element_mask, torch.float32)
+    else:
         f.point("mask", i.element_mask, torch.uint8)
-        c.mask_stride = i.v[0].numel()
-    for field, x in (("t", i.t), ("sigma", i.sigma), ("r", i.r), ("valid", i.sample_mask), ("chosen", i.ref_mask)):
+    for field, x in (("t", i.t), ("sigma", i.sigma), ("r", i.r), ("valid", i.sample_mask), ("chosen", i.ref_mask),
+                     ("each", i.each), ("policy_weight", i.policy_weight), ("prior_weight", i.prior_weight)):  # fmt: skip
         f.point(field, x, torch.float32)
     f.point("cu", i.cu_seqlens, torch.int64)
     c.samples, c.count, c.frames = i.r.shape[0], i.v[0].numel(), i.t.shape[1]
@@ -156,7 +165,9 @@ def _fill(i: Inputs, grad: Tensor | None) -> _Filled:
     c.sample_mean, c.batch_mean = recipe.sample_reduction == "mean", recipe.batch_reduction == "mean"
     c.ref_by_r, c.empty_all, c.stats = recipe.ref_weight == "r", recipe.ref_empty == "all", i.stats
     c.ref_coef, c.factor, c.floor, c.beta = recipe.ref_coef, recipe.factor, recipe.weight_floor, recipe.beta
-    c.scale, c.threads = 1.0, torch.get_num_threads()
+    c.shared, c.dpo, c.dpo_beta = recipe.shared_weight, recipe.form == "dpo", recipe.dpo_beta
+    c.ref_batch = recipe.ref_reduction == "batch"
+    c.scale, c.prior_scale, c.threads = 1.0, 1.0, torch.get_num_threads()
     return f
 
 
@@ -177,9 +188,9 @@ def nft_loss(i: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nft_gradient(grad_output: Tensor, rows: Tensor, i: Inputs, grad: Tensor) -> None:
-    """grad_output times the gradient into `grad`."""
+    """The gradient times grad_output [2], of policy and prior, into `grad`."""
     _check_sizes(torch.Size([ROWS, i.r.shape[0]]), rows)
     f = _fill(i, grad)
     f.point("rows", rows, torch.float32)
-    f.c.scale = float(grad_output)
+    f.c.scale, f.c.prior_scale = grad_output.tolist()
     _loaded().afd_nft_gradient(ctypes.byref(f.c))

@@ -1,26 +1,22 @@
-"""nft_loss as operators: one sweep for the sums, one for the gradient, or both at once where the recipe allows.
+"""nft_loss for autograd: one sweep for the sums, one for the gradient, or both at once where the recipe allows.
 
-Legend: B samples, T packed rows, F frames, w the working dtype (float32, float64 for float64).
-`rows` [15, B] holds the results per sample, in the order of `Row`; the last three are the gradient's coefficients:
-dL/dv = s [(c+ - c-) a + (c+ + c-) d] + c_ref m (v - v_ref), see kernels/csrc/afd_core.h.
+Legend: B samples, F frames.
 """
 
-import functools
 import inspect
-from typing import Any, Literal, overload
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from afd_kernels.layout import COEFFICIENTS, Row, Total
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import increment_version
 from typing_extensions import Unpack
 
-from afd_fast.ops import native
-from afd_fast.ops._register import operator
+from afd_fast.ops import nft_operators as operators
 from afd_fast.ops.buffer import check_out, is_own
-from afd_fast.ops.inputs import SCHEMA, Inputs
+from afd_fast.ops.inputs import Inputs
 from afd_fast.ops.layout import Walk, memory_order, noise_levels
 from afd_fast.ops.noise import wrap_seed
 from afd_fast.reference import nft as reference
@@ -28,132 +24,13 @@ from afd_fast.reference import nft_inputs as checks
 from afd_fast.reference.flow import check_sigma, check_t
 from afd_fast.reference.nft import NFTStats, NFTTerms
 from afd_fast.reference.nft_inputs import NFTInputs
-from afd_fast.reference.recipes import NFTRecipe, RecipeName, as_recipe, recipe_from_key
+from afd_fast.reference.recipes import NFTRecipe, RecipeName, as_recipe
 from afd_fast.reference.transforms import under_func
-
-STATISTICS = [row.name.lower() for row in Row if row < COEFFICIENTS]  # fields of NFTStats
-Sums = tuple[Tensor, Tensor, Tensor]  # what the operators return: loss, totals [4], rows [15, B]
-
-
-class _Plain(NFTInputs):
-    """The reference's arguments."""
-
-    v: Tensor
-    x0: Tensor
-    r: Tensor
-    t: Tensor
-    recipe: NFTRecipe
-
-
-def _reshaped(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    return None if x is None else x.reshape(shape)
-
-
-def _plain(i: Inputs) -> _Plain:
-    """The same call in the reference's arguments."""
-    shape, t, sigma = tuple(i.v.shape), i.t, i.sigma
-    if i.cu_seqlens is None:
-        frames = t.shape[1]
-        count = i.v[0].numel() if shape[0] else 0
-        shape = (shape[0], count // (frames * i.inner) if count else 0, frames, i.inner)
-        t, sigma = t.view(-1, 1, frames, 1), _reshaped(sigma, (-1, 1, frames, 1))
-    else:
-        t, sigma = t[:, 0], None if sigma is None else sigma[:, 0]
-    return {
-        "v": i.v.reshape(shape), "x0": i.x0.reshape(shape), "r": i.r, "t": t, "noise": _reshaped(i.noise, shape),
-        "seed": i.seed, "x_t": _reshaped(i.x_t, shape), "v_old": _reshaped(i.v_old, shape),
-        "v_ref": _reshaped(i.v_ref, shape), "sigma": sigma, "sample_mask": i.sample_mask, "ref_mask": i.ref_mask,
-        "element_mask": _reshaped(i.element_mask, shape), "cu_seqlens": i.cu_seqlens,
-        "recipe": recipe_from_key(i.recipe),
-    }  # fmt: skip
-
-
-def _sums(i: Inputs) -> Sums:
-    """The reference's loss, totals and rows; zero where the rows are coefficients, which it does not need."""
-    with torch.no_grad():
-        loss, s = reference.nft_loss(**_plain(i), return_stats=True)
-        none = torch.zeros_like(s.pos_loss)
-        rows = [getattr(s, name) for name in STATISTICS] + [none] * (len(Row) - COEFFICIENTS)
-        return loss.clone(), torch.stack([s.policy_loss, s.prior_loss, s.signal, s.r_mean]), torch.stack(rows)
-
-
-def _gradient(grad_output: Tensor | float, i: Inputs) -> Tensor:
-    with torch.no_grad():
-        return (reference.nft_grad(**_plain(i)) * grad_output).to(i.v.dtype).view(i.v.shape)
-
-
-def _is_native(i: Inputs) -> bool:
-    return native.serves(i.v, i.x0, i.noise, i.x_t, i.v_old, i.v_ref)
-
-
-def _cpu_loss(*args: Any) -> Sums:
-    i = Inputs(*args)
-    return native.nft_loss(i, None) if _is_native(i) else _sums(i)
-
-
-def _cpu_loss_with_grad(*args: Any) -> Sums:
-    i, grad = Inputs(*args[:-1]), args[-1]
-    if _is_native(i):
-        return native.nft_loss(i, grad)
-    grad.copy_(_gradient(1.0, i))
-    return _sums(i)
-
-
-def _cpu_backward(grad_output: Tensor, rows: Tensor, *args: Any) -> Tensor:
-    i = Inputs(*args)
-    if not _is_native(i):
-        return _gradient(grad_output, i)
-    grad = _empty_gradient(i.v)
-    native.nft_gradient(grad_output, rows, i, grad)
-    return grad
-
-
-def _cpu_redo(grad_output: Tensor, rows: Tensor, *args: Any) -> None:
-    i, grad = Inputs(*args[:-1]), args[-1]
-    if float(grad_output) == 1.0:
-        return
-    if _is_native(i):
-        native.nft_gradient(grad_output, rows, i, grad)
-    else:
-        grad.copy_(_gradient(grad_output, i))
 
 
 def _version(buffer: Tensor | None) -> int | None:
     """How often the buffer was written; None where that is not counted."""
     return None if buffer is None or buffer.is_inference() else buffer._version
-
-
-def _empty_gradient(v: Tensor) -> Tensor:
-    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
-
-
-def _fake_loss(*args: Any) -> Sums:
-    i = Inputs(*args[: len(Inputs._fields)])
-    new = functools.partial(i.v.new_empty, dtype=torch.promote_types(i.v.dtype, torch.float32))
-    return new(()), new(len(Total)), new((len(Row), i.r.shape[0]))
-
-
-def _fake_backward(grad_output: Tensor, rows: Tensor, *args: Any) -> Tensor:
-    return _empty_gradient(args[0])
-
-
-def _fake_redo(*args: Any) -> None:
-    return None
-
-
-_loss = operator(f"nft_loss({SCHEMA}) -> (Tensor, Tensor, Tensor)", cpu=_cpu_loss, cuda="nft:nft_loss", fake=_fake_loss)
-_loss_with_grad = operator(
-    f"nft_loss_with_grad({SCHEMA}, Tensor(a!) grad) -> (Tensor, Tensor, Tensor)",
-    cpu=_cpu_loss_with_grad, cuda="nft:nft_loss_with_grad", fake=_fake_loss,
-)  # fmt: skip
-_backward = operator(
-    f"nft_loss_backward(Tensor grad_output, Tensor rows, {SCHEMA}) -> Tensor",
-    cpu=_cpu_backward, cuda="nft:nft_loss_backward", fake=_fake_backward,
-)  # fmt: skip
-_redo = operator(  # grad holds the gradient for grad_output 1; rewrites it where grad_output is another number
-    f"nft_loss_redo(Tensor grad_output, Tensor rows, {SCHEMA}, Tensor(a!) grad) -> ()",
-    cpu=_cpu_redo, cuda="nft:nft_loss_redo", fake=_fake_redo,
-)  # fmt: skip
 
 
 def _one_by_one(function: type[Function], info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list:
@@ -171,21 +48,22 @@ class _NFTLoss(Function):
     """(loss, totals, rows) of (buffer, *Inputs). Into the buffer, if there is one, goes the gradient in the same call."""
 
     @staticmethod
-    def forward(buffer: Tensor | None, *args: Any) -> Sums:
+    def forward(buffer: Tensor | None, *args: Any) -> operators.Sums:
         if buffer is None:
-            return _loss(*args)
+            return operators.loss(*args)
         if not buffer.is_inference():
             increment_version(buffer)  # an earlier loss that still needs this buffer will notice
-        return _loss_with_grad(*args, buffer)
+        return operators.loss_with_grad(*args, buffer)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sums) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: operators.Sums) -> None:
         ctx.grad, *args = inputs
         ctx.version = _version(ctx.grad)
         _, totals, rows = output
         ctx.save_for_backward(rows, *(x if isinstance(x, Tensor) else None for x in args))
         ctx.plain = [None if isinstance(x, Tensor) else x for x in args]
         ctx.mark_non_differentiable(totals, rows)
+        ctx.set_materialize_grads(False)  # two fills less in every backward
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -197,20 +75,42 @@ class _NFTLoss(Function):
                 "afd_fast.nft_loss: its out= buffer was written after the forward pass. Give every loss a separate buffer "
                 "until its backward has run"
             )
+        grad_output = grad_output.expand(2)  # of policy and prior
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True, or torch.func
             grad = _NFTGradient.apply(grad_output, rows, *args)
         else:
             with torch.no_grad():
                 if grad is None:
-                    grad = _backward(grad_output, rows, *args)
+                    grad = operators.backward(grad_output, rows, *args)
                 else:
-                    _redo(grad_output, rows, *args, grad)
+                    operators.redo(grad_output, rows, *args, grad)
         return None, grad, *[None] * (len(args) - 1)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Sums, tuple[int, int, int]]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[operators.Sums, tuple[int, int, int]]:
         loss, totals, rows = _one_by_one(_NFTLoss, info, in_dims, args)
         return (loss, totals, rows), (0, 0, 0)
+
+
+class _NFTTerms(Function):
+    """(policy, prior, totals, rows) of Inputs whose recipe has ref_coef 1."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _, totals, rows = operators.loss(*args)
+        return totals[0].clone(), totals[1].clone(), totals, rows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(output[3], *(x if isinstance(x, Tensor) else None for x in inputs))
+        ctx.plain = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.mark_non_differentiable(*output[2:])
+
+    @staticmethod
+    def backward(ctx: Any, policy: Tensor, prior: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *tensors = ctx.saved_tensors
+        args = [a if b is None else b for a, b in zip(ctx.plain, tensors)]
+        return _NFTGradient.apply(torch.stack((policy, prior)), rows, *args), *[None] * (len(args) - 1)
 
 
 class _NFTGradient(Function):
@@ -218,7 +118,7 @@ class _NFTGradient(Function):
 
     @staticmethod
     def forward(grad_output: Tensor, rows: Tensor, *args: Any) -> Tensor:
-        return _backward(grad_output, rows, *args)
+        return operators.backward(grad_output, rows, *args)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -237,17 +137,68 @@ class _NFTGradient(Function):
         return grad, 0
 
 
-for _function in (_NFTLoss, _NFTGradient):  # `apply` asks for it at every call, and deriving it takes 20 us
+for _function in (_NFTLoss, _NFTTerms, _NFTGradient):  # `apply` asks for it at every call, and deriving it takes 20 us
     _function.forward.__dict__["__signature__"] = inspect.signature(_function.forward)
 
 
-def _is_fused(
-    recipe: NFTRecipe, r: Tensor, masks: tuple[Tensor | None, ...], weights: tuple[Tensor | None, ...]
-) -> bool:
+def _is_fused(recipe: NFTRecipe) -> bool:
     """Whether the sweeps know this loss. The others run in plain PyTorch, in at least float32 too."""
-    plain = recipe.form == "mse" and recipe.drift_clip is None and recipe.ref_reduction == "sample"
-    weighted = any(x is not None and x.is_floating_point() for x in masks) or any(x is not None for x in weights)
-    return plain and not (recipe.weight_grad or recipe.shared_weight or weighted) and r.ndim == 1
+    return recipe.drift_clip is None and not recipe.weight_grad
+
+
+class _Call(NamedTuple):
+    """A call, checked and brought to memory order."""
+
+    inputs: Inputs
+    out: Tensor | None
+
+
+def _call(
+    v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, given: NFTInputs, recipe: NFTRecipe, stats: bool,
+    out: Tensor | None,
+) -> _Call:  # fmt: skip
+    noise, seed, x_t = checks.choose_source(given.get("noise"), given.get("seed"), given.get("x_t"), recipe)
+    frame_dim, cu_seqlens = given.get("frame_dim"), given.get("cu_seqlens")
+    sigma = given.get("sigma") if "x0" in (recipe.space, recipe.ref_space) else None
+    order = None
+    if cu_seqlens is not None:
+        checks.check_packed(t, sigma, cu_seqlens, seed, frame_dim)
+    elif seed is None:  # the elements of a seed's noise are numbered in logical order
+        order = memory_order(v)
+    levels, coefficients = noise_levels(t, sigma, Walk(v, frame_dim, order, cu_seqlens))
+    check_t(levels.t)
+    if coefficients is not None:
+        check_sigma(coefficients)
+    checks.check_target(levels.t, x_t, recipe)
+    mask, each = given.get("element_mask"), None
+    mask = None if mask is None else checks.expand_mask(mask, v)
+    r = checks.expand_r(r.detach(), v, frame_dim, cu_seqlens)
+    if r.ndim > 1:
+        each = r.to(torch.promote_types(v.dtype, torch.float32)).expand(v.shape)
+        samples = len(v) if cu_seqlens is None else len(cu_seqlens) - 1
+        r = torch.zeros(samples, dtype=each.dtype, device=v.device)
+    v_old, v_ref = given.get("v_old"), given.get("v_ref")
+    if order is not None:
+        v, x0 = v.permute(order), x0.permute(order)
+        noise, x_t, v_old, v_ref, mask, each, out = (
+            None if x is None else x.permute(order) for x in (noise, x_t, v_old, v_ref, mask, each, out)
+        )
+    if out is not None and not (out.is_contiguous() if cu_seqlens is not None else is_own(out)):
+        raise ValueError("out must have v's memory layout: every sample contiguous, and none over another")
+    v_old, v_ref = (None if x is None else x.detach() for x in (v_old, v_ref))
+    sample_mask, ref_mask = (
+        None if x is None else checks.as_weights(x) for x in (given.get("sample_mask"), given.get("ref_mask"))
+    )
+    return _Call(Inputs(
+        v, x0, r, levels.t, noise, wrap_seed(seed), x_t, v_old, v_ref, coefficients, sample_mask, ref_mask, mask, each,
+        given.get("policy_weight"), given.get("prior_weight"), cu_seqlens, levels.inner, recipe.key, stats,
+    ), out)  # fmt: skip
+
+
+def _stats(totals: Tensor, rows: Tensor) -> NFTStats:
+    policy, prior, signal, r_mean = totals.unbind()
+    named = dict(zip(operators.STATISTICS, rows.unbind()))
+    return NFTStats(policy_loss=policy, prior_loss=prior, signal=signal, r_mean=r_mean, **named)
 
 
 @overload
@@ -332,55 +283,25 @@ def nft_loss(
     }  # fmt: skip
     checks.check_nft(v, x0, r, inputs)
     checks.check_recipe(recipe, r, inputs)
-    r = checks.expand_r(r, v, frame_dim, cu_seqlens)
-    if not _is_fused(recipe, r, (element_mask, sample_mask, ref_mask), (policy_weight, prior_weight)):
+    check_out(out, v, (x0, r, t, *inputs.values()))
+    if not _is_fused(recipe):
         if out is not None:
             raise ValueError(
-                "out= is for the losses that the sweeps compute: this recipe, r or mask runs in plain PyTorch"
+                "out= is for losses that the sweeps compute: drift_clip and weight_grad run in plain PyTorch"
             )
         return reference.nft_loss(v, x0, r, t, recipe=recipe, return_stats=return_stats, **inputs)
-    sample_mask, ref_mask = (None if x is None else checks.as_weights(x) for x in (sample_mask, ref_mask))
-    noise, seed, x_t = checks.choose_source(noise, seed, x_t, recipe)
-    check_out(out, v, (x0, r, t, noise, x_t, v_old, v_ref, sigma, sample_mask, ref_mask, element_mask, cu_seqlens))
-    if "x0" not in (recipe.space, recipe.ref_space):
-        sigma = None
-    order = None
-    if cu_seqlens is not None:
-        checks.check_packed(t, sigma, cu_seqlens, seed, frame_dim)
-    elif seed is None:  # the elements of a seed's noise are numbered in logical order
-        order = memory_order(v)
-    levels, coefficients = noise_levels(t, sigma, Walk(v, frame_dim, order, cu_seqlens))
-    check_t(levels.t)
-    if coefficients is not None:
-        check_sigma(coefficients)
-    checks.check_target(levels.t, x_t, recipe)
-    mask = None if element_mask is None else checks.expand_mask(element_mask, v)
-    if order is not None:
-        v, x0 = v.permute(order), x0.permute(order)
-        noise, x_t, v_old, v_ref, mask, out = (
-            None if x is None else x.permute(order) for x in (noise, x_t, v_old, v_ref, mask, out)
-        )
-    if out is not None and not (out.is_contiguous() if cu_seqlens is not None else is_own(out)):
-        raise ValueError("out must have v's memory layout: every sample contiguous, and none over another")
-    v_old, v_ref = (None if x is None else x.detach() for x in (v_old, v_ref))
+    call = _call(v, x0, r, t, inputs, recipe, return_stats, out)
     compiling, transformed = torch.compiler.is_compiling(), under_func()
     if compiling and transformed:  # dynamo would trace past the autograd.Function, to a gradient of zero
         raise RuntimeError(
             "torch.compile cannot trace a transform of torch.func over afd_fast.nft_loss: compile the network alone, or "
             "use afd_fast.reference.nft.nft_loss"
         )
-    eager = not compiling and not transformed
-    if out is None and eager and torch.is_grad_enabled() and v.requires_grad and recipe.weighting == "none":
-        out = _empty_gradient(v)  # one sweep; inside torch.func and torch.compile this buffer would go unused
-    loss, totals, rows = _NFTLoss.apply(out, *Inputs(
-        v, x0, r, levels.t, noise, wrap_seed(seed), x_t, v_old, v_ref, coefficients, sample_mask, ref_mask, mask,
-        cu_seqlens, levels.inner, recipe.key, return_stats,
-    ))  # fmt: skip
-    if not return_stats:
-        return loss
-    policy, prior, signal, r_mean = totals.unbind()
-    named = dict(zip(STATISTICS, rows.unbind()))
-    return loss, NFTStats(policy_loss=policy, prior_loss=prior, signal=signal, r_mean=r_mean, **named)
+    out, one_sweep = call.out, recipe.weighting == "none" and recipe.form == "mse"
+    if out is None and one_sweep and not compiling and not transformed and torch.is_grad_enabled() and v.requires_grad:
+        out = operators.empty_gradient(call.inputs.v)  # inside torch.func and torch.compile it would go unused
+    loss, totals, rows = _NFTLoss.apply(out, *call.inputs)
+    return (loss, _stats(totals, rows)) if return_stats else loss
 
 
 def nft_terms(
@@ -389,7 +310,14 @@ def nft_terms(
 ) -> NFTTerms:  # fmt: skip
     """The two halves of `nft_loss`, each differentiable in v: nft_loss = policy + recipe.ref_coef * prior.
 
-    For a trainer that weighs, logs or projects their gradients apart. Arguments and errors as `nft_loss`, without out=;
-    runs in plain PyTorch, in at least float32.
+    For a trainer that weighs, logs or projects their gradients apart. Arguments and errors as `nft_loss`, without out=.
+    Under torch.func it runs in plain PyTorch.
     """
-    return reference.nft_terms(v, x0, r, t, recipe=recipe, return_stats=return_stats, **inputs)
+    recipe = as_recipe(recipe)
+    if not _is_fused(recipe) or under_func():
+        return reference.nft_terms(v, x0, r, t, recipe=recipe, return_stats=return_stats, **inputs)
+    checks.check_nft(v, x0, r, inputs)
+    checks.check_recipe(recipe, r, inputs)
+    call = _call(v, x0, r, t, inputs, replace(recipe, ref_coef=1.0), return_stats, None)
+    policy, prior, totals, rows = _NFTTerms.apply(*call.inputs)
+    return NFTTerms(policy, prior, _stats(totals, rows) if return_stats else None)

@@ -1,8 +1,8 @@
 """Fused operators of Wan's block: `norm_modulate`, `residual_norm`, `rms_norm`, `qk_norm_rope`, `qk_norm_rope_write`.
 
-On CUDA each is one Triton kernel (kernels/afd_kernels/transformer.py), on CPU the reference. They are forward
-operators for the rollout: where a gradient is wanted, and inside a transform of torch.func, the public function runs
-the reference itself, which autograd differentiates and torch.compile fuses.
+On CUDA each is one Triton kernel (kernels/afd_kernels/transformer.py), on CPU the reference. Where a gradient is wanted
+the public function runs the reference itself on the CPU and inside a transform of torch.func. On CUDA the gradient of
+the activations is one kernel too; where a weight or a modulation wants one, it is the reference again.
 
 Legend: B samples, F frames, N tokens per frame, L = F N tokens, D width, H heads, d = D / H.
 """
@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from afd_fast.ops._register import Implementation, operator
 from afd_fast.reference import transformer as reference
-from afd_fast.reference.transforms import is_tracked
+from afd_fast.reference.transforms import is_tracked, under_func
 
 
 def _operator(schema: str, cpu: Implementation, fake: Implementation) -> Implementation:
@@ -131,12 +132,133 @@ _qk_norm_rope_write = _operator(
 )
 
 
+def _residual_norm_backward_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    x, grad_x, grad_out, gate, weight, scale, eps, official = args
+    dx, dy = reference.residual_norm_backward(
+        x, grad_x, grad_out, gate, weight, scale, eps=eps, official_rounding=official
+    )
+    return dx, dy if gate is not None else x.new_empty(0)
+
+
+def _residual_norm_backward_fake(x: Tensor, dx: Any, do: Any, gate: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(x), _like(x) if gate is not None else x.new_empty(0)
+
+
+def _rms_norm_backward_cpu(x: Tensor, grad: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return reference.rms_norm_backward(x, grad, weight, eps=eps)
+
+
+def _qk_norm_rope_backward_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, eps = args
+    return reference.qk_norm_rope_backward(*tensors, eps=eps)
+
+
+def _qk_norm_rope_backward_fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(q), _like(k)
+
+
+_residual_norm_backward = _operator(
+    "residual_norm_backward(Tensor x, Tensor? grad_x, Tensor grad_normed, Tensor? gate, Tensor? weight, Tensor? scale, "
+    "float eps, bool official) -> (Tensor, Tensor)",
+    _residual_norm_backward_cpu,
+    _residual_norm_backward_fake,
+)
+_rms_norm_backward = _operator(
+    "rms_norm_backward(Tensor x, Tensor grad, Tensor weight, float eps) -> Tensor",
+    _rms_norm_backward_cpu,
+    _rms_norm_fake,
+)
+_qk_norm_rope_backward = _operator(
+    "qk_norm_rope_backward(Tensor q, Tensor k, Tensor grad_q, Tensor grad_k, Tensor weight_q, Tensor weight_k, "
+    "Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
+    _qk_norm_rope_backward_cpu,
+    _qk_norm_rope_backward_fake,
+)
+
+
+class ResidualNorm(torch.autograd.Function):
+    """`residual_norm` with gradients of x and y; the rest are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        x, _, gate, weight, _, scale, _, *ctx.settings = args
+        stream, normed = _residual_norm(*args)
+        ctx.save_for_backward(stream, gate, weight, scale)
+        ctx.set_materialize_grads(False)
+        return stream, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, gate, weight, scale = ctx.saved_tensors
+        if grad_normed is None:
+            grad_normed = torch.zeros_like(x)
+        dx, dy = _residual_norm_backward(x, grad_x, grad_normed, gate, weight, scale, *ctx.settings)
+        return dx, dx if gate is None else dy, *(None,) * 7
+
+
+class NormModulate(torch.autograd.Function):
+    """`norm_modulate` with a gradient of x; scale and shift are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, *settings: Any) -> Tensor:
+        ctx.settings = settings
+        ctx.save_for_backward(x, scale)
+        return _norm_modulate(x, scale, shift, *settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        dx = _residual_norm_backward(x, None, grad, None, None, scale, *ctx.settings)[0]
+        return dx, *(None,) * 4
+
+
+class RMSNorm(torch.autograd.Function):
+    """`rms_norm` with a gradient of x; the weight is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, official: bool) -> Tensor:
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight)
+        return _rms_norm(x, weight, eps, official)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return _rms_norm_backward(x, grad, weight, ctx.eps), None, None, None
+
+
+class QKNormRope(torch.autograd.Function):
+    """`qk_norm_rope` with gradients of q and k; the weights are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, ctx.eps, _ = args
+        ctx.save_for_backward(*tensors)
+        return _qk_norm_rope(*args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, *rest = ctx.saved_tensors
+        return *_qk_norm_rope_backward(q, k, grad_q, grad_k, *rest, ctx.eps), *(None,) * 6
+
+
+def _fused(x: Tensor, *constants: Tensor | None) -> bool:
+    """Whether the gradient is a kernel's: of activations on CUDA."""
+    return x.is_cuda and not under_func() and not any(a is not None and a.requires_grad for a in constants)
+
+
 def norm_modulate(
     x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, official_rounding: bool = True
 ) -> Tensor:
     """LayerNorm(x) (1 + scale) + shift. x: [B, L, D]; scale, shift: [B|1, F|1, D]. See the reference."""
     _check_rows("norm_modulate", x, scale, shift)
     if is_tracked(x, scale, shift):
+        if _fused(x, scale, shift):
+            return NormModulate.apply(x, scale, shift, eps, official_rounding)
         return reference.norm_modulate(x, scale, shift, eps=eps, official_rounding=official_rounding)
     return _norm_modulate(x, scale, shift, eps, official_rounding)
 
@@ -167,6 +289,8 @@ def residual_norm(
         raise ValueError(f"residual_norm: x {tuple(x.shape)} and y {tuple(y.shape)} differ")
     _check_rows("residual_norm", x, gate, scale, shift)
     if is_tracked(x, y, gate, weight, bias, scale, shift):
+        if _fused(x, gate, weight, bias, scale, shift):
+            return ResidualNorm.apply(x, y, gate, weight, bias, scale, shift, eps, official_rounding)
         return _residual_norm_cpu(x, y, gate, weight, bias, scale, shift, eps, official_rounding)
     return _residual_norm(x, y, gate, weight, bias, scale, shift, eps, official_rounding)
 
@@ -174,6 +298,8 @@ def residual_norm(
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, official_rounding: bool = True) -> Tensor:
     """x / rms(x) * weight over the last axis. See the reference."""
     if is_tracked(x, weight):
+        if _fused(x, weight):
+            return RMSNorm.apply(x, weight, eps, official_rounding)
         return reference.rms_norm(x, weight, eps=eps, official_rounding=official_rounding)
     return _rms_norm(x, weight, eps, official_rounding)
 
@@ -184,6 +310,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """RMSNorm and RoPE of q and k [B, L, D] -> [B, L, H, d]. cos, sin: [L, d / 2]. See the reference."""
     if is_tracked(q, k, weight_q, weight_k):
+        if _fused(q, weight_q, weight_k):
+            return QKNormRope.apply(q, k, weight_q, weight_k, cos, sin, eps, official_rounding)
         return reference.qk_norm_rope(q, k, weight_q, weight_k, cos, sin, eps=eps, official_rounding=official_rounding)
     return _qk_norm_rope(q, k, weight_q, weight_k, cos, sin, eps, official_rounding)
 

@@ -182,10 +182,12 @@ def nft_terms(
         drift, nothing = (p.v - p.v_old).square(), torch.zeros_like(p.r)
         average = lambda x: x.mean() if len(x) else x.sum()
         stats = NFTStats(
-            policy, prior, pos, neg, each.w_pos, each.w_neg, prior_each, p.sum(drift) / p.elements, average(signal),
-            p.plain_sum(p.v.square()).sqrt(), nothing if p.v_ref is None else p.plain_sum(p.v_ref.square()).sqrt(),
-            p.max(drift), nothing if p.v_ref is None else p.sum((p.v_old - p.v_ref).square()) / p.elements,
-            p.sum(p.x0.square()) / p.elements, p.max(p.x0.square()), average(p.r),
+            policy_loss=policy, prior_loss=prior, pos_loss=pos, neg_loss=neg, weight_pos=each.w_pos, weight_neg=each.w_neg,
+            prior=prior_each, old_deviation=p.sum(drift) / p.elements, signal=average(signal),
+            v_norm=p.plain_sum(p.v.square()).sqrt(),
+            v_ref_norm=nothing if p.v_ref is None else p.plain_sum(p.v_ref.square()).sqrt(), old_deviation_max=p.max(drift),
+            old_prior=nothing if p.v_ref is None else p.sum((p.v_old - p.v_ref).square()) / p.elements,
+            x0_square=p.sum(p.x0.square()) / p.elements, x0_square_max=p.max(p.x0.square()), r_mean=average(p.r),
         )  # fmt: skip
     return NFTTerms(policy, prior, NFTStats(*(x.detach() for x in stats)))
 
@@ -224,14 +226,14 @@ def nft_loss(
 
 def nft_grad(
     v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, *, recipe: RecipeName | NFTRecipe = "afd",
-    **inputs: Unpack[NFTInputs],
+    scales: tuple[float, float] = (1.0, 1.0), **inputs: Unpack[NFTInputs],
 ) -> Tensor:  # fmt: skip
-    """d nft_loss / d v in closed form, in the working dtype; arguments as `nft_loss`."""
+    """d nft_loss / d v in closed form, in the working dtype, with policy and prior times `scales`; arguments as `nft_loss`."""
     recipe = as_recipe(recipe)
     p = prepare(v.detach(), x0, r, t, recipe, inputs)
     policy = _policy_terms(p, recipe)
     size = p.elements if recipe.sample_reduction == "mean" else 1
-    scale = recipe.factor * p.sample_weight
+    scale = scales[0] * recipe.factor * p.sample_weight
     if policy.at_limit is not None:
         scale = torch.where(policy.at_limit, 0, scale)
     pos, neg = policy.energies
@@ -268,5 +270,5 @@ def nft_grad(
         by_r = p.r_each if p.r_each is not None else p.spread(p.r)
         gap = by_r * gap if recipe.ref_weight == "r" else gap
         gap = gap if p.weights is None else p.weights * gap
-        grad = grad + p.spread(2 * recipe.ref_coef / size * p.ref_weight) * gap
+        grad = grad + p.spread(scales[1] * 2 * recipe.ref_coef / size * p.ref_weight) * gap
     return grad

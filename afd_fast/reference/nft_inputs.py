@@ -227,14 +227,14 @@ class Prepared(NamedTuple):
         x = x.reshape(x.shape[0], x[0].numel() if len(x) else 0).sum(1)
         return x if self.rows is None else torch.zeros_like(self.r).index_add(0, self.rows, x)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """Like v -> [B], weighted."""
-        return self.plain_sum(x if self.weights is None else self.weights * x)
-
     def max(self, x: Tensor) -> Tensor:
         """Like v, nowhere negative -> [B]."""
         x = x.reshape(x.shape[0], -1).amax(1) if x.numel() else x.new_zeros(x.shape[0])
         return x if self.rows is None else torch.zeros_like(self.r).scatter_reduce(0, self.rows, x, "amax")
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Like v -> [B], weighted."""
+        return self.plain_sum(x if self.weights is None else self.weights * x)
 
 
 def _target(x0: Tensor, t: Tensor, source: NoisedState, recipe: NFTRecipe) -> Tensor:
@@ -320,6 +320,7 @@ def prepare(v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, recipe: NFTReci
         keep = mask != 0  # what does not count may be NaN
         wide, clean, old, target = (torch.where(keep, x, 0) for x in (wide, clean, old, target))
         ref = None if ref is None else torch.where(keep, ref, 0)
+        r = torch.where(keep, r, 0) if r.ndim > 1 else r
         weights = mask.to(work) if mask.is_floating_point() else None
         elements = (keep if weights is None else weights).reshape(len(x0), -1).sum(1).to(work)
         elements = elements if rows is None else elements.new_zeros(samples).index_add(0, rows, elements)

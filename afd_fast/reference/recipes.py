@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Literal, TypedDict
 
-import torch
 from typing_extensions import Unpack
 
 from afd_fast.errors import check_fields
@@ -177,7 +176,6 @@ RECIPES: dict[str, NFTRecipe] = {
 }
 
 
-@torch.compiler.assume_constant_result  # inside a compiled function it is called once, when that is traced
 def nft_recipe(name: RecipeName, **overrides: Unpack[RecipeFields]) -> NFTRecipe:
     """A named recipe with some fields replaced. ValueError names the nearest match of an unknown name or field."""
     if name not in RECIPES:
@@ -192,11 +190,19 @@ def nft_recipe(name: RecipeName, **overrides: Unpack[RecipeFields]) -> NFTRecipe
     return replace(RECIPES[name], **overrides) if overrides else RECIPES[name]
 
 
+# torch.compile calls it once, while it traces; the decorator torch.compiler.assume_constant_result would import Dynamo
+nft_recipe._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def as_recipe(recipe: RecipeName | NFTRecipe) -> NFTRecipe:
     """The recipe itself, or the one of that name."""
     if not isinstance(recipe, (str, NFTRecipe)):
         raise TypeError(f"recipe must be a name or an NFTRecipe, got {type(recipe).__name__}")
-    return nft_recipe(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(recipe, NFTRecipe):
+        return recipe
+    return (
+        RECIPES[recipe] if recipe in RECIPES else nft_recipe(recipe)
+    )  # read, not called: PyTorch 2.6 traces only that
 
 
 @functools.lru_cache(256)

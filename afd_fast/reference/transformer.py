@@ -139,6 +139,49 @@ def qk_norm_rope(
     return one(q, weight_q), one(k, weight_k)
 
 
+def residual_norm_backward(
+    x: Tensor, grad_x: Tensor | None, grad_normed: Tensor, gate: Tensor | None, weight: Tensor | None,
+    scale: Tensor | None, *, eps: float = 1e-6, official_rounding: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of `residual_norm`'s x and y, [B, L, D] each, from those of its results; x is its x'. Computed in float32
+    and rounded once. Without a scale or a weight the norm has none."""
+    wide = _wide(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normed, g = centred * rstd, _wide(grad_normed)
+    if weight is not None:
+        g = g * _wide(weight)
+    if scale is not None:
+        factor = _wide(1 + scale if official_rounding else 1 + _wide(scale))
+        g = (g.unflatten(1, (scale.shape[1], -1)) * factor[:, :, None]).flatten(1, 2)
+    g = rstd * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
+    if grad_x is not None:
+        g = g + _wide(grad_x)
+    if gate is None:
+        return g.to(x.dtype), g.to(x.dtype)
+    return g.to(x.dtype), (g.unflatten(1, (gate.shape[1], -1)) * _wide(gate)[:, :, None]).flatten(1, 2).to(x.dtype)
+
+
+def rms_norm_backward(x: Tensor, grad: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """The gradient of `rms_norm`'s x, in float32 and rounded once."""
+    wide, g = _wide(x), _wide(grad) * _wide(weight)
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (r * (g - wide * (r * r * (g * wide).mean(-1, keepdim=True)))).to(x.dtype)
+
+
+def qk_norm_rope_backward(
+    q: Tensor, k: Tensor, grad_q: Tensor, grad_k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor,
+    *, eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of `qk_norm_rope`'s q and k [B, L, D] from those of its results [B, L, H, d]: turned back, then the norm's."""
+
+    def one(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        turned = apply_rope(_wide(grad), cos, -sin).flatten(2)
+        return rms_norm_backward(x, turned, weight, eps=eps)
+
+    return one(q, grad_q, weight_q), one(k, grad_k, weight_k)
+
+
 def ring_slot(frame: int, window: int | None, sink: int) -> int:
     """Cache slot of an absolute frame: sink frames stay, the others rotate through the remaining slots."""
     if window is None or frame < sink:

@@ -152,7 +152,8 @@ class _LoraProduct(torch.autograd.Function):
 @functools.cache
 def _layer_class() -> Any:
     """PEFT's LoRA layer of a linear, with one adapter computed by `_LoraProduct`; PEFT is imported when it is needed."""
-    from peft.tuners.lora import Linear
+    with extra("train"):
+        from peft.tuners.lora import Linear
 
     class LoraLinear(Linear):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -6,9 +6,10 @@ it. A `Family` is a student with what lies between prompts, latents and pixels. 
 Legend: B samples, C channels, F latent frames, f frames of a chunk, H x W latent pixels.
 """
 
+import contextlib
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -216,6 +217,29 @@ class Family:
         return next(self.student.parameters()).device
 
 
+def check_device(name: str | None) -> None:
+    """ConfigError unless it is None or a device of PyTorch's that holds numbers."""
+    if name is None:
+        return
+    try:
+        found = torch.device(name).type
+    except RuntimeError:
+        found = "meta"
+    if found == "meta":
+        raise ConfigError(f"device must be one of PyTorch's, such as cuda:1, got {name!r}")
+
+
+@contextlib.contextmanager
+def placing(setting: str, device: str | None) -> Iterator[None]:
+    """ConfigError that names the setting where the device it asks for is not there."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        if device is None:
+            raise
+        raise ConfigError(f"{setting}={device}: {str(error).splitlines()[0]}") from None
+
+
 @dataclass(frozen=True)
 class StudentConfig:
     """Which student, how large its videos are, and how much of it is trained.
@@ -225,7 +249,10 @@ class StudentConfig:
     frames: latent frames of a Wan student's videos; none: 21, which are 81 frames of video.
     height: latent rows of a Wan student's videos; none: 60, which are 480 pixels.
     width: latent columns of a Wan student's videos; none: 104, which are 832 pixels.
-    lora_rank: rank of the adapters; 0: every weight is trained, in float32, against a frozen copy.
+    lora_rank: rank of the adapters; 0: every weight is trained, against a frozen copy; a half-precision student
+        computes in its dtype and is trained in float32.
+    device: where the family lives, such as cuda:1 or cpu; none: a Wan student on the GPU where there is one, the embedded one on the
+        CPU.
     gradient_checkpointing: recompute a Wan student's blocks in backward, with update.history=teacher_forcing or block_causal.
     """
 
@@ -235,13 +262,15 @@ class StudentConfig:
     height: int | None = None
     width: int | None = None
     lora_rank: int = 16
+    device: str | None = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_at_least(self, 1, "frames", "height", "width")
         check_at_least(self, 0, "lora_rank")
-        unused = [f.name for f in fields(self) if f.name not in ("name", "lora_rank", *entry(self.name).keys)]
+        check_device(self.device)
+        unused = [f.name for f in fields(self) if f.name not in ("name", "lora_rank", "device", *entry(self.name).keys)]
         for name in unused:
             if getattr(self, name) != getattr(StudentConfig, name):
                 raise ConfigError(f"{name} has no meaning for the student {self.name!r}: leave it out")
@@ -280,9 +309,11 @@ def entry(name: str) -> FamilyEntry:
 
 
 def family(config: StudentConfig, *, chunk: int, seed: int = 0) -> Family:
-    """The family a configuration names, on this process's GPU or the CPU. seed: of random weights ("tiny")."""
+    """The family a configuration names, on `config.device`. seed: of random weights ("tiny"). ConfigError for a device that
+    is not there."""
     make = entry(config.name).make
     if isinstance(make, str):
         module, function = make.split(":")
         make = getattr(importlib.import_module(module), function)
-    return make(config, chunk, seed)
+    with placing("student.device", config.device):
+        return make(config, chunk, seed)

@@ -32,9 +32,15 @@ class CachedTeacher:
 
     def __call__(self, prompt: str, seed: int) -> Tensor:
         path = self.path(prompt, seed)
-        if path.exists() and _readable(path):
-            self.hits += 1
-            return self._fitted(path, prompt)
+        if path.exists():
+            try:
+                video = self._fitted(path, prompt)
+            except VideoError:
+                if _readable(path):  # it is whole and does not fit: another one would not either
+                    raise
+            else:
+                self.hits += 1
+                return video
         self.misses += 1
         video = checked(self.teacher(prompt, seed), prompt, seed)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -31,14 +31,24 @@ class BatchPlan:
     shards: int
 
 
+def shown(pixels: Tensor, device: torch.device | str) -> Tensor:
+    """Pixels on a device, uint8 as float32 in [0, 1]."""
+    pixels = pixels.to(device)
+    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+
+
 @dataclass
 class Shard:
     """A part of an iteration's batch: b rows grouped by prompt, with its own random numbers (`index`)."""
 
     index: int
     prompts: list[str]
-    teacher: Tensor  # [b, 3, F, H, W] in [0, 1]
+    pixels: Tensor  # of the teacher's videos [b, 3, F, H, W], uint8 (or floats in [0, 1])
     picks: list[int] = field(default_factory=list)  # which of its prompt's videos each row's teacher video is
+
+    def teacher(self, device: torch.device | str) -> Tensor:
+        """The teacher's videos [b, 3, F, H, W] in [0, 1] on a device; a quarter of the bytes goes there."""
+        return shown(self.pixels, device)
 
     @property
     def keys(self) -> list[Request]:
@@ -63,9 +73,8 @@ class TeacherVideos:
         return torch.stack([deliver(checked(self.teacher(p, s), p, s)[None], self.codec_crf)[0] for p, s in asked])
 
     def picked(self, requests: Iterable[Request]) -> Tensor:
-        """Videos [B, 3, F, H, W] in [0, 1] by prompt and number, which goes round among a prompt's M."""
-        found = [self.videos[p][i % len(self.videos[p])] for p, i in requests]
-        return torch.stack(found).float() / 255
+        """Videos [B, 3, F, H, W], uint8, by prompt and number, which goes round among a prompt's M."""
+        return torch.stack([self.videos[p][i % len(self.videos[p])] for p, i in requests])
 
     def batch(self, plan: BatchPlan, step: int, shards: Iterable[int]) -> list[Shard]:
         """The named shards of iteration `step`: K rows for each of P prompts, a random teacher video for each row.

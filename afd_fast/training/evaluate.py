@@ -36,7 +36,7 @@ SAMPLE_PROMPTS, SAMPLES_PER_PROMPT, SAMPLE_COLUMNS = 8, 2, 4  # shown in the rep
 
 @dataclass
 class References:
-    """Teacher clips [N, 3, F, H, W] that the student's are compared with: of the held-out prompts, and of the same
+    """Teacher clips [N, 3, F, H, W] uint8 that the student's are compared with: of the held-out prompts, and of the same
     prompts in the domain the base student knows (None where there is no other domain)."""
 
     held_out: Tensor
@@ -51,21 +51,21 @@ class Evaluator:
         self.judge = JUDGES[data.teacher.judge]
         self.familiar = data.teacher.familiar(data.held_out)
         self.references = self._references(track) if run.ranks.lead else None
-        self.sample: Tensor | None = None  # [3, F, H, W] of the last evaluation
+        self.sample: Tensor | None = None  # [3, F, H, W] uint8 of the last evaluation
 
     def _references(self, track: Track) -> References:
         if not self.judge.free_reference:
-            return References(torch.cat([self.data.videos[p] for p in self.data.held_out]).float() / 255, None)
+            return References(torch.cat([self.data.videos[p] for p in self.data.held_out]), None)
         familiar = self._reference(self.familiar, track) if self.familiar else None
         return References(self._reference(self.data.held_out, track), familiar)
 
     def _reference(self, prompts: Sequence[str], track: Track) -> Tensor:
         pairs = [Request(p, REFERENCE_SEEDS + i) for i in range(REFERENCE_CLIPS) for p in prompts]
-        return torch.cat([self.data.clips([p], [s]) for p, s in track(pairs, "judge's reference videos")])
+        return torch.cat([to_uint8(self.data.clips([p], [s])) for p, s in track(pairs, "judge's reference videos")])
 
     def student_clips(self, per_prompt: int, prompts: Sequence[str] | None = None) -> Tensor:
-        """Rollouts [n * P, 3, F, H, W] of the averaged student on held-out prompts (all of them n times), with the same
-        noise at every call; of a stream its last clip."""
+        """Rollouts [n * P, 3, F, H, W] uint8 of the averaged student on held-out prompts (all of them n times), with the
+        same noise at every call; of a stream its last clip."""
         run, family = self.run, self.run.family
         names = list(prompts or self.data.held_out) * per_prompt
         size, videos = run.config.evaluation.batch or len(names), []
@@ -73,7 +73,7 @@ class Evaluator:
         for number, start in enumerate(range(0, len(names), size)):
             rng = generator(0, 0, "evaluation", number)
             latents = sample_policy(run, names[start : start + size], rng, average=True, frames=length)
-            videos.append(clip(run, latents, length - family.latents.frames).cpu())
+            videos.append(to_uint8(clip(run, latents, length - family.latents.frames)).cpu())
         return torch.cat(videos)
 
     @contextlib.contextmanager
@@ -117,13 +117,19 @@ class Evaluator:
         discriminator was before training."""
         run, held = self.run, self.data.held_out
         keys = [Request(p, i % len(self.data.videos[p])) for i, p in enumerate(prompts)]
-        teacher = run.encoded(keys, self.data.picked(keys))
-        student = run.discriminator.encode(clips.to(run.discriminator_device))
-        scores = run.discriminator.score(student, prompts).cpu()
-        of_teacher = run.discriminator.score(teacher, prompts).cpu()
+        size, mine, theirs = run.config.evaluation.batch or len(prompts), [], []
+        before: list[dict[str, Tensor]] = []
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            teacher = run.encoded(keys[part], self.data.picked(keys[part]))
+            student = run.discriminator.encode((clips[part].float() / 255).to(run.discriminator_device))
+            mine.append(run.discriminator.score(student, prompts[part]).cpu())
+            theirs.append(run.discriminator.score(teacher, prompts[part]).cpu())
+            before.append(run.discriminator.reference_scores(student, prompts[part]))
+        scores, of_teacher = torch.cat(mine), torch.cat(theirs)
         row: Scores = {"held_out_accuracy": (of_teacher > scores).float().mean().item()}
-        for name, values in run.discriminator.reference_scores(student, prompts).items():
-            row[f"reference_{name}"] = values.mean().item()
+        for name in before[0]:
+            row[f"reference_{name}"] = torch.cat([found[name] for found in before]).mean().item()
         if self.judge.fault is not None and run.config.evaluation.rollouts > 1:
             fault = self.judge.fault(clips.numpy(), prompts)
             tables = [a.reshape(-1, len(held)) for a in (scores.numpy(), -fault)]
@@ -140,7 +146,7 @@ class Evaluator:
             return self.judge(reference, [], reference)
         prompts = held * count
         seeds = [TEACHER_ROW_SEEDS + i // len(held) for i in range(len(prompts))]
-        return self.judge(self.data.clips(prompts, seeds), prompts, reference)
+        return self.judge(to_uint8(self.data.clips(prompts, seeds)), prompts, reference)
 
     # -- what a run leaves -----------------------------------------------------------------------------------
 
@@ -169,6 +175,6 @@ class Evaluator:
         teacher = [
             torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for p in shown]) for i in range(count)
         ]
-        clips = {"base": to_uint8(base), "student": to_uint8(student), "teacher": torch.stack(teacher)}
+        clips = {"base": base, "student": student, "teacher": torch.stack(teacher)}
         about = {"prompts": json.dumps(shown), "fps": json.dumps(self.run.family.video.fps)}
         save_file({name: x.contiguous() for name, x in clips.items()}, path, about)

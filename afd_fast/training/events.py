@@ -33,7 +33,7 @@ class EventFile:
         self._add(Event(step=step, summary=Summary(value=shown)))
 
     def video(self, tag: str, video: Tensor, fps: float, step: int) -> None:
-        """A video [3, F, H, W] in [0, 1]."""
+        """A video [3, F, H, W], in [0, 1] or uint8."""
         image = Summary.Image(
             encoded_image_string=gif(video, fps), height=video.shape[2], width=video.shape[3], colorspace=3
         )

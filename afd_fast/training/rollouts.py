@@ -65,6 +65,16 @@ def sample(run: Run, shard: Shard, active: range | None = None) -> Rollouts:
     return Rollouts(shard.index, shard.prompts, latents, repeated, active)
 
 
+def beside(rng: torch.Generator, device: torch.device) -> torch.Generator:
+    """What draws a rollout's noise on the student's device: rng itself on the CPU, elsewhere a generator with a seed drawn
+    from rng, so that the rollouts of one rng (a stream's prefix, its continuation, the next prompt's) have noise of their own.
+    """
+    if device.type == "cpu":
+        return rng
+    seed = int(torch.randint(2**63 - 1, (), generator=rng))
+    return torch.Generator(device).manual_seed(seed)
+
+
 def sample_policy(
     run: Run,
     prompts: Sequence[str],
@@ -80,8 +90,7 @@ def sample_policy(
     channels, length, height, width = family.latents
     noise = torch.randn(len(prompts), channels, frames or length, height, width, generator=rng, dtype=torch.float32)
     noise = noise.to(next(student.parameters()))
-    if noise.is_cuda:
-        rng = torch.Generator(noise.device).manual_seed(rng.initial_seed())
+    rng = beside(rng, noise.device)
     weights = run.state.ema.applied(student) if average else contextlib.nullcontext()
     with torch.no_grad(), weights:
         shared = history is not None and len(history) < len(prompts)  # a prefix run once needs its one prompt

@@ -11,7 +11,7 @@ from afd_fast.config import TrainConfig
 from afd_fast.discriminators.discriminator import Clips, Discriminator, FeatureCache
 from afd_fast.rollout import RolloutConfig
 from afd_fast.students.student import Family
-from afd_fast.teachers.dataset import Shard
+from afd_fast.teachers.dataset import Shard, shown
 from afd_fast.teachers.teacher import Request
 from afd_fast.training.distributed import Ranks
 from afd_fast.training.state import TrainState, generator
@@ -90,10 +90,11 @@ class Run:
 
     def teacher_clips(self, shard: Shard) -> Clips:
         """The teacher's clips [b] of a shard on the discriminator's device; encoded once per run where it keeps features."""
-        return self.encoded(shard.keys, shard.teacher)
+        return self.encoded(shard.keys, shard.pixels)
 
-    def encoded(self, keys: list[Request], videos: torch.Tensor) -> Clips:
-        """Teacher videos [B, 3, F, H, W] as the discriminator takes them; keys: what identifies each."""
-        if self.features is None or len(keys) != len(videos):
-            return videos.to(self.discriminator_device)
-        return self.features(keys, videos.__getitem__, self.discriminator_device)
+    def encoded(self, keys: list[Request], pixels: torch.Tensor) -> Clips:
+        """Teacher videos [B, 3, F, H, W], uint8, as the discriminator takes them; keys: what identifies each."""
+        home = self.discriminator_device
+        if self.features is None or len(keys) != len(pixels):
+            return shown(pixels, home)
+        return self.features(keys, lambda i: shown(pixels[i], home), home)

@@ -1,9 +1,10 @@
 """Everything a run changes, and how its random numbers are drawn."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,24 +32,50 @@ def generator(seed: int, step: int, purpose: str, shard: int = 0) -> torch.Gener
     return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
-class EMA:
-    """Exponential moving average of the trained parameters."""
+class Masters:
+    """The trained parameters of a half-precision network in float32, in which an update of 1e-5 is not lost: what the
+    optimiser and the average see. Gradients arrive in the network's dtype and add up here in float32."""
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.shadow = {name: p.detach().clone() for name, p in trainable(model).items()}
+    def __init__(self, model: nn.Module):
+        self.copies = trainable(model)
+        self.weights = {name: nn.Parameter(p.detach().float()) for name, p in self.copies.items()}
+        for name, p in self.copies.items():
+            p.register_post_accumulate_grad_hook(partial(self._take, self.weights[name]))
+
+    @staticmethod
+    def _take(master: nn.Parameter, p: Tensor) -> None:
+        """Move a gradient that has arrived at p to its master."""
+        assert p.grad is not None
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """shadow <- decay * shadow + (1 - decay) * parameters."""
-        for name, p in trainable(model).items():
+    def publish(self) -> None:
+        """The network's weights are the masters, rounded."""
+        for name, p in self.copies.items():
+            p.copy_(self.weights[name])
+
+
+class EMA:
+    """Exponential moving average of the trained weights."""
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], decay: float):
+        self.decay = decay
+        self.shadow = {name: p.detach().clone() for name, p in weights.items()}
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """shadow <- decay * shadow + (1 - decay) * weights."""
+        for name, p in weights.items():
             self.shadow[name].lerp_(p, 1 - self.decay)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """The averaged weights inside the block, the trained ones again after it."""
         parameters = trainable(model)
-        kept = {name: p.detach().clone() if isinstance(p, DTensor) else p.data for name, p in parameters.items()}
+        kept = {
+            name: p.data if self._swaps(p, self.shadow[name]) else p.detach().clone() for name, p in parameters.items()
+        }
         self._put(parameters, self.shadow)
         try:
             yield
@@ -56,13 +83,17 @@ class EMA:
             self._put(parameters, kept)
 
     @staticmethod
+    def _swaps(p: Tensor, value: Tensor) -> bool:
+        """Whether p can take the value's memory: not where FSDP gathers from p's own, nor where the value is rounded."""
+        return not isinstance(p, DTensor) and p.dtype == value.dtype
+
     @torch.no_grad()
-    def _put(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    def _put(self, parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
         for name, p in parameters.items():
-            if isinstance(p, DTensor):  # FSDP gathers from this very memory
-                p.copy_(values[name])
-            else:
+            if self._swaps(p, self.shadow[name]):
                 p.data = values[name]
+            else:
+                p.copy_(values[name])
 
 
 class Trained(NamedTuple):
@@ -76,7 +107,8 @@ class Trained(NamedTuple):
 @dataclass
 class TrainState:
     """The family with its student (adapters in place), the average, discriminator, optimisers, reward statistics,
-    iterations done. reference: the frozen initial student where there are no adapters to switch off."""
+    iterations done. reference: the frozen initial student where there are no adapters to switch off. masters: of a
+    half-precision student that is trained itself."""
 
     family: Family
     ema: EMA
@@ -85,6 +117,7 @@ class TrainState:
     disc_optimizer: torch.optim.AdamW
     tracker: PerPromptStatTracker
     reference: StudentModule | None = None
+    masters: Masters | None = None
     pair_r: list[float] = field(default_factory=list)  # of the last iterations, for the trainer's watch
     step: int = 0
 
@@ -92,10 +125,20 @@ class TrainState:
     def student(self) -> StudentModule:
         return self.family.student
 
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The student's trained weights as the optimiser sees them."""
+        return trainable(self.student) if self.masters is None else self.masters.weights
+
+    def publish(self) -> None:
+        """Bring what has changed in `weights` to the student."""
+        if self.masters is not None:
+            self.masters.publish()
+
     def trained(self) -> dict[str, Trained]:
         """By the network's name in a checkpoint."""
         return {
-            "student": Trained(trainable(self.student), self.optimizer, "optimizer"),
+            "student": Trained(self.weights, self.optimizer, "optimizer"),
             "discriminator": Trained(trainable(self.discriminator), self.disc_optimizer, "disc_optimizer"),
         }
 
@@ -125,6 +168,7 @@ class TrainState:
                 p.copy_(saved[name][n])
                 if n in saved[key]:
                     optimizer.state[p] = {k: x.to(p.device) if x.ndim else x for k, x in saved[key][n].items()}
+        self.publish()
         for name, average in self.ema.shadow.items():
             average.copy_(saved["ema"][name])
         for group in self.disc_optimizer.param_groups:
@@ -160,28 +204,33 @@ def _blank_moments(p: Tensor) -> dict[str, Tensor]:
 
 def new_state(config: TrainConfig, family: Family, discriminator: Discriminator | None = None) -> TrainState:
     """A fresh run; deterministic in config.seed. The family's student gets its adapters; with student.lora_rank=0 all
-    of it is trained, in float32. discriminator: in place of the one that the configuration names."""
+    of it is trained: it computes in its dtype, its `Masters` are float32. discriminator: in place of the one that the
+    configuration names."""
     torch.manual_seed(config.seed)
-    student, rank, reference = family.student, config.student.lora_rank, None
+    student, rank, reference, masters = family.student, config.student.lora_rank, None, None
     config.check_stream(family.latents.frames)
     if rank and not family.lora_targets:
         raise ConfigError(f"the family {family.name!r} names no layers for adapters: set student.lora_rank=0")
+    half = not rank and all(p.dtype.itemsize == 2 for p in student.parameters())
     if rank:
         add_lora(student, rank, list(family.lora_targets))
     else:
-        reference = copy.deepcopy(student.float()).requires_grad_(False)
+        reference = copy.deepcopy(student if half else student.float()).requires_grad_(False)
         student.requires_grad_()
     if config.fsdp and dist.is_initialized():
         for module in (student, reference):
             if module is not None:
                 shard_parameters(module)
+    if half:
+        masters = Masters(student)
+    weights = trainable(student) if masters is None else masters.weights
     update, critic = config.update, config.discriminator
     discriminator = discriminator or new_discriminator(critic, family.video, family.device)
     return TrainState(
         family=family,
-        ema=EMA(student, update.ema),
+        ema=EMA(weights, update.ema),
         optimizer=torch.optim.AdamW(
-            groups(trainable(student)), update.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=update.weight_decay
+            groups(weights), update.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=update.weight_decay
         ),
         discriminator=discriminator,
         disc_optimizer=torch.optim.AdamW(
@@ -189,6 +238,7 @@ def new_state(config: TrainConfig, family: Family, discriminator: Discriminator 
         ),
         tracker=PerPromptStatTracker(config.global_std),
         reference=reference,
+        masters=masters,
     )
 
 

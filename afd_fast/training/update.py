@@ -229,11 +229,12 @@ def with_references(run: Run, inputs: LossInputs, context: Context, active: rang
 
 def optimise(run: Run) -> float:
     """The student's optimiser and EMA step on what all ranks have in `.grad`; returns the gradient's norm."""
-    state, parameters = run.state, trainable(run.family.student)
+    state, parameters = run.state, run.state.weights
     run.ranks.sum_gradients(parameters.values())
     grad_norm = clip_gradients(parameters, run.config.update.grad_norm, state.step)
     state.optimizer.step()
-    state.ema.update(run.family.student)
+    state.publish()
+    state.ema.update(parameters)
     return grad_norm
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from afd_kernels.layout import MAXIMA, Row, Slot, Total
 
-# A kernel reads globals only as constexpr. S_: a slot of the sums, BIT_: its bit in SUMS, R_: a row, T_: a total.
+# A kernel reads globals only as constexpr. S_: a slot of the sums, R_: a row, T_: a total.
 S_SIZE = tl.constexpr(Slot.SIZE.value)
 S_SIZE_GAP = tl.constexpr(Slot.SIZE_GAP.value)
 S_POS = tl.constexpr(Slot.POS.value)
@@ -20,12 +20,13 @@ S_V = tl.constexpr(Slot.V.value)
 S_REF = tl.constexpr(Slot.REF.value)
 S_X0 = tl.constexpr(Slot.X0.value)
 S_OLD_REF = tl.constexpr(Slot.OLD_REF.value)
+S_R_POS = tl.constexpr(Slot.R_POS.value)
+S_R_NEG = tl.constexpr(Slot.R_NEG.value)
+S_R_PRIOR = tl.constexpr(Slot.R_PRIOR.value)
+S_R = tl.constexpr(Slot.R.value)
 S_X0_MAX = tl.constexpr(Slot.X0_MAX.value)
 S_DRIFT_MAX = tl.constexpr(Slot.DRIFT_MAX.value)
 FIRST_MAX = tl.constexpr(MAXIMA.value)
-BIT_POS = tl.constexpr(Slot.POS.bit)
-BIT_PRIOR = tl.constexpr(Slot.PRIOR.bit)
-BIT_KEPT = tl.constexpr(Slot.KEPT.bit)
 R_POS_LOSS = tl.constexpr(Row.POS_LOSS.value)
 R_NEG_LOSS = tl.constexpr(Row.NEG_LOSS.value)
 R_WEIGHT_POS = tl.constexpr(Row.WEIGHT_POS.value)
@@ -105,17 +106,48 @@ def _highest(sums_ptr, samples, total: tl.constexpr, most: tl.constexpr, o, m):
 
 
 @triton.jit
+def _divisor(x):
+    return tl.where(x == 0.0, 1.0, x)
+
+
+@triton.jit
 def finish_kernel(
-    sums_ptr, r_ptr, valid_ptr, chosen_ptr, cu_ptr, loss_ptr, totals_ptr, rows_ptr, count: tl.int64,
-    length: tl.int64, samples: tl.int32, beta: tl.float32, ref_coef: tl.float32, factor: tl.float32, floor: tl.float32, ADAPTIVE: tl.constexpr, SAMPLE_MEAN: tl.constexpr, BATCH_MEAN: tl.constexpr,
-    BY_R: tl.constexpr, EMPTY_ALL: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_CHOSEN: tl.constexpr, HAS_MASK: tl.constexpr, SUMS: tl.constexpr,
-    STATS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    sums_ptr, r_ptr, valid_ptr, chosen_ptr, policy_weight_ptr, prior_weight_ptr, cu_ptr, loss_ptr, totals_ptr, rows_ptr,
+    count: tl.int64, length: tl.int64, samples: tl.int32, beta: tl.float32, ref_coef: tl.float32, factor: tl.float32,
+    floor: tl.float32, dpo_beta: tl.float32, ADAPTIVE: tl.constexpr, SHARED: tl.constexpr, DPO: tl.constexpr,
+    SAMPLE_MEAN: tl.constexpr, BATCH_MEAN: tl.constexpr, REF_BATCH: tl.constexpr, BY_R: tl.constexpr,
+    EMPTY_ALL: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_CHOSEN: tl.constexpr, HAS_POLICY: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_EACH: tl.constexpr, FINAL: tl.constexpr, STATS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums per sample -> loss, totals and rows, in float64. SUMS: bit mask of the slots that are known so far."""
+    """The sums per sample -> the gradient's coefficients in float64, and where FINAL also loss, totals and statistics.
+
+    Before FINAL the sums of the weights and of HAS_MASK are known, with DPO those of the errors too.
+    """
     o = tl.arange(0, BLOCK)
     m = o < samples
-    r = tl.load(r_ptr + o, mask=m, other=0.5).to(tl.float64)
+    kept = tl.zeros((BLOCK,), tl.float64) + count
+    if PACKED:
+        start, size = packed_rows(cu_ptr, o, samples, length)
+        kept = (size * count).to(tl.float64)
+        stop = tl.load(cu_ptr + o + 1, mask=m, other=0).to(tl.int64)
+        # offsets that do not rise from 0 to length leave gaps or overlap: the loss and its gradient are NaN
+        if (tl.sum(size) != length) | (tl.sum((m & (stop != start + size)).to(tl.int32)) > 0):
+            factor = float("nan")
+    if HAS_MASK:
+        kept = _sum(sums_ptr, samples, S_KEPT, o, m)
+    elements = kept
+    kept = _divisor(kept)
+    zero = tl.zeros((BLOCK,), tl.float64)
+    size = zero + 1.0
+    if SAMPLE_MEAN:
+        size = kept
+    r = zero + 0.5
+    if HAS_EACH:
+        if FINAL:
+            r = _sum(sums_ptr, samples, S_R, o, m) / kept
+    else:
+        r = tl.load(r_ptr + o, mask=m, other=0.5).to(tl.float64)
     valid = m.to(tl.float64)
     if HAS_VALID:
         valid = tl.load(valid_ptr + o, mask=m, other=0).to(tl.float64)
@@ -127,58 +159,76 @@ def finish_kernel(
     weight = valid
     rho = chosen
     if BATCH_MEAN:
-        weight = valid / tl.maximum(tl.sum(valid), 1.0)
-        rho = chosen / tl.maximum(tl.sum(chosen), 1.0)
+        weight = valid / _divisor(tl.sum(valid))
+        rho = chosen / _divisor(tl.sum(chosen))
+    if REF_BATCH:
+        rho = chosen * size / _divisor(tl.sum(chosen * elements))
+    if HAS_POLICY:
+        weight = weight * tl.load(policy_weight_ptr + o, mask=m, other=0).to(tl.float64)
+    if HAS_PRIOR:
+        rho = rho * tl.load(prior_weight_ptr + o, mask=m, other=0).to(tl.float64)
     if BY_R:
-        rho = rho * r
-    kept = tl.zeros((BLOCK,), tl.float64) + count
-    if PACKED:
-        start, size = packed_rows(cu_ptr, o, samples, length)
-        kept = (size * count).to(tl.float64)
-        stop = tl.load(cu_ptr + o + 1, mask=m, other=0).to(tl.int64)
-        # offsets that do not rise from 0 to length leave gaps or overlap: the loss and its gradient are NaN
-        if (tl.sum(size) != length) | (tl.sum((m & (stop != start + size)).to(tl.int32)) > 0):
-            factor = float("nan")
-    if HAS_MASK:
-        kept = tl.zeros((BLOCK,), tl.float64)
-        if BIT_KEPT & SUMS:
-            kept = _sum(sums_ptr, samples, S_KEPT, o, m)
-    kept = tl.maximum(kept, 1.0)
-    size = kept * 0.0 + 1.0
-    if SAMPLE_MEAN:
-        size = kept
-    w_pos = kept * 0.0 + 1.0
+        if not HAS_EACH:
+            rho = rho * r
+    w_pos = zero + 1.0
     w_neg = w_pos
-    gap = kept * 0.0  # W+ - W-
+    gap = zero  # W+ - W-
     if ADAPTIVE:
         raw = _sum(sums_ptr, samples, S_SIZE, o, m) / kept
         w_pos = tl.maximum(raw, floor)
         w_neg = w_pos
         if HAS_OLD:
-            other = raw - _sum(sums_ptr, samples, S_SIZE_GAP, o, m) / kept
-            w_neg = tl.maximum(other, floor)
-            gap = w_pos - w_neg
+            if not SHARED:
+                other = raw - _sum(sums_ptr, samples, S_SIZE_GAP, o, m) / kept
+                w_neg = tl.maximum(other, floor)
+                gap = w_pos - w_neg
+    pos = zero
+    if FINAL or DPO:
+        pos = _sum(sums_ptr, samples, S_POS, o, m) / size / w_pos
+    neg = pos
+    if HAS_OLD:
+        if FINAL or DPO:
+            neg = _sum(sums_ptr, samples, S_NEG, o, m) / size / w_neg
     k = 2.0 * beta * factor / size * weight
     pair = w_pos * w_neg
-    _row(rows_ptr, samples, R_DIFFERENCE, o, m, k * ((2.0 * r - 1.0) * (w_pos + w_neg) - gap) / (2.0 * pair))
-    _row(rows_ptr, samples, R_SUM, o, m, k * ((w_pos + w_neg) - (2.0 * r - 1.0) * gap) / (2.0 * pair))
+    difference = k * ((2.0 * r - 1.0) * (w_pos + w_neg) - gap) / (2.0 * pair)
+    total_row = k * ((w_pos + w_neg) - (2.0 * r - 1.0) * gap) / (2.0 * pair)
+    policy_each = r * pos + (1.0 - r) * neg
+    if HAS_EACH:
+        difference = k / w_pos
+        total_row = k / w_neg
+    if DPO:
+        y = dpo_beta * (2.0 * r - 1.0) / 2.0
+        z = y * (pos - neg)
+        small = tl.exp(-tl.abs(z))
+        slope = k * y * tl.where(z > 0, 1.0, small) / (1.0 + small)
+        difference = slope * (1.0 / w_pos + 1.0 / w_neg)
+        total_row = slope * (1.0 / w_pos - 1.0 / w_neg)
+        policy_each = tl.where(z < 0, 0.0, z) + tl.log(1.0 + small)  # a NaN is passed on
+    _row(rows_ptr, samples, R_DIFFERENCE, o, m, difference)
+    _row(rows_ptr, samples, R_SUM, o, m, total_row)
     _row(rows_ptr, samples, R_REFERENCE, o, m, 2.0 * ref_coef / size * rho)
-    if BIT_POS & SUMS:
-        pos = _sum(sums_ptr, samples, S_POS, o, m) / size / w_pos
-        neg = pos
-        if HAS_OLD:
-            neg = _sum(sums_ptr, samples, S_NEG, o, m) / size / w_neg
-        prior = kept * 0.0
+    if FINAL:
+        prior = zero
+        loss_prior = zero
         if HAS_REF:
-            if BIT_PRIOR & SUMS:
-                prior = _sum(sums_ptr, samples, S_PRIOR, o, m) / size
-        zero = kept * 0.0
-        policy = tl.sum(tl.where(m, weight * factor * (r * pos + (1.0 - r) * neg), 0.0))
-        total = tl.sum(tl.where(m, rho * prior, 0.0))
+            prior = _sum(sums_ptr, samples, S_PRIOR, o, m) / size
+            loss_prior = prior
+        signal_each = (2.0 * r - 1.0) * (pos + neg) / 2.0
+        if HAS_EACH:
+            r_pos = _sum(sums_ptr, samples, S_R_POS, o, m) / size / w_pos
+            r_neg = _sum(sums_ptr, samples, S_R_NEG, o, m) / size / w_neg
+            policy_each = r_pos + r_neg
+            signal_each = r_pos - pos / 2.0 + neg / 2.0 - r_neg
+            if HAS_REF:
+                if BY_R:
+                    loss_prior = _sum(sums_ptr, samples, S_R_PRIOR, o, m) / size
+        policy = tl.sum(tl.where(m, weight * factor * policy_each, 0.0))
+        total = tl.sum(tl.where(m, rho * loss_prior, 0.0))
         tl.store(loss_ptr, (policy + ref_coef * total).to(tl.float32))
         tl.store(totals_ptr + T_POLICY, policy.to(tl.float32))
         tl.store(totals_ptr + T_PRIOR, total.to(tl.float32))
-        signal = tl.sum(tl.where(m, (2.0 * r - 1.0) * (pos + neg) / 2.0, 0.0)) / samples
+        signal = tl.sum(tl.where(m, signal_each, 0.0)) / samples
         tl.store(totals_ptr + T_SIGNAL, signal.to(tl.float32))
         tl.store(totals_ptr + T_R_MEAN, (tl.sum(tl.where(m, r, 0.0)) / samples).to(tl.float32))
         _row(rows_ptr, samples, R_POS_LOSS, o, m, pos)

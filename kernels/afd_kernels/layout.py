@@ -25,8 +25,12 @@ class Slot(IntEnum):
     REF = 8  # v_ref^2
     X0 = 9  # x0^2
     OLD_REF = 10  # (v_old - v_ref)^2
-    X0_MAX = 11  # x0^2; this and the next are maxima, not sums
-    DRIFT_MAX = 12  # (v - v_old)^2
+    R_POS = 11  # r e+^2, for an r per element; so the next three
+    R_NEG = 12  # (1 - r) e-^2
+    R_PRIOR = 13  # r m (v - v_ref)^2
+    R = 14
+    X0_MAX = 15  # x0^2; this and the next are maxima, not sums
+    DRIFT_MAX = 16  # (v - v_old)^2
 
     @property
     def bit(self) -> int:
@@ -52,8 +56,8 @@ class Row(IntEnum):
     OLD_PRIOR = 9
     X0_SQUARE = 10
     X0_SQUARE_MAX = 11
-    DIFFERENCE = 12  # c+ - c-
-    SUM = 13  # c+ + c-
+    DIFFERENCE = 12  # c+ - c-; with an r per element: c+ at r = 1
+    SUM = 13  # c+ + c-; with an r per element: c- at r = 0
     REFERENCE = 14  # c_ref
 
 
@@ -76,6 +80,21 @@ class Source(IntEnum):
     SEED = 1
     X_T = 2
     CLEAN = 3  # no noise: the predictions are of x0 (space="clean")
+
+
+class Frames(IntEnum):
+    """How t and sigma lie over a sample's elements; its frames are `inner` consecutive elements each."""
+
+    ONE = 0  # one value a sample
+    LONG = 1  # a quarter of a tile meets one border at most, and no border splits the eight elements of a thread
+    SHORT = 2  # anything else: every element looks up its frame
+
+    @classmethod
+    def of(cls, frames: int, inner: int, tiles: int) -> "Frames":
+        """What `frames` values per sample of `tiles` tiles are."""
+        if frames == 1:
+            return cls.ONE
+        return cls.LONG if inner >= TILE // 4 and inner % 8 == 0 and tiles <= 2**32 * 8 // TILE else cls.SHORT
 
 
 def rows_contiguous(x: Tensor) -> bool:

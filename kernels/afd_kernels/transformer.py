@@ -133,10 +133,98 @@ def qk_norm_rope_kernel(
         tl.store(V_OUT + i_b * vo_b + target * vo_l + o, v, o < D)
 
 
-def _settings(x: torch.Tensor, official: bool) -> dict:
+@triton.jit(do_not_specialize=["L", "gate_n", "scale_n"])
+def residual_norm_backward_kernel(
+    X, GRAD_X, GRAD_OUT, GATE, SCALE, X_GRAD, Y_GRAD,
+    L, D, x_b, x_l, gx_b, gx_l, go_b, go_l, gate_b, gate_f, gate_n, scale_b, scale_f, scale_n, eps,
+    HAS_X: tl.constexpr, HAS_GATE: tl.constexpr, AFFINE: tl.constexpr, OFFICIAL: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of x and y, from x' and the gradients of x' (HAS_X) and of its norm; SCALE is the affine's weight for AFFINE."""
+    row = tl.program_id(0).to(tl.int64)
+    i_b, i_l = _sample_token(L)
+    i_t = i_l.to(tl.int32)
+    o = tl.arange(0, BLOCK)
+    m = o < D
+    dtype: tl.constexpr = X.dtype.element_ty
+    x = tl.load(X + i_b * x_b + i_l * x_l + o, m, 0.0).to(WIDE)
+    centred = tl.where(m, x - tl.sum(x, 0) / D, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+    normed = centred * rstd
+    factor = tl.load(SCALE + i_b * scale_b + (i_t // scale_n) * scale_f + o, m, 0.0).to(WIDE)
+    if not AFFINE:
+        factor = _round(1 + factor, dtype, OFFICIAL)
+    g = tl.load(GRAD_OUT + i_b * go_b + i_l * go_l + o, m, 0.0).to(WIDE) * factor
+    g = rstd * (g - tl.sum(g, 0) / D - normed * (tl.sum(g * normed, 0) / D))
+    if HAS_X:
+        g += tl.load(GRAD_X + i_b * gx_b + i_l * gx_l + o, m, 0.0).to(WIDE)
+    tl.store(X_GRAD + row * D + o, g.to(dtype), m)
+    if HAS_GATE:
+        gate = tl.load(GATE + i_b * gate_b + (i_t // gate_n) * gate_f + o, m, 0.0).to(WIDE)
+        tl.store(Y_GRAD + row * D + o, (g * gate).to(dtype), m)
+
+
+@triton.jit
+def _rms_backward_row(X, g, WEIGHT, OUT, D, eps, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of x, stored at OUT, from g of x / rms(x) * weight."""
+    o = tl.arange(0, BLOCK)
+    m = o < D
+    x = tl.load(X + o, m, 0.0).to(WIDE)
+    g = g * tl.load(WEIGHT + o, m, 0.0).to(WIDE)
+    r = 1 / tl.sqrt(tl.sum(x * x, 0) / D + eps)
+    g = r * (g - x * (r * r * (tl.sum(g * x, 0) / D)))
+    tl.store(OUT + o, g.to(OUT.dtype.element_ty), m)
+
+
+@triton.jit(do_not_specialize=["L"])
+def rms_norm_backward_kernel(
+    X, GRAD, WEIGHT, OUT, L, D, x_b, x_l, g_b, g_l, eps, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    i_b, i_l = _sample_token(L)
+    o = tl.arange(0, BLOCK)
+    g = tl.load(GRAD + i_b * g_b + i_l * g_l + o, o < D, 0.0).to(WIDE)
+    _rms_backward_row(X + i_b * x_b + i_l * x_l, g, WEIGHT, OUT + row * D, D, eps, WIDE, BLOCK)
+
+
+@triton.jit
+def _turned_back(GRAD, COS, SIN, D, HALF: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The row of gradients at GRAD with the rotation taken out."""
+    o = tl.arange(0, BLOCK)
+    even, odd = tl.split(tl.reshape(tl.load(GRAD + o, o < D, 0.0).to(WIDE), (BLOCK // 2, 2)))
+    o = tl.arange(0, BLOCK // 2)
+    cos = tl.load(COS + o % HALF, o < D // 2, 0.0)
+    sin = tl.load(SIN + o % HALF, o < D // 2, 0.0)
+    return tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), (BLOCK,))
+
+
+@triton.jit(do_not_specialize=["L"])
+def qk_norm_rope_backward_kernel(
+    Q, K, GRAD_Q, GRAD_K, WEIGHT_Q, WEIGHT_K, COS, SIN, Q_OUT, K_OUT,
+    L, D, q_b, q_l, k_b, k_l, gq_b, gq_l, gk_b, gk_l, eps, HALF: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (row, role): role 0 for q, 1 for k."""
+    row = tl.program_id(0).to(tl.int64)
+    i_b, i_l = _sample_token(L)
+    COS += i_l * HALF
+    SIN += i_l * HALF
+    if tl.program_id(1) == 0:
+        g = _turned_back(GRAD_Q + i_b * gq_b + i_l * gq_l, COS, SIN, D, HALF, WIDE, BLOCK)
+        _rms_backward_row(Q + i_b * q_b + i_l * q_l, g, WEIGHT_Q, Q_OUT + row * D, D, eps, WIDE, BLOCK)
+    else:
+        g = _turned_back(GRAD_K + i_b * gk_b + i_l * gk_l, COS, SIN, D, HALF, WIDE, BLOCK)
+        _rms_backward_row(K + i_b * k_b + i_l * k_l, g, WEIGHT_K, K_OUT + row * D, D, eps, WIDE, BLOCK)
+
+
+def _sizes(x: torch.Tensor) -> dict:
     block = triton.next_power_of_2(x.shape[-1])
     wide = tl.float64 if x.dtype == torch.float64 else tl.float32
-    return {"OFFICIAL": official, "WIDE": wide, "BLOCK": max(block, 2), "num_warps": 4 if block <= 2048 else 8}
+    return {"WIDE": wide, "BLOCK": max(block, 2), "num_warps": 4 if block <= 2048 else 8}
+
+
+def _settings(x: torch.Tensor, official: bool) -> dict:
+    return {"OFFICIAL": official, **_sizes(x)}
 
 
 def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -234,3 +322,52 @@ def qk_norm_rope_write(
     return _launch_rope(
         q, k, v, weight_q, weight_k, cos, sin, k_cache, v_cache, tokens, start_frame, window, sink, eps, official
     )
+
+
+def residual_norm_backward(x, grad_x, grad_out, gate, weight, scale, eps, official):
+    """Launcher of the operator of this name. Without a gate the second result is empty: it would equal the first."""
+    x, grad_out = _last_contiguous(x), _last_contiguous(grad_out)
+    grad_x_ = x if grad_x is None else _last_contiguous(grad_x)
+    batch, length, width = x.shape
+    x_grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y_grad = torch.empty(x.shape if gate is not None else (0,), dtype=x.dtype, device=x.device)
+    if x_grad.numel():
+        gate_, gate_b, gate_f, gate_n = _modulation(x, gate)
+        scale_, scale_b, scale_f, scale_n = (weight, 0, 0, 1) if scale is None else _modulation(x, scale)
+        with on(x):
+            residual_norm_backward_kernel[(batch * length,)](
+                x, grad_x_, grad_out, gate_, scale_, x_grad, y_grad, length, width, x.stride(0), x.stride(1),
+                grad_x_.stride(0), grad_x_.stride(1), grad_out.stride(0), grad_out.stride(1),
+                gate_b, gate_f, gate_n, scale_b, scale_f, scale_n, eps,
+                HAS_X=grad_x is not None, HAS_GATE=gate is not None, AFFINE=scale is None, **_settings(x, official),
+            )  # fmt: skip
+    return x_grad, y_grad
+
+
+def rms_norm_backward(x, grad, weight, eps):
+    """Launcher of the operator of this name; any leading axes."""
+    flat, g = (_last_contiguous(a if a.ndim == 3 else a.reshape(1, -1, a.shape[-1])) for a in (x, grad))
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel():
+        batch, length, width = flat.shape
+        with on(x):
+            rms_norm_backward_kernel[(batch * length,)](
+                flat, g, weight, out, length, width, flat.stride(0), flat.stride(1), g.stride(0), g.stride(1), eps,
+                **_sizes(x),
+            )  # fmt: skip
+    return out
+
+
+def qk_norm_rope_backward(q, k, grad_q, grad_k, weight_q, weight_k, cos, sin, eps):
+    """Launcher of the operator of this name."""
+    batch, length, width = q.shape
+    q, k, gq, gk = (_last_contiguous(a) for a in (q, k, grad_q.flatten(2), grad_k.flatten(2)))
+    outs = [torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (q, k)]
+    if q.numel():
+        strides = [n for a in (q, k, gq, gk) for n in (a.stride(0), a.stride(1))]
+        with on(q):
+            qk_norm_rope_backward_kernel[(batch * length, 2)](
+                q, k, gq, gk, weight_q, weight_k, cos.contiguous(), sin.contiguous(), *outs, length, width, *strides, eps,
+                HALF=cos.shape[1], **_sizes(q),
+            )  # fmt: skip
+    return tuple(outs)

@@ -129,6 +129,7 @@ CLONES static void noise_tile(float* e, uint32_t tile, uint32_t sample, int64_t 
 struct Run {  // elements with one t and sigma
   const char *v, *x0, *y, *old, *ref;
   const uint8_t* mask;
+  const float *weight, *each;
   char* grad;
   int64_t n;
   int32_t y_type;
@@ -153,18 +154,25 @@ INLINE void step(const AfdCall& c, Run& u, int64_t i) {
   for (const char* p : {u.v, u.x0, u.y, u.ref})  // without: 1.2 of a copy, with: 1.0 (two cores, 32 Mi elements)
     if ((TYPE == AFD_BF16 || TYPE == AFD_F16) && p) __builtin_prefetch(p + 2 * i + 768);
   U bytes = {};
+  Pair M = {}, E = {};
   if (TYPE == ANY && u.mask) {
     H pairs;
     memcpy(&pairs, u.mask + i, sizeof pairs);
     bytes = __builtin_convertvector(pairs, U);
   }
+  if (TYPE == ANY && u.weight) M = load<SPLIT>(u.weight, AFD_F32, i);
+  if (TYPE == ANY && u.each) E = load<SPLIT>(u.each, AFD_F32, i);
   for (int half = 0; half < 2; half++) {
     F v = V.x[half], x0 = X.x[half], y = Y.x[half], old = O.x[half], ref = R.x[half], ones = F{} + 1.0f;
-    if (TYPE == ANY && u.mask) {
-      I keep = ((bytes >> 8 * half) & 0xFF) != 0;
+    F r = E.x[half];
+    if (TYPE == ANY && (u.mask || u.weight)) {
+      I keep = u.mask ? ((bytes >> 8 * half) & 0xFF) != 0 : M.x[half] != 0.0f;
       v = (F)((I)v & keep); x0 = (F)((I)x0 & keep); y = (F)((I)y & keep);
-      old = (F)((I)old & keep); ref = (F)((I)ref & keep); ones = (F)((I)ones & keep);
+      old = (F)((I)old & keep); ref = (F)((I)ref & keep); r = (F)((I)r & keep);
+      ones = u.mask ? (F)((I)ones & keep) : M.x[half];
     }
+    bool weighted = TYPE == ANY && u.weight;
+    auto weigh = [&](F f) { return weighted ? ones * f : f; };
     F w;
     if (c.x0_space) {
       if (c.source != AFD_XT) {
@@ -176,25 +184,30 @@ INLINE void step(const AfdCall& c, Run& u, int64_t i) {
       w = c.source == AFD_XT ? (x0 - y) / u.t : c.source == AFD_CLEAN ? -y : x0 - y;
     }
     AfdElement<F> x = afd_element<OLD, F>(v, w, old, ref, u.k);
-    G.x[half] = x.grad;
+    G.x[half] = weigh(TYPE == ANY && u.each ? afd_dense_gradient<F>(x, r, u.k, c.ref_by_r) : x.grad);
     if (SUMS) {
       F pos = OLD ? x.a + x.d : x.a;
-      u.acc[S_POS] += pos * pos;
-      u.acc[S_PRIOR] += x.gap * x.gap;
-      F neg = OLD ? x.a - x.d : x.a;
-      if (OLD) u.acc[S_NEG] += neg * neg;
+      F gap = weigh(x.gap * x.gap), pos_square = weigh(pos * pos);
+      u.acc[S_POS] += pos_square;
+      u.acc[S_PRIOR] += gap;
+      F neg = OLD ? x.a - x.d : x.a, neg_square = OLD ? weigh(neg * neg) : pos_square;
+      if (OLD) u.acc[S_NEG] += neg_square;
       if (c.adaptive) {
-        u.acc[S_SIZE] += magnitude(pos);
-        if (OLD) u.acc[S_SIZE_GAP] += magnitude(pos) - magnitude(neg);
+        u.acc[S_SIZE] += weigh(magnitude(pos));
+        if (OLD) u.acc[S_SIZE_GAP] += weigh(magnitude(pos) - magnitude(neg));
       }
       if (TYPE == ANY) u.acc[S_KEPT] += ones;
+      if (TYPE == ANY && u.each) {
+        u.acc[S_R_POS] += r * pos_square; u.acc[S_R_NEG] += (1.0f - r) * neg_square;
+        u.acc[S_R_PRIOR] += r * gap; u.acc[S_R] += ones * r;
+      }
       if (SUMS == STATS) {
         F drift = (v - old) * (v - old), clean = x0 * x0;
-        if (OLD) u.acc[S_DRIFT] += drift, u.acc[S_DRIFT_MAX] = larger(drift, u.acc[S_DRIFT_MAX]);
+        if (OLD) u.acc[S_DRIFT] += weigh(drift), u.acc[S_DRIFT_MAX] = larger(drift, u.acc[S_DRIFT_MAX]);
         u.acc[S_V] += v * v;
-        u.acc[S_X0] += clean;
+        u.acc[S_X0] += weigh(clean);
         u.acc[S_X0_MAX] = larger(clean, u.acc[S_X0_MAX]);
-        if (u.ref) u.acc[S_REF] += ref * ref, u.acc[S_OLD_REF] += (old - ref) * (old - ref);
+        if (u.ref) u.acc[S_REF] += ref * ref, u.acc[S_OLD_REF] += weigh((old - ref) * (old - ref));
       }
     }
   }
@@ -211,6 +224,7 @@ INLINE void run(const AfdCall& given, const Run& start, double* part) {
   for (; i + STEP <= u.n; i += STEP) step<TYPE, OLD, GRAD, SUMS>(c, u, i);
   if (int64_t rest = u.n - i) {  // the last elements, padded with zeros that add nothing
     alignas(64) char v[64] = {}, x0[64] = {}, y[64] = {}, old[64] = {}, ref[64] = {}, grad[64];
+    alignas(64) float weight[STEP] = {}, each[STEP] = {};
     alignas(16) uint8_t mask[STEP] = {};
     Run tail = u;
     auto copy = [&](char* to, const char*& from, int type) {
@@ -219,6 +233,8 @@ INLINE void run(const AfdCall& given, const Run& start, double* part) {
     copy(v, tail.v, c.v_type); copy(x0, tail.x0, c.x0_type); copy(y, tail.y, u.y_type);
     copy(old, tail.old, c.old_type); copy(ref, tail.ref, c.ref_type);
     if (u.mask) memcpy(mask, u.mask + i, rest), tail.mask = mask;
+    if (u.weight) memcpy(weight, u.weight + i, rest * sizeof *weight), tail.weight = weight;
+    if (u.each) memcpy(each, u.each + i, rest * sizeof *each), tail.each = each;
     tail.grad = grad;
     tail.stream = false;
     step<TYPE, OLD, GRAD, SUMS>(c, tail, 0);
@@ -264,7 +280,7 @@ static Runner* choose(const AfdCall& c, bool grad, bool sums) {
   static Runner* const* const plain[][2] = {{f32_new, f32_old}, {bf16_new, bf16_old}, {any_new, f16_old}, {any_new, any_old}};
   static Runner* const* const stats[][2] = {{any_new_stats, f32_old_stats}, {any_new_stats, bf16_old_stats},
                                             {any_new_stats, f16_old_stats}, {any_new_stats, any_old_stats}};
-  auto row = (c.stats && sums ? stats : plain)[c.mask || !same ? (int)MIXED : type];
+  auto row = (c.stats && sums ? stats : plain)[c.mask || c.weight || c.each || !same ? (int)MIXED : type];
   return row[c.v_old != nullptr][!sums ? 0 : grad ? 2 : 1];
 }
 
@@ -292,6 +308,8 @@ static void sweep(const AfdCall& c, bool grad, bool sums) {
       u.y = c.source == AFD_SEED ? (const char*)(eps + (i - begin)) : from(c.y, c.y_type, c.y_stride);
       u.old = from(c.v_old, c.old_type, c.old_stride); u.ref = from(c.v_ref, c.ref_type, c.ref_stride);
       u.mask = c.mask ? c.mask + row * c.mask_stride + i : nullptr;
+      u.weight = c.weight ? c.weight + row * c.mask_stride + i : nullptr;
+      u.each = c.each ? c.each + row * c.mask_stride + i : nullptr;
       u.grad = (char*)(grad ? from(c.grad, c.grad_type, c.grad_stride) : nullptr);
       u.y_type = c.source == AFD_SEED ? (int)AFD_F32 : c.y_type;
       u.stream = stream && (uintptr_t)u.grad % 16 == 0;
@@ -318,7 +336,7 @@ EXPORT int afd_abi() { return sizeof(AfdCall); }
 
 // Loss, totals and rows; with c->grad also the gradient times c->scale, in the same sweep where it needs no sums first.
 EXPORT void afd_nft_loss(const AfdCall* c) {
-  bool grad = c->grad, sums_first = grad && (c->adaptive || (c->mask && c->sample_mean));
+  bool grad = c->grad, sums_first = grad && (c->adaptive || c->dpo || ((c->mask || c->weight) && (c->sample_mean || c->ref_batch)));
   if (grad && !sums_first) afd_finish(*c, false);
   sweep(*c, grad && !sums_first, true);
   afd_finish(*c, true);

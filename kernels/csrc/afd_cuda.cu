@@ -95,14 +95,14 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) one_l
     double sums[AFD_SLOTS] = {};
     for (int rank = 0; rank < CLUSTER; rank++)
       for (int s = 0; s < SUMMED; s++) sums[s] += cluster.map_shared_rank(mine, rank)[s];
-    if (cluster.block_rank() == 0) terms[b] = afd_sample(c, afd_batch(c), b, sums, 1, true);
+    if (cluster.block_rank() == 0) terms[b] = afd_sample(c, afd_batch(c, nullptr), b, sums, 1, true);
   }
   __threadfence();
   cluster.sync();  // rows are written; nobody leaves while its shared memory is read
   if (threadIdx.x < COEFFICIENTS) coefficients[threadIdx.x] = ((volatile float*)c.rows)[(R_DIFFERENCE + threadIdx.x) * c.samples + b];
   __syncthreads();
   k.difference = k.s * coefficients[0] * c.scale; k.total = k.s * coefficients[R_SUM - R_DIFFERENCE] * c.scale;
-  k.reference = k.gap * coefficients[R_REFERENCE - R_DIFFERENCE] * c.scale;
+  k.reference = k.gap * coefficients[R_REFERENCE - R_DIFFERENCE] * c.prior_scale;
   for (int64_t i = first; i < c.count; i += step) {
     Eight<S, OLD, REF> e(c, b, i, t);
     float g[VECTOR];
@@ -112,10 +112,10 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) one_l
   }
   if (threadIdx.x == 0 && cluster.block_rank() == 0 && atomicInc(ticket, (unsigned)c.samples - 1) == c.samples - 1) {
     __threadfence();  // the last sample adds the batch, in order; the ticket is back at zero
-    AfdTerms sum = {0, 0, 0};
+    AfdTerms sum = {0, 0, 0, 0};
     for (int64_t i = 0; i < c.samples; i++) {
       const volatile AfdTerms& x = terms[i];
-      sum.policy += x.policy; sum.prior += x.prior; sum.signal += x.signal;
+      sum.policy += x.policy; sum.prior += x.prior; sum.signal += x.signal; sum.r += x.r;
     }
     afd_total(c, sum);
   }
@@ -136,14 +136,14 @@ extern "C" {
 EXPORT int afd_cuda_abi() { return sizeof(AfdCall); }
 EXPORT const char* afd_cuda_error(int code) { return cudaGetErrorString((cudaError_t)code); }
 
-// Loss, totals, rows and the gradient. terms: 3 doubles a sample; ticket: one unsigned, zero before the first call.
+// Loss, totals, rows and the gradient. terms: 4 doubles a sample; ticket: one unsigned, zero before the first call.
 // cudaErrorNotSupported for a call outside what the file's head lists.
 EXPORT int afd_cuda_nft_loss(const AfdCall* c, void* terms, unsigned* ticket, void* stream) {
   bool same = c->x0_type == c->v_type && c->y_type == c->v_type && c->grad_type == c->v_type &&
               (!c->v_old || c->old_type == c->v_type) && (!c->v_ref || c->ref_type == c->v_type);
   int64_t strides = c->v_stride | c->x0_stride | c->y_stride | c->old_stride | c->ref_stride | c->grad_stride | c->count;
   uintptr_t pointers = (uintptr_t)c->v | (uintptr_t)c->x0 | (uintptr_t)c->y | (uintptr_t)c->v_old | (uintptr_t)c->v_ref | (uintptr_t)c->grad;
-  if (!same || strides % VECTOR || pointers % 16 || c->mask || c->cu || c->frames != 1 || c->source == AFD_SEED || c->source == AFD_CLEAN || c->stats ||
+  if (!same || strides % VECTOR || pointers % 16 || c->mask || c->weight || c->each || c->cu || c->frames != 1 || c->source == AFD_SEED || c->source == AFD_CLEAN || c->stats ||
       (c->v_type != AFD_F32 && c->v_type != AFD_BF16) ||
       c->samples < 1 || c->samples > 65535)
     return (int)cudaErrorNotSupported;

@@ -8,25 +8,77 @@ Counts are of the tiny networks (two layers) and equal those of larger ones laye
 LAUNCHES = {
     "forward": {"chunk 0": 38, "chunk 1": 38, "chunk 2": 38},
     "rollout": {"all": 741},
-    "vae": {"first chunk": 647, "chunk of 3": 686},
-    "update": {"forward": 269, "backward": 289},
-    "discriminator": {"encode": 232, "loss": 330, "backward": 751, "optimiser": 94, "score": 324},
+    "vae": {"first chunk": 190, "chunk of 3": 202},
+    "update": {"forward": 135, "backward": 127},
+    "discriminator": {"encode": 232, "loss": 246, "backward": 634, "optimiser": 94, "score": 240},
+}
+
+# Launches of one iteration of a run, of two rollouts.
+ITERATIONS = {
+    "demo": 6475,
+    "table3": 4476,
+    "table3, two layers of 1.3B": 4277,
+    "sft": 3699,
+    "gan": 4385,
+    "dmd": 4420,
+    "rejection": 2427,
+    "stream": 8312,
+    "full weights of 1.3B": 2791,
+    "graphs": 3683,
+    "VideoReward": 5429,
 }
 
 # Places where the host may wait for the GPU, with the most times in one part or iteration.
 WAITS = {
+    "synchronize afd_fast/training/run.py:phase": 10,
+    "item afd_fast/training/update.py:<dictcomp>": 10,
+    "item afd_fast/training/update.py:discriminator_backward": 4,
+    "item afd_fast/training/update.py:clip_gradients": 4,
+    "item afd_fast/training/credit.py:assign_credit": 3,
+    "item afd_fast/training/methods/gan.py:student_backward": 2,
+    "item afd_fast/training/methods/rejection.py:iteration": 1,
+    "item afd_fast/video_io.py:to_uint8": 1,
+    "to the host afd_fast/reference/advantage.py:update": 1,
+    "to the host afd_fast/discriminators/discriminator.py:__call__": 2,
     "nonzero afd_fast/discriminators/discriminator.py:check_finite": 2,
     "tolist afd_fast/discriminators/discriminator.py:check_finite": 2,
-    "item afd_fast/discriminators/videoalign/inputs.py:<genexpr>": 4,
+    "tolist afd_fast/discriminators/videoalign/inputs.py:check_range": 2,
 }
 
 # Places that may copy from pageable host memory to the GPU, which waits too.
 COPIES = {
-    "afd_fast/reference/transformer.py:rope_tables": 6,
-    "afd_fast/students/wan/model.py:conditioning": 5,
+    "afd_fast/students/toy/model.py:encode_text": 4,
+    "afd_fast/students/wan/family.py:<listcomp>": 4,
+    "afd_fast/discriminators/discriminator.py:_noisy": 3,
+    "afd_fast/discriminators/discriminator.py:<genexpr>": 2,
+    "afd_fast/discriminators/toy.py:score": 3,
+    "afd_fast/discriminators/toy.py:reduce": 3,
+    "afd_fast/discriminators/videoalign/model.py:encode": 1,
+    "afd_fast/training/update.py:noised": 2,
+    "afd_fast/training/run.py:encoded": 1,
+    "afd_fast/training/rollouts.py:sample_policy": 2,
+    "afd_fast/training/methods/gan.py:differentiable_rollout": 1,
+    "afd_fast/training/methods/gan.py:finished": 1,
+    "afd_fast/training/methods/gan.py:noised": 4,
+    "afd_fast/training/methods/gan.py:diffused": 2,
+    "afd_fast/training/methods/sft.py:<listcomp>": 1,
+    "afd_fast/reference/advantage.py:update": 1,
+    "afd_fast/reference/transformer.py:rope_tables": 12,
     "afd_fast/discriminators/videoalign/inputs.py:<genexpr>": 4,
     "afd_fast/discriminators/videoalign/inputs.py:to_patches": 2,
     "afd_fast/discriminators/videoalign/model.py:<dictcomp>": 4,
     "afd_fast/discriminators/videoalign/model.py:states_of": 2,
     "afd_fast/discriminators/videoalign/model.py:score": 2,
+}
+
+# Of an evaluation and of prompts to files, whose videos come to the host.
+EVALUATION = {
+    "item afd_fast/video_io.py:to_uint8": 4,
+    "to the host afd_fast/training/evaluate.py:student_clips": 2,
+    "to the host afd_fast/training/evaluate.py:_of_discriminator": 4,
+}
+GENERATION = {
+    "Event.synchronize afd_fast/generate.py:between": 10,
+    "item afd_fast/video_io.py:checked": 3,
+    "item afd_fast/video_io.py:<genexpr>": 6,
 }

@@ -41,7 +41,7 @@ def show(log: Log, top: int) -> None:
     rows = sorted(((n, name) for name, n in log.all.moved.items() if name not in log.all.flops), reverse=True)
     for n, name in rows[:top]:
         print(f"    {n / 1e6:14,.2f} MB {log.all.launches[name]:8,} x {name}")
-    for kind in ("waits", "copies", "mixed"):
+    for kind in ("waits", "copies", "faults"):
         for at, n in getattr(log.all, kind).most_common():
             print(f"    {kind:7}{n:5} x {at}")
 

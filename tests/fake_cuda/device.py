@@ -66,7 +66,8 @@ def place() -> str:
 @dataclass
 class Tally:
     """Counts of a part of a program. launches, moved (bytes) and flops: by kernel. waits (the host waits for the device) and
-    copies (from pageable host memory, which wait too): by what and place. mixed: CPU tensors that met CUDA tensors."""
+    copies (from pageable host memory, which wait too): by what and place. faults: CPU tensors that met
+    CUDA tensors, and operands of an attention that repeat a sample by a stride of 0, which no kernel promises to take."""
 
     launches: Counter = field(default_factory=Counter)
     moved: Counter = field(default_factory=Counter)
@@ -74,7 +75,8 @@ class Tally:
     waits: Counter = field(default_factory=Counter)
     copies: Counter = field(default_factory=Counter)
     copied: Counter = field(default_factory=Counter)  # bytes, by place
-    mixed: Counter = field(default_factory=Counter)
+    faults: Counter = field(default_factory=Counter)
+    wide: Counter = field(default_factory=Counter)  # of the FLOPs, those on float32 or float64, without tensor cores
     draws: Counter = field(default_factory=Counter)  # of CUDA generators, by (seed, offset)
 
     @property
@@ -84,7 +86,7 @@ class Tally:
 
 
 class Log:
-    """The counts of all, and of every phase (`afd_fast`'s NVTX ranges)."""
+    """The counts of all, and of every phase (`Run.phase`)."""
 
     def __init__(self) -> None:
         self.clear()
@@ -308,12 +310,17 @@ class Meter(TorchDispatchMode):
 
     def launched(self, func, name, args, kwargs, tensors, outs, out) -> None:
         if any(not x.is_cuda and x.ndim for x in tensors):
-            LOG.note("mixed", f"{name} {place()}")
+            LOG.note("faults", f"{name} with a CPU tensor, {place()}")
+        if "scaled_dot_product" in name and any(not s and n > 1 for x in tensors for n, s in zip(x.shape, x.stride())):
+            LOG.note("faults", f"{name} over a broadcast tensor, {place()}")
         LOG.note("launches", name)
         LOG.note("moved", name, sum(size_of(x) for x in {id(x): x for x in tensors + outs}.values() if x.is_cuda))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            LOG.note("flops", name, int(formula(*args, **kwargs, out_val=out)))
+            work = int(formula(*args, **kwargs, out_val=out))
+            LOG.note("flops", name, work)
+            if any(x.is_floating_point() and x.itemsize > 2 for x in tensors):
+                LOG.note("wide", name, work)
 
 
 _pinned: dict[int, torch.UntypedStorage] = {}  # kept, so that no other storage gets the address
@@ -335,7 +342,7 @@ def _kernel(self, *args, grid, warmup, **kwargs):
     tensors = {key: x for key, x in given.items() if isinstance(x, torch.Tensor)}
     for key, x in tensors.items():
         if not x.is_cuda:
-            LOG.note("mixed", f"{name} {key}")
+            LOG.note("faults", f"{name} with a CPU tensor, {key}")
     sizes = {id(x): size_of(x) for x in tensors.values()}
     for cache, source in (("K_OUT", "K"), ("V_OUT", "V")):  # whole caches, of which the block's frames are written
         if cache in tensors:
@@ -433,13 +440,15 @@ _mode = _Mode(allow_non_fake_inputs=True)
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[Log]:
     """Inside the block torch.cuda is an H100; the log of what happens there."""
-    import nvtx
     import torch.nn.utils.clip_grad as clip_grad
     import torch.optim.optimizer as optimizer
     from torch.nn.attention import sdpa_kernel  # noqa: F401  # imported with the real functions
 
+    from afd_fast.training import run
+
     torch.utils._device._device_constructors()  # cached with the real functions, before some are replaced
     LOG.clear()
+    Graph.streams.clear()
     properties = types.SimpleNamespace(major=9, minor=0, name="H100", total_memory=80 << 30, multi_processor_count=132)
     cuda = {
         "is_available": lambda: True, "is_initialized": lambda: True, "_lazy_init": lambda: None, "init": lambda: None,
@@ -475,7 +484,7 @@ def fake_cuda() -> Iterator[Log]:
             torch.Tensor, pin_memory=_pin, is_pinned=lambda self, device=None: self.untyped_storage()._cdata in _pinned
         )
         patch(JITFunction, run=_kernel)
-        patch(nvtx, annotate=LOG.phase)
+        patch(run, profiled=lambda name: LOG.phase(name.removeprefix("afd_fast.")))
         patch(clip_grad, _has_foreach_support=lambda tensors, device: True)  # as for real tensors
         patch(optimizer, _foreach_supported_types=[*optimizer._foreach_supported_types, FakeTensor])
         patch(torch.nn.Module, _apply=_apply)

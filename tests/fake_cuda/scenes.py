@@ -12,8 +12,7 @@ from afd_fast.config import TrainConfig, with_overrides
 from afd_fast.discriminators.videoalign.model import RewardOptions, RewardSettings, VideoReward, qwen2_vl_2b
 from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.students.student import Family, LatentFormat
-from afd_fast.students.student import family as make_family
-from afd_fast.students.wan.family import LORA_TARGETS, SIZE, HashText
+from afd_fast.students.wan.family import LORA_TARGETS, SIZE, HashText, KnownPrompts
 from afd_fast.students.wan.vae import WanDecoder
 from afd_fast.teachers.dataset import TeacherVideos
 from afd_fast.training import runs
@@ -85,7 +84,7 @@ def video_reward(size: str = "tiny", layers: int = 28) -> VideoReward:
         return tiny_videoalign.reward_model(dtype=torch.bfloat16).to(CUDA)
     config = qwen2_vl_2b()
     config.text_config.num_hidden_layers = min(layers, 28)
-    config.text_config.layer_types = None
+    config.text_config.layer_types = config.text_config.layer_types[: config.text_config.num_hidden_layers]
     config.vision_config.depth = min(layers, 32)
     special = [t for t in tiny_videoalign.SPECIAL.values() if t.startswith("<|v") or "reward" in t]
     template = " ".join(["word"] * 780) + " <|VQ_reward|> <|MQ_reward|> {text_prompt} <|TA_reward|>"
@@ -107,7 +106,7 @@ def wan_family(config: TrainConfig, layers: int) -> Family:
     net = student("1.3b", layers)
     latents = LatentFormat(SIZE.channels, frames, SIZE.height, SIZE.width)
     video = VideoFormat(4 * frames - 3, 480, 832, 16)
-    text = HashText(net.config.text_dim, net.config.text_len)
+    text = KnownPrompts(HashText(net.config.text_dim, net.config.text_len), net.device)
     return Family("wan", net, text, decoder("1.3b"), latents, config.rollout.chunk, video, lora_targets=LORA_TARGETS)
 
 
@@ -127,11 +126,11 @@ def new(
         config = replace(config, student=replace(config.student, frames=None))
         assert frames in (None, family.latents.frames)
     elif size == "demo":
-        family = make_family(config.student, chunk=config.rollout.chunk)
-        family.student.to(CUDA)
+        config = replace(config, student=replace(config.student, device="cuda"))
     if reward:
         discriminator = video_reward(size, layers)
     run = new_run(config, family, discriminator)
+    assert all(p.is_cuda for net in (run.family.student, run.discriminator) for p in net.parameters())
     video = run.family.video
     shape = (config.teacher_clips, 3, video.frames, video.height, video.width)
     clips = torch.zeros(1, dtype=torch.uint8).expand(shape)

@@ -83,13 +83,17 @@ def smart_size(height: int, width: int, min_pixels: int, max_pixels: int) -> Siz
     return Size(size[0], size[1])
 
 
-def check_videos(videos: Tensor) -> None:
-    """Raises ValueError unless videos are floats [B, 3, F, H, W] in [0, 1]."""
+def check_shape(videos: Tensor) -> None:
+    """Raises ValueError unless videos are floats [B, 3, F, H, W]."""
     if videos.ndim != 5 or videos.shape[1] != 3 or not videos.numel():
         raise ValueError(f"got videos {tuple(videos.shape)}; videos must be [B, 3, F, H, W]")
     if not videos.is_floating_point():
         raise ValueError(f"got videos of {videos.dtype}; videos must be floats in [0, 1]: divide 0..255 by 255")
-    low, high = (x.item() for x in videos.detach().aminmax())
+
+
+def check_range(videos: Tensor) -> None:
+    """Raises ValueError unless the values are in [0, 1]."""
+    low, high = torch.stack(videos.detach().aminmax()).tolist()  # one wait
     if not (low >= 0 and high <= 1):  # also if either is NaN
         raise ValueError(
             f"got videos with values in [{low:g}, {high:g}]; videos must be in [0, 1]: divide 0..255 by 255, clamp the output "
@@ -103,17 +107,22 @@ def _round8(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def to_patches(videos: Tensor, *, clip_fps: float, fps: float, min_pixels: int, max_pixels: int) -> Patches:
+def to_patches(
+    videos: Tensor, *, clip_fps: float, fps: float, min_pixels: int, max_pixels: int,
+    device: torch.device | str | None = None,
+) -> Patches:  # fmt: skip
     """The patches of videos [B, 3, F, H, W] in [0, 1] at clip_fps.
 
     Frames are sampled, rounded to 8 bits before and after an antialiased bicubic resize, and normalised, like
     VideoAlign's reader and the Qwen2-VL processor do with the same clip in an 8-bit file. Differentiable (rounding is
-    straight-through); runs on the device of the videos. Raises ValueError as `check_videos`, `sample_frames` and
-    `smart_size`.
+    straight-through). Only the sampled frames go to `device` (None: where the videos are) and are looked at. Raises
+    ValueError as `check_shape`, `sample_frames`, `check_range` and `smart_size`.
     """
-    check_videos(videos)
+    check_shape(videos)
     index = sample_frames(videos.shape[2], clip_fps, fps)
-    x = videos[:, :, index].transpose(1, 2)  # [B, n, 3, H, W]
+    x = videos[:, :, index].to(device)
+    check_range(x)
+    x = x.transpose(1, 2)  # [B, n, 3, H, W]
     size = smart_size(x.shape[-2], x.shape[-1], min_pixels, max_pixels)
     x = _round8(x.float() * 255).flatten(0, 1)
     if x.shape[-2:] != size:

@@ -182,8 +182,8 @@ class VideoReward(Discriminator):
             patches, grids = [], []
             for group in groups:
                 x, grid = to_patches(
-                    group.to(device), clip_fps=self.options.clip_fps, fps=s.fps, min_pixels=s.min_pixels,
-                    max_pixels=s.max_pixels,
+                    group, clip_fps=self.options.clip_fps, fps=s.fps, min_pixels=s.min_pixels,
+                    max_pixels=s.max_pixels, device=device,
                 )  # fmt: skip
                 patches.append(x.flatten(0, 1))
                 grids += [grid] * len(group)

@@ -32,7 +32,7 @@ class PixelVAE:
 
 def toy_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
     """The shipped base student that `config.name` names."""
-    return of_student(shipped.load(name=config.name))
+    return of_student(shipped.load(name=config.name).to(config.device or "cpu"))
 
 
 def of_student(student: ToyStudent) -> Family:

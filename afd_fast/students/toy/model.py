@@ -168,7 +168,7 @@ class ToyStudent(StudentModule):
 
     def encode_text(self, ids: Tensor) -> ToyText:
         """Word ids [B, L] of `tokenize` -> what every later call needs of the prompt."""
-        tokens, pooled = self.text(ids)
+        tokens, pooled = self.text(ids.to(self.position.device))
         pairs = [block.encode_text(tokens) for block in self.blocks if isinstance(block, Block)]
         return ToyText(pooled, [k for k, _ in pairs], [v for _, v in pairs])
 

@@ -3,7 +3,7 @@
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -79,12 +79,13 @@ class KnownPrompts:
         return [self.known[p].to(self.device) for p in prompts]
 
 
-def load_networks(student: str, base: str | None = None, seed: int = 0) -> Networks:
-    """On the GPU where there is one: `tiny(seed)` for "tiny", else the checkpoint `student` in bfloat16 with the text
-    encoder and VAE of the diffusers repository `base`."""
+def load_networks(student: str, base: str | None = None, seed: int = 0, device: str | None = None) -> Networks:
+    """`tiny(seed)` for "tiny", else the checkpoint `student` in bfloat16 with the text encoder and VAE of the diffusers
+    repository `base`. device: None is the GPU where there is one."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if student == "tiny":
-        return tiny(seed)
-    base, device = base or BASE, "cuda" if torch.cuda.is_available() else "cpu"
+        return tiny(seed, device)
+    base = base or BASE
     check_source(base)  # before the student is read
     return Networks(
         load_student(student, dtype=torch.bfloat16, device=device),
@@ -93,17 +94,17 @@ def load_networks(student: str, base: str | None = None, seed: int = 0) -> Netwo
     )
 
 
-def tiny(seed: int = 0) -> Networks:
-    """Random weights, for trying things without a GPU or a download; latents of 6 x 10 or so are 48 x 80 pixels.
+def tiny(seed: int = 0, device: str = "cpu") -> Networks:
+    """Random weights in float32, for trying things without a download; latents of 6 x 10 or so are 48 x 80 pixels.
     Needs diffusers for the VAE's architecture."""
     with extra("train"):
         from diffusers import AutoencoderKLWan
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = CausalWan(CausalWanConfig.tiny()).eval()
-        vae = AutoencoderKLWan(base_dim=4, num_res_blocks=1)
-    return Networks(student, HashText(student.config.text_dim, student.config.text_len), WanDecoder(vae))
+        student = CausalWan(CausalWanConfig.tiny()).eval().to(device)
+        vae: Any = AutoencoderKLWan(base_dim=4, num_res_blocks=1)  # no types
+    return Networks(student, HashText(student.config.text_dim, student.config.text_len), WanDecoder(vae.to(device)))
 
 
 def latent_size(config: StudentConfig, chunk: int) -> LatentFormat:
@@ -126,7 +127,7 @@ def latent_size(config: StudentConfig, chunk: int) -> LatentFormat:
 def wan_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
     """The family of `config.name` and `config.base`. ConfigError as of `latent_size`."""
     size = latent_size(config, chunk)
-    networks = load_networks(config.name, config.base, seed)
+    networks = load_networks(config.name, config.base, seed, config.device)
     student = networks.student.requires_grad_(False)
     student.gradient_checkpointing = config.gradient_checkpointing
 

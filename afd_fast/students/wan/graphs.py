@@ -5,6 +5,7 @@ addresses every time: what is worth most for frame-wise students, whose GPU work
 time Python takes to launch it.
 """
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -18,22 +19,26 @@ from afd_fast.students.wan.model import CausalWan, Conditioning, WanText
 
 
 class CudaRecorder:
-    """Records what a function launches. All recordings share one memory pool."""
+    """Records what a function launches, on one stream. Recordings share the memory pool of those still alive: a pool whose
+    graphs are all gone takes no new one."""
 
     def __init__(self) -> None:
-        self.pool: Any = None
+        self.stream: torch.cuda.Stream | None = (
+            None  # of its own: a stream's cuBLAS workspace goes with any graph of it
+        )
+        self.last: weakref.ref[torch.cuda.CUDAGraph] | None = None
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """Run `function` once to warm up, record it, and return its output tensor and what replays it into that."""
-        side = torch.cuda.Stream()
+        side = self.stream = self.stream or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # lazy initialisation must not happen while recording
             function()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        last, graph = None if self.last is None else self.last(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=None if last is None else last.pool(), stream=side):
             out = function()
-        self.pool = graph.pool()
+        self.last = weakref.ref(graph)
         return out, graph.replay
 
 

@@ -122,8 +122,9 @@ class CausalWan(StudentModule):
     def conditioning(self, t: Tensor | float, *, tables: bool = False) -> Conditioning:
         """Time MLP of t in 0..1000: a number, or [B, F]. tables: add the blocks' modulations now (no gradient
         wanted), so that a rollout does it once for each of its few distinct t; pass the result as `t`."""
-        t = torch.as_tensor(t, device=self.device, dtype=t.dtype if isinstance(t, Tensor) else torch.float32)
-        t = t.reshape(1, 1) if t.ndim == 0 else t
+        if not isinstance(t, Tensor):
+            t = torch.full((1, 1), t, device=self.device, dtype=torch.float32)  # a tensor of the host would be copied
+        t = t.to(self.device).reshape(1, 1) if t.ndim == 0 else t.to(self.device)
         e = self.time_embedding(time_sinusoid(t, self.config.freq_dim).to(self.dtype))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
         made = tuple(b.modulation[:, None] + e0 for b in self._each_block()) if tables else None

@@ -24,7 +24,7 @@ from afd_fast.reference.adversarial import bt_loss
 from afd_fast.rollout import rollout
 from afd_fast.teachers.dataset import Shard
 from afd_fast.training.methods.method import Method
-from afd_fast.training.rollouts import Rollouts, delivered
+from afd_fast.training.rollouts import Rollouts, beside, delivered
 from afd_fast.training.run import Metrics, Run
 from afd_fast.training.update import Pair, View, mean_of, optimise, update_discriminator
 
@@ -63,7 +63,7 @@ def finished(run: Run, shard: Shard, latents: Tensor, pixels: Tensor) -> Rollout
     sides: the student's gradient passes through its encoder."""
     home = run.discriminator_device
     videos = delivered(run, pixels.detach()).to(home)
-    return Rollouts(shard.index, shard.prompts, latents.detach(), shard.teacher.to(home), videos=videos)
+    return Rollouts(shard.index, shard.prompts, latents.detach(), shard.teacher(home), videos=videos)
 
 
 def differentiable_rollout(run: Run, shard: Shard, steps: int) -> Tensor:
@@ -73,8 +73,7 @@ def differentiable_rollout(run: Run, shard: Shard, steps: int) -> Tensor:
     noise = torch.randn(len(shard.prompts), *family.latents, generator=rng, dtype=torch.float32).to(
         next(student.parameters())
     )
-    if noise.is_cuda:
-        rng = torch.Generator(noise.device).manual_seed(rng.initial_seed())
+    rng = beside(rng, noise.device)
     sampler = replace(run.sampler, steps=run.sampler.steps[:steps])
     text = student.encode_text(family.text(shard.prompts))
     return rollout(student, text, noise, sampler, generator=rng, grad_last_step=torch.is_grad_enabled())

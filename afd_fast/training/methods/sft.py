@@ -13,7 +13,7 @@ def iteration(run: Run, shards: Sequence[Shard]) -> Metrics:
     """One regression step on the shards' teacher videos."""
     weight = next(run.family.student.parameters())
     with run.phase("encode"):
-        x0 = [run.family.vae.encode(s.teacher.to(weight.device)).to(weight.dtype) for s in shards]
+        x0 = [run.family.vae.encode(s.teacher(weight.device)).to(weight.dtype) for s in shards]
     return regress(run, [Targets(x, ones(x), s.prompts, s.index) for s, x in zip(shards, x0)])
 
 
