@@ -187,6 +187,14 @@ def test_strides():
     check(i._replace(v=wide[:, 1], v_ref=torch.randn(1, 5000).expand(2, 5000)), watch=False)
 
 
+@pytest.mark.parametrize("name,field", [("x0", "X0_SQUARE_MAX"), ("v", "OLD_DEVIATION_MAX")])
+def test_a_maximum_does_not_lose_a_nan(name, field):
+    i = make()
+    getattr(i, name)[1, 17] = float("nan")
+    rows = kernels.nft_loss(*i)[2]
+    assert rows[Row[field]].isnan().tolist() == [False, True]
+
+
 def test_more_samples_than_lanes():
     check(make((67, 40), seed=3))
 

@@ -262,15 +262,11 @@ RUNNERS(f32_new, AFD_F32, false)
 RUNNERS(f32_old, AFD_F32, true)
 RUNNERS(bf16_new, AFD_BF16, false)
 RUNNERS(bf16_old, AFD_BF16, true)
-RUNNERS(f16_new, AFD_F16, false)
 RUNNERS(f16_old, AFD_F16, true)
 RUNNERS(any_new, ANY, false)
 RUNNERS(any_old, ANY, true)
-STATS_RUNNERS(f32_new_stats, SAME_F32, false)
 STATS_RUNNERS(f32_old_stats, SAME_F32, true)
-STATS_RUNNERS(bf16_new_stats, AFD_BF16, false)
 STATS_RUNNERS(bf16_old_stats, AFD_BF16, true)
-STATS_RUNNERS(f16_new_stats, AFD_F16, false)
 STATS_RUNNERS(f16_old_stats, AFD_F16, true)
 STATS_RUNNERS(any_new_stats, ANY, false)
 STATS_RUNNERS(any_old_stats, ANY, true)
@@ -281,9 +277,9 @@ static Runner* choose(const AfdCall& c, bool grad, bool sums) {
               (!grad || c.grad_type == type) &&
               (c.source == AFD_SEED || c.y_type == type || (type != AFD_F32 && c.y_type == AFD_F32));
   enum { MIXED = 3 };
-  static Runner* const* const plain[][2] = {{f32_new, f32_old}, {bf16_new, bf16_old}, {f16_new, f16_old}, {any_new, any_old}};
-  static Runner* const* const stats[][2] = {
-    {f32_new_stats, f32_old_stats}, {bf16_new_stats, bf16_old_stats}, {f16_new_stats, f16_old_stats}, {any_new_stats, any_old_stats}};
+  static Runner* const* const plain[][2] = {{f32_new, f32_old}, {bf16_new, bf16_old}, {any_new, f16_old}, {any_new, any_old}};
+  static Runner* const* const stats[][2] = {{any_new_stats, f32_old_stats}, {any_new_stats, bf16_old_stats},
+                                            {any_new_stats, f16_old_stats}, {any_new_stats, any_old_stats}};
   auto row = (c.stats && sums ? stats : plain)[c.mask || c.weight || c.each || !same ? (int)MIXED : type];
   return row[c.v_old != nullptr][!sums ? 0 : grad ? 2 : 1];
 }
