@@ -255,7 +255,7 @@ def test_a_float_mask_of_zeros_and_ones_is_a_mask():
     ({"v_old": None, "recipe": nft_recipe("diffusionnft", drift_clip=0.1)}, "drift_clip limits v - v_old"),
     ({"r": torch.rand(B, *SHAPE), "recipe": nft_recipe("diffusionnft", form="dpo")}, 'form="dpo" compares'),
     ({"out": torch.empty(B, *SHAPE, dtype=torch.float64), "recipe": nft_recipe("diffusionnft", weight_grad=True)}, "out= is for"),
-], ids=lambda x: str(x)[:30])  # fmt: skip
+])  # fmt: skip
 def test_bad_options(change, message):
     c = Case()
     with pytest.raises(ValueError, match=message):
