@@ -351,7 +351,9 @@ def test_rows_are_fields_of_the_stats():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "change", [{}, {"v_old": None}, {"v_ref": None}, {"element_mask": torch.rand(3, 9001) > 0.5}], ids=str
+    "change",
+    [{}, {"v_old": None}, {"v_ref": None}, {"element_mask": torch.rand(3, 9001) > 0.5}],
+    ids=lambda c: ",".join(c),
 )
 def test_statistics_equal_float64(backend, dtype, change):
     """Also the maxima, over tiles, tails and masks; and a NaN, which a maximum could lose."""

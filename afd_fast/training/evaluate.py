@@ -122,7 +122,7 @@ class Evaluator:
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
             teacher = run.encoded(keys[part], self.data.picked(keys[part]))
-            student = run.discriminator.encode((clips[part].float() / 255).to(run.discriminator_device))
+            student = run.discriminator.encode(clips[part].to(run.discriminator_device).float() / 255)
             mine.append(run.discriminator.score(student, prompts[part]).cpu())
             theirs.append(run.discriminator.score(teacher, prompts[part]).cpu())
             before.append(run.discriminator.reference_scores(student, prompts[part]))
