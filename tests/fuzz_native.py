@@ -112,7 +112,7 @@ class Case:
     def tensor(self, dtype=None):
         """A tensor of the shape: contiguous, with a free stride between samples, permuted, expanded or strided."""
         torch, rng, shape = self.torch, self.rng, self.shape
-        dtype = dtype or rng.choice([torch.float32, torch.bfloat16])
+        dtype = dtype or rng.choice([torch.float32, torch.bfloat16, torch.float16])
 
         def normal(*size):
             return torch.randn(*size, generator=self.g, dtype=torch.float32).to(dtype)
@@ -150,9 +150,12 @@ class Case:
             for name, kind in field_types(NFTRecipe).items()
             if get_origin(kind) is Literal
         }
+        if chosen["space"] == "clean":
+            chosen["ref_space"] = "v"
         return NFTRecipe(
             **chosen, beta=rng.choice([0.1, 1.0, 3.0]), ref_coef=rng.choice([0.0, 1e-4, 0.5]),
-            weight_floor=rng.choice([1e-5, 0.7]), divide_by_beta=rng.random() < 0.5,
+            weight_floor=rng.choice([1e-5, 0.7]), divide_by_beta=rng.random() < 0.5, dpo_beta=rng.choice([0.3, 2.0]),
+            shared_weight=chosen["weighting"] == "adaptive" and rng.random() < 0.3,
         )  # fmt: skip
 
     def levels(self, samples: int):
@@ -183,22 +186,33 @@ class Case:
             offsets = torch.tensor([0, *lengths]).cumsum(0).to(rng.choice([torch.int32, torch.int64]))
         samples = len(lengths) if packed else self.shape[0]
         t, sigma, frame_dim = (0.05 + 0.9 * rng.random(), None, None) if packed else self.levels(samples)
-        same = rng.choice([None, None, torch.float32, torch.bfloat16])
+        same = rng.choice([None, None, torch.float32, torch.bfloat16, torch.float16])
         source = rng.choice(["noise", "x_t"] if packed else ["noise", "seed", "x_t"])
+        source = None if recipe.space == "clean" else source
         given = {"v": self.tensor(same), "x0": self.tensor(same), "t": t, "sigma": sigma, "frame_dim": frame_dim,
                  "r": torch.rand(samples, generator=self.g, dtype=rng.choice([torch.float32, torch.float64])),
                  "v_old": self.maybe(lambda: self.tensor(same)), "v_ref": self.maybe(lambda: self.tensor(same)),
-                 "cu_seqlens": offsets if packed else None, "recipe": recipe,
-                 source: rng.choice([-1, 0, 1 << 63, 12345]) if source == "seed" else self.tensor(same)}  # fmt: skip
+                 "cu_seqlens": offsets if packed else None, "recipe": recipe}  # fmt: skip
+        if source is not None:
+            given[source] = rng.choice([-1, 0, 1 << 63, 12345]) if source == "seed" else self.tensor(same)
         for name in ("sample_mask", "ref_mask"):
-            given[name] = self.maybe(lambda: torch.rand(samples, generator=self.g, dtype=torch.float32) > 0.4, 0.3)
+            given[name] = self.maybe(lambda: self.kept(torch.rand(samples, generator=self.g, dtype=torch.float32)), 0.3)
+        for name in ("policy_weight", "prior_weight"):
+            given[name] = self.maybe(lambda: 2 * torch.rand(samples, generator=self.g, dtype=torch.float32), 0.2)
         given["element_mask"] = self.maybe(self.mask, 0.3)
+        if recipe.form == "mse" and rng.random() < 0.25:  # an r per element
+            axes = [size if rng.random() < 0.7 else 1 for size in self.shape]
+            given["r"] = torch.rand(axes, generator=self.g, dtype=torch.float32)
         return given
+
+    def kept(self, x):
+        """A mask from numbers in [0, 1]: booleans, or weights of which some are 0."""
+        return x > 0.4 if self.rng.random() < 0.5 else x * (x > 0.2)
 
     def mask(self):
         torch, rng = self.torch, self.rng
         axes = [size if rng.random() < 0.7 else 1 for size in self.shape]
-        return torch.rand(*axes, generator=self.g, dtype=torch.float32) > 0.4
+        return self.kept(torch.rand(*axes, generator=self.g, dtype=torch.float32))
 
     def loss(self) -> None:
         import afd_fast
@@ -249,7 +263,10 @@ class Case:
 
     def bad(self) -> None:
         """The operators themselves, past the public function's checks."""
-        from afd_fast.ops import native, nft
+        from afd_kernels.layout import Row
+
+        from afd_fast.ops import native
+        from afd_fast.ops import nft_operators as nft
         from afd_fast.ops.inputs import Inputs
 
         torch, rng = self.torch, self.rng
@@ -258,12 +275,12 @@ class Case:
         def x(*size, dtype=torch.float32):
             return torch.randn(*size, generator=self.g, dtype=dtype)
 
-        packed = rng.random() < 0.5
+        packed, recipe = rng.random() < 0.5, self.recipe()
         good = Inputs(
             x(rows, 9), x(rows, 9), torch.full((samples if packed else rows,), 0.5, dtype=torch.float32),
             torch.full((samples if packed else rows, 1), 0.5, dtype=torch.float32), x(rows, 9), None, None, None, None,
-            None, None, None, None, torch.linspace(0, rows, samples + 1, dtype=torch.float64).long() if packed else None,
-            9, self.recipe().key, rng.random() < 0.5,
+            None, None, None, None, None, None, None, torch.linspace(0, rows, samples + 1, dtype=torch.float64).long() if packed else None,
+            9, recipe.key, rng.random() < 0.5,
         )  # fmt: skip
         native.nft_loss(good, None)
         wrong = [
@@ -271,8 +288,8 @@ class Case:
             {"r": x(len(good.r) + 1)}, {"t": x(len(good.r), 0)}, {"t": x(1 + len(good.r), 1)}, {"inner": 0},
             {"inner": -3}, {"sigma": x(len(good.r), 3)}, {"element_mask": x(rows, 3) > 0},
             {"sample_mask": torch.ones(99, dtype=torch.bool)}, {"ref_mask": torch.ones(0, dtype=torch.bool)},
-            {"noise": None},
-        ]  # fmt: skip
+            {"each": x(rows, 8)}, {"policy_weight": x(99)}, {"prior_weight": x(0)}, {"element_mask": x(rows, 8).abs()},
+        ] + ([{"noise": None}] if recipe.space != "clean" else [])  # fmt: skip
         if packed:
             for _ in range(9):
                 dtype = rng.choice([torch.int32, torch.int64])
@@ -284,11 +301,11 @@ class Case:
         change = rng.choice(wrong)
         damaged = good._replace(**change)
         calls = [
-            lambda: nft._loss(*damaged),
-            lambda: nft._loss_with_grad(*damaged, torch.empty(good.v.shape, dtype=torch.float32)),
-            lambda: nft._loss_with_grad(*good, torch.empty(rows, 8, dtype=torch.float32)),
-            lambda: nft._backward(torch.ones((), dtype=torch.float32), x(11, len(good.r)), *damaged),
-            lambda: nft._backward(torch.ones((), dtype=torch.float32), x(10, len(good.r)), *good),
+            lambda: nft.loss(*damaged),
+            lambda: nft.loss_with_grad(*damaged, torch.empty(good.v.shape, dtype=torch.float32)),
+            lambda: nft.loss_with_grad(*good, torch.empty(rows, 8, dtype=torch.float32)),
+            lambda: nft.backward(torch.ones(2, dtype=torch.float32), x(len(Row), len(good.r)), *damaged),
+            lambda: nft.backward(torch.ones(2, dtype=torch.float32), x(len(Row) - 1, len(good.r)), *good),
         ]
         try:
             rng.choice(calls)()
