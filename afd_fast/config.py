@@ -136,6 +136,19 @@ class TrainConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     stream: StreamConfig = StreamConfig()
 
+    def _check_loss(self) -> None:
+        """Training sums the loss over chunks and clips, which only a loss that is a sum over them allows."""
+        loss = self.loss
+        for key, given, usual in (
+            ("space", loss.space == "clean", '"v" or "x0"'), ("form", loss.form != "mse", '"mse"'),
+            ("drift_clip", loss.drift_clip is not None, "none"), ("ref_reduction", loss.ref_reduction != "sample", '"sample"'),
+        ):  # fmt: skip
+            if given:
+                raise ConfigError(
+                    f"loss.{key} must be {usual} in training, which computes the loss chunk by chunk: "
+                    f"{getattr(loss, key)!r} is for afd_fast.nft_loss in a trainer of your own"
+                )
+
     def __post_init__(self) -> None:
         check_fields(self)
         if self.method not in METHOD_NAMES:
@@ -154,6 +167,7 @@ class TrainConfig:
                 f"discriminator.warmup={self.discriminator.warmup} leaves none of iterations={self.iterations} to the "
                 f"student: set discriminator.warmup below {self.iterations}"
             )
+        self._check_loss()
         folder = PurePath(self.name)  # in runs/
         if (
             not self.name.strip()

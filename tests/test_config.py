@@ -112,3 +112,12 @@ def test_short_forms_set_a_parts_name_or_all_of_a_recipe():
     config = with_overrides(TrainConfig(), ["student=tiny", "discriminator=some/folder", "loss=afd", "loss.beta=0.2"])
     assert config.student.name == "tiny" and config.discriminator.name == "some/folder"
     assert config.loss == nft_recipe("afd", beta=0.2)
+
+
+@pytest.mark.parametrize(
+    "given", [["loss.form=dpo"], ["loss.drift_clip=0.1"], ["loss.ref_reduction=batch"], ["loss.space=clean"]]
+)
+def test_losses_that_are_no_sum_over_chunks_are_refused(given):
+    with pytest.raises(ConfigError, match=given[0].split("=")[0] + " must be .* in training"):
+        with_overrides(TrainConfig(), given)
+    assert with_overrides(TrainConfig(), ["loss=diffusionnft", "loss.shared_weight=true"]).loss.shared_weight
