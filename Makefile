@@ -5,15 +5,20 @@ OLDEST_PYTHON ?= $(firstword $(foreach minor,10 11 12,$(shell command -v python3
 CORE := $(addprefix tests/test_, $(addsuffix .py, advantage attention dropin extras functorch layering nft nft_options noise \
 	ops_nft triton_versions))
 
-.PHONY: demo test test-oldest gpu bench lint dist clean
+.PHONY: demo test test-interpreter test-fake-cuda test-oldest gpu bench lint dist clean
 
 demo: .venv/installed
 	$(BIN)/afd-fast demo --overwrite
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels_interpreter.py
-	$(BIN)/python -m pytest -q -p tests.fake_cuda.device tests/fake_cuda
+	$(MAKE) -j2 --output-sync=target test-interpreter test-fake-cuda
+
+test-interpreter:  # two processes of their own: Triton's interpreter, and a GPU without numbers
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_kernels_interpreter.py
+
+test-fake-cuda:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.fake_cuda.device tests/fake_cuda
 
 test-oldest: .venv-oldest/installed  # what needs no extra, on the oldest versions that pyproject.toml allows
 	$(OLDEST) -m pytest -q $(CORE)
