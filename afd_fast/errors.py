@@ -133,10 +133,11 @@ def _is_a(value: object, kind: Any) -> bool:
 
 def check_fields(settings: Any) -> None:
     """ConfigError unless every field of a dataclass holds its declared type, numbers finite. Lists become tuples, and
-    NumPy's numbers Python's, which JSON takes."""
+    numbers of NumPy and tensors of one Python's, which JSON takes."""
     for name, kind in field_types(type(settings)).items():
         given = getattr(settings, name)
-        value = tuple(given) if isinstance(given, list) else given.item() if isinstance(given, np.generic) else given
+        scalar = isinstance(given, np.generic) or (getattr(given, "ndim", None) == 0 and hasattr(given, "item"))
+        value = tuple(given) if isinstance(given, list) else given.item() if scalar else given
         if not _is_a(value, kind):
             raise ConfigError(f"{name} must be {in_words(kind)}, got {given!r}")
         object.__setattr__(settings, name, value)

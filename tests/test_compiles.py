@@ -40,7 +40,7 @@ SWEEPS = {  # flags, tensors read, bytes a bf16 element moves, instructions an e
     "mask": (dict(GRAD=True, SUMS=PLAIN | Slot.KEPT.bit, HAS_MASK=True), "v x0 y ref mask", 11, 31.9),
     "adaptive, seed, per-frame t": (dict(X0=True, SOURCE=SEED, HAS_OLD=True, GRAD=True, SUMS=PRIOR, FRAMES=LONG), "v x0 old ref", 10, 81.6),
     "per-frame t": (dict(X0=True, GRAD=True, SUMS=PLAIN, FRAMES=LONG), "v x0 y ref", 10, 33.4),
-    "r per element": (dict(X0=True, HAS_OLD=True, HAS_EACH=True, GRAD=True, SUMS=DENSE | PRIOR), "v x0 y old ref each", 16, 54.8),
+    "r per element": (dict(X0=True, HAS_OLD=True, HAS_EACH=True, GRAD=True, SUMS=DENSE | PRIOR), "v x0 y old ref each", 16, 59.4),
     "weights": (dict(X0=True, HAS_OLD=True, GRAD=True, SUMS=PRIOR, HAS_MASK=True, WEIGHTED=True), "v x0 y old ref mask", 16, 45),
     "packed": (dict(X0=True, SOURCE=X_T, HAS_OLD=True, GRAD=True, SUMS=PLAIN, PACKED=True, CU_BLOCK=16), "v x0 y old ref", 12, 35.1),
 }  # fmt: skip
@@ -68,7 +68,7 @@ def types(dtype: str, weighted: bool = False) -> dict:
         "*fp32",
     )
     bytes_ = dict.fromkeys(("mask_ptr", "valid_ptr", "chosen_ptr"), "*fp32" if weighted else "*u8")
-    longs = dict.fromkeys(("seed", "count", "programs", "length"), "i64") | {
+    longs = dict.fromkeys(("seed", "count", "programs", "length", "levels"), "i64") | {
         f"{n}_stride": "i64" for n in ("v", "x0", "y", "old", "ref", "mask", "each", "grad", "go")
     }
     rest = dict.fromkeys(("samples", "tiles", "frames", "inner"), "i32")

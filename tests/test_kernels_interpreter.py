@@ -181,6 +181,29 @@ def test_bad_offsets_stay_inside_and_give_nan(offsets):
     assert loss.isnan() and not report.errors
 
 
+@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize(
+    "name,value", [("t", 750.0), ("t", -0.1), ("t", float("nan")), ("r", 1.1), ("r", -1.0), ("r", float("nan"))]
+)
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
+def test_numbers_out_of_range_give_nan(recipe, name, value, frames):
+    """One of them, in the last sample. No value can be checked on a GPU without waiting for it."""
+    i = make((3, 40), recipe=recipe, frames=frames, inner=40 // frames)
+    getattr(i, name).view(-1)[-1] = value
+    grad = torch.zeros_like(i.v)
+    loss, _, rows = kernels.nft_loss_with_grad(*i, grad)
+    assert loss.isnan() and grad[-1].isnan().all()
+    assert kernels.nft_loss_backward(torch.ones(2), rows, *i)[-1].isnan().all()
+
+
+def test_an_r_per_element_out_of_range_gives_nan():
+    i = make((2, 40), each=_each(2, 40))
+    i.each[1, 7] = 1.5
+    grad = torch.zeros_like(i.v)
+    loss, _, _ = kernels.nft_loss_with_grad(*i, grad)
+    assert loss.isnan() and grad[1, 7].isnan() and grad.isnan().sum() == 1
+
+
 def test_strides():
     """A batch-strided slice is read where it lies; an expanded sample is read through stride 0."""
     wide, i = torch.randn(2, 3, 5000), make()

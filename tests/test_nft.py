@@ -214,3 +214,53 @@ def test_bad_recipe(overrides, message):
 def test_recipe_key_round_trip():
     for recipe in (*RECIPES.values(), afd_fast.nft_recipe("cosmos_rl", adv_clip=(-3.0, 4.0))):
         assert reference.recipe_from_key(recipe.key) == recipe
+
+
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft", "astrolabe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_of_inference_mode(recipe, dtype):
+    """Rollouts and the frozen networks' velocities are often made under it."""
+    inputs = make(dtype=dtype)
+    loss, grad = run(inputs, recipe=recipe)
+    with torch.inference_mode():
+        made = {k: x.clone() for k, x in inputs.items() if k != "v"}
+    assert made["x0"].is_inference()
+    again, same = run({"v": inputs["v"]} | made, recipe=recipe)
+    assert torch.equal(loss, again) and torch.equal(grad, same)
+    terms = afd_fast.nft_terms(inputs["v"], recipe=recipe, **made)
+    assert torch.autograd.grad(terms.policy, inputs["v"])[0].norm() > 0
+
+
+def test_numbers_of_other_libraries_are_settings():
+    usual = afd_fast.nft_recipe("diffusionnft", beta=0.5, ref_coef=0.25, adv_clip=4.0)
+    for number in (np.float32, np.float64, np.float16, torch.tensor):
+        assert (
+            afd_fast.nft_recipe("diffusionnft", beta=number(0.5), ref_coef=number(0.25), adv_clip=number(4.0)) == usual
+        )
+    inputs = make()
+    noise = inputs.pop("noise")
+    for t in (np.float32(0.25), np.float64(0.25), torch.tensor(0.25)):
+        assert run(inputs | {"t": t, "noise": noise})[0] == run(inputs | {"t": 0.25, "noise": noise})[0]
+    assert run(inputs | {"seed": np.int64(7)})[0] == run(inputs | {"seed": 7})[0]
+    advantage = torch.tensor([1.0, -3.0])
+    assert torch.equal(afd_fast.reward_to_r(advantage, clip=np.float32(5)), afd_fast.reward_to_r(advantage, clip=5))
+    for bad in (torch.ones(2), np.ones(2), "0.5", None):
+        with pytest.raises(ValueError, match="beta must be a finite number, got"):
+            afd_fast.nft_recipe("diffusionnft", beta=bad)
+
+
+def test_dtensors_are_named(tmp_path):
+    """FSDP2 hands out shards; a sample's sums need all of it."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    inputs = make()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for name in ("v", "x0", "v_old"):
+            spread = distribute_tensor(inputs[name].detach(), mesh, [Replicate()])
+            with pytest.raises(TypeError, match=rf"{name} is a DTensor.*{name}\.to_local\(\)"):
+                afd_fast.nft_loss(**inputs | {name: spread})
+    finally:
+        dist.destroy_process_group()

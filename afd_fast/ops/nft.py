@@ -44,6 +44,11 @@ def _one_by_one(function: type[Function], info: Any, in_dims: tuple[int | None, 
     return [torch.stack(outputs) for outputs in zip(*(c if isinstance(c, tuple) else (c,) for c in calls))]
 
 
+def _is_saved(x: Any) -> bool:
+    """Whether autograd keeps x. It refuses what was made under torch.inference_mode, which nothing can change or track."""
+    return isinstance(x, Tensor) and (torch.compiler.is_compiling() or not x.is_inference())
+
+
 class _NFTLoss(Function):
     """(loss, totals, rows) of (buffer, *Inputs). Into the buffer, if there is one, goes the gradient in the same call."""
 
@@ -60,13 +65,15 @@ class _NFTLoss(Function):
         ctx.grad, *args = inputs
         ctx.version = _version(ctx.grad)
         _, totals, rows = output
-        ctx.save_for_backward(rows, *(x if isinstance(x, Tensor) else None for x in args))
-        ctx.plain = [None if isinstance(x, Tensor) else x for x in args]
+        ctx.save_for_backward(rows, *(x if _is_saved(x) else None for x in args))
+        ctx.plain = [None if _is_saved(x) else x for x in args]
         ctx.mark_non_differentiable(totals, rows)
         ctx.set_materialize_grads(False)  # two fills less in every backward
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if grad_output is None:  # nobody used the loss
+            return (None,) * (len(ctx.plain) + 1)
         rows, *tensors = ctx.saved_tensors
         args = [a if b is None else b for a, b in zip(ctx.plain, tensors)]
         grad, ctx.grad = ctx.grad, None  # handed over once; a second backward computes a new one
@@ -102,8 +109,8 @@ class _NFTTerms(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(output[3], *(x if isinstance(x, Tensor) else None for x in inputs))
-        ctx.plain = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(output[3], *(x if _is_saved(x) else None for x in inputs))
+        ctx.plain = [None if _is_saved(x) else x for x in inputs]
         ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
@@ -166,7 +173,7 @@ def _call(
     elif seed is None:  # the elements of a seed's noise are numbered in logical order
         order = memory_order(v)
     levels, coefficients = noise_levels(t, sigma, Walk(v, frame_dim, order, cu_seqlens))
-    check_t(levels.t)
+    check_t(levels.t, bool(given.get("check_nan")))
     if coefficients is not None:
         check_sigma(coefficients)
     checks.check_target(levels.t, x_t, recipe)
@@ -265,12 +272,14 @@ def nft_loss(
         out: like v; a buffer for the gradient. This call writes the gradient for grad_output 1 into it, the first
             backward the one for its grad_output, and hands it to autograd. Saves the allocation, which costs a CPU more
             than the work.
-        check_nan: search every input for NaN first and name the samples; synchronises a GPU.
+        check_nan: search every input for NaN first and name the samples, and check the ranges of r and t on a GPU too, which
+            waits for it.
 
     Returns: a scalar in float32 (float64 for float64 v), and the stats.
     Internals are float32 (float64), rounded once where the gradient is stored; grad_output enters before that.
     Recipes without adaptive weights write the gradient in the forward sweep, and again only where grad_output is
-    not 1. Nothing synchronises a GPU; r, t and cu_seqlens are range-checked where they are on the CPU.
+    not 1. Nothing synchronises a GPU: there an r or t outside [0, 1] gives a NaN loss and gradient, whose cause check_nan=True, or
+    CUDA_LAUNCH_BLOCKING=1 in the environment, names. On a CPU r, t and cu_seqlens are always checked.
     torch.func: grad, vjp, jacrev and vmap work (vmap calls the operator once per entry of the mapped axis). Forward mode
     and second derivatives raise; `afd_fast.reference.nft.nft_loss` has both.
     Raises: TypeError, ValueError: as `NFTRecipe`, `forward_noise`, and for r outside [0, 1] or of another shape.

@@ -64,9 +64,9 @@ def expand_t(t: Tensor | float, like: Tensor, frame_dim: int | None = None, name
     )
 
 
-def check_t(t: Tensor) -> None:
-    """ValueError when any t lies outside [0, 1]; no check where values cannot be read (a GPU, a trace, vmap)."""
-    if readable(t) and not within(t, 0, 1):
+def check_t(t: Tensor, wait: bool = False) -> None:
+    """ValueError when any t lies outside [0, 1]; no check where values cannot be read (a GPU without `wait`, a trace, vmap)."""
+    if readable(t, wait) and not within(t, 0, 1):
         raise ValueError(f"t must lie in [0, 1] (divide network timesteps by 1000), got {t.min():g} .. {t.max():g}")
 
 
@@ -81,7 +81,7 @@ def check_noise(x0: Tensor, noise: Tensor | None, seed: int | None) -> None:
     if (noise is None) == (seed is None):
         raise ValueError("give exactly one of noise= (a tensor) and seed= (an integer)")
     if noise is None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
             raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
         return
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
@@ -98,7 +98,7 @@ def resolve_noise(x0: Tensor, noise: Tensor | None, seed: int | None) -> Tensor:
     if noise is not None:
         return noise
     assert seed is not None  # as checked
-    return normal_noise(x0.shape, seed, device=x0.device)
+    return normal_noise(x0.shape, int(seed), device=x0.device)
 
 
 def forward_noise(

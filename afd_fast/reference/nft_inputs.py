@@ -3,6 +3,7 @@
 Legend: B samples, F frames.
 """
 
+import numbers
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -36,6 +37,11 @@ def _check_like_v(v: Tensor, given: dict[str, Tensor]) -> None:
     for name, x in given.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if hasattr(x, "to_local"):
+            raise TypeError(
+                f"{name} is a DTensor: the sums of a sample need all of it on one rank. Shard the batch axis and pass "
+                f"{name}.to_local()"
+            )
         if x.shape != v.shape:
             raise ValueError(f"{name} must have v's shape {tuple(v.shape)}, got {tuple(x.shape)}")
         if x.device != v.device:
@@ -78,7 +84,7 @@ def check_nft(v: Tensor, x0: Tensor, r: Tensor, inputs: NFTInputs) -> None:
         _check_packing(v, cu_seqlens)
         batch = len(cu_seqlens) - 1
     expand_r(r, v, inputs.get("frame_dim"), cu_seqlens)
-    if readable(r) and not within(r, 0, 1):
+    if readable(r, bool(inputs.get("check_nan"))) and not within(r, 0, 1):
         raise ValueError(f"r must lie in [0, 1] (use reward_to_r), got {r.min():g} .. {r.max():g}")
     for name, x in (("sample_mask", inputs.get("sample_mask")), ("ref_mask", inputs.get("ref_mask")),
                     ("policy_weight", inputs.get("policy_weight")), ("prior_weight", inputs.get("prior_weight"))):  # fmt: skip
@@ -154,7 +160,7 @@ def choose_source(noise: Tensor | None, seed: int | None, x_t: Tensor | None, re
         raise ValueError("give exactly one of noise= (a tensor) and seed= (an integer)")
     if noise is None and seed is None and x_t is None:
         raise ValueError("the noised state is missing: give noise=, seed= or x_t=")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
     if x_t is not None and (recipe.space == "x0" or (noise is None and seed is None)):
         return NoisedState(None, None, x_t)
@@ -299,7 +305,7 @@ def prepare(v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, recipe: NFTReci
         t = t[rows] if isinstance(t, Tensor) and t.ndim else t
         sigma = sigma[rows] if isinstance(sigma, Tensor) and sigma.ndim else sigma
     t = expand_t(t, x0, frame_dim)
-    check_t(t)
+    check_t(t, bool(inputs.get("check_nan")))
     t = t.to(work)
     check_target(t, source.x_t, recipe)
     coefficient = t

@@ -5,6 +5,7 @@ Sources and commits of the public trainers: docs/nft.md, CHANGELOG.md.
 
 import functools
 import json
+import numbers
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Literal, TypedDict
@@ -32,8 +33,8 @@ AdvClip = float | tuple[float, float]  # c for (-c, c), or (low, high)
 
 def clip_range(clip: AdvClip) -> tuple[float, float]:
     """(low, high) of a clip of advantages."""
-    if isinstance(clip, (int, float)):
-        return -clip, clip
+    if isinstance(clip, numbers.Real):
+        return -float(clip), float(clip)
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise ValueError(f"clip must be a number or (low, high), got {clip!r}")
     low, high = clip

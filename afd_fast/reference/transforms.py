@@ -1,5 +1,7 @@
 """Who watches a call: autograd, torch.compile or a transform of torch.func; and when a check may read values."""
 
+import os
+
 import torch
 from torch import Tensor
 from torch._C import _functorch
@@ -26,9 +28,13 @@ def is_tracked(*inputs: object) -> bool:
     return under_func()
 
 
-def readable(x: Tensor) -> bool:
-    """Whether a check may read values: on the CPU (no device sync), outside a trace and outside vmap."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0 and not under_vmap()
+BLOCKING = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"  # whoever asks for it looks for an error, and waits anyway
+
+
+def readable(x: Tensor, wait: bool = False) -> bool:
+    """Whether a check may read values: on the CPU, elsewhere where it may wait for the device; outside a trace and vmap."""
+    free = wait or BLOCKING or x.device.type == "cpu"
+    return free and not torch.compiler.is_compiling() and x.numel() > 0 and not under_vmap()
 
 
 def within(x: Tensor, low: float, high: float) -> bool:

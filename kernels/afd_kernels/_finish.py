@@ -112,8 +112,8 @@ def _divisor(x):
 
 @triton.jit
 def finish_kernel(
-    sums_ptr, r_ptr, valid_ptr, chosen_ptr, policy_weight_ptr, prior_weight_ptr, cu_ptr, loss_ptr, totals_ptr, rows_ptr,
-    count: tl.int64, length: tl.int64, samples: tl.int32, beta: tl.float32, ref_coef: tl.float32, factor: tl.float32,
+    sums_ptr, r_ptr, valid_ptr, chosen_ptr, policy_weight_ptr, prior_weight_ptr, t_ptr, cu_ptr, loss_ptr, totals_ptr, rows_ptr,
+    levels: tl.int64, count: tl.int64, length: tl.int64, samples: tl.int32, beta: tl.float32, ref_coef: tl.float32, factor: tl.float32,
     floor: tl.float32, dpo_beta: tl.float32, ADAPTIVE: tl.constexpr, SHARED: tl.constexpr, DPO: tl.constexpr,
     SAMPLE_MEAN: tl.constexpr, BATCH_MEAN: tl.constexpr, REF_BATCH: tl.constexpr, BY_R: tl.constexpr,
     EMPTY_ALL: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -122,7 +122,8 @@ def finish_kernel(
 ):  # fmt: skip
     """The sums per sample -> the gradient's coefficients in float64, and where FINAL also loss, totals and statistics.
 
-    Before FINAL the sums of the weights and of HAS_MASK are known, with DPO those of the errors too.
+    Before FINAL the sums of the weights and of HAS_MASK are known, with DPO those of the errors too. An r or one of the first
+    `levels` of t outside [0, 1] makes them NaN.
     """
     o = tl.arange(0, BLOCK)
     m = o < samples
@@ -148,6 +149,14 @@ def finish_kernel(
             r = _sum(sums_ptr, samples, S_R, o, m) / kept
     else:
         r = tl.load(r_ptr + o, mask=m, other=0.5).to(tl.float64)
+        r = tl.where((r >= 0.0) & (r <= 1.0), r, float("nan"))
+    i = tl.arange(0, 1024)
+    wrong = tl.zeros((1024,), tl.int32)
+    for first in range(0, levels, 1024):
+        t = tl.load(t_ptr + first + i, mask=first + i < levels, other=0.0)
+        wrong += (t >= 0.0).to(tl.int32) * (t <= 1.0).to(tl.int32) - 1
+    if tl.sum(wrong) != 0:
+        factor = float("nan")
     valid = m.to(tl.float64)
     if HAS_VALID:
         valid = tl.load(valid_ptr + o, mask=m, other=0).to(tl.float64)

@@ -21,6 +21,7 @@ from afd_kernels._launch import WARPS, check_size, on, rows
 from afd_kernels.layout import MAXIMA, TILE, Frames, Row, Slot, Source, Total
 from afd_kernels.noise import ONE, first_frame, level, next_quarter, normal4, widen
 
+MOST_LEVELS = 1 << 16  # of t that the finish looks at; more are a t per element
 SLOTS = tl.constexpr(len(Slot))
 FIRST_MAX = tl.constexpr(MAXIMA.value)
 SEED = tl.constexpr(Source.SEED.value)
@@ -106,6 +107,7 @@ def _part(
     each = 0.0
     if HAS_EACH:
         each = tl.load(each_ptr + n, mask=m, other=0.0)
+        each = tl.where((each >= 0.0) & (each <= 1.0), each, float("nan"))
         if HAS_MASK:
             each = tl.where(keep, each, 0.0)
     if GRAD:
@@ -279,6 +281,7 @@ class _Call:
         if self.packed:
             self.tensors[0], self.strides[0] = self.v.contiguous(), width
         self.t, self.sigma = t.float(), t if sigma is None else sigma.float()
+        self.levels = self.t.numel() if self.t.numel() <= MOST_LEVELS else 0
         self.r, self.inner = r.float().contiguous(), inner
         self.masks = [None if x is None else x.float().contiguous() if x.is_floating_point() else x.view(torch.uint8)
                       for x in (sample_mask, ref_mask, policy_weight, prior_weight)]  # fmt: skip
@@ -334,7 +337,7 @@ class _Call:
         c = self.recipe
         valid, chosen, policy, prior = self.masks
         finish_kernel[(1,)](
-            self.sums, self.r, *(self.r if x is None else x for x in self.masks), self.cu, self.loss, self.totals, self.rows, self.count, self.length,
+            self.sums, self.r, *(self.r if x is None else x for x in self.masks), self.t, self.cu, self.loss, self.totals, self.rows, self.levels, self.count, self.length,
             self.samples,
             c["beta"], c["ref_coef"], c["factor"], c["weight_floor"], c["dpo_beta"], ADAPTIVE=self.adaptive,
             SHARED=c["shared_weight"], DPO=c["form"] == "dpo",

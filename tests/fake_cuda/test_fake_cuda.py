@@ -16,6 +16,7 @@ if "tests.fake_cuda.device" not in sys.modules:
 
 import torch
 
+from afd_fast import nft_loss
 from afd_fast.generate import GenerateOptions, generate, jobs
 from afd_fast.ops.attention import attention
 from afd_fast.rollout import RolloutConfig, rollout
@@ -145,6 +146,19 @@ def test_graphs_record_again_without_a_dead_pool():
         rollout(graphed, one, y[:, :, :6])
         check(log)
     assert len(Graph.streams) == 1 and None not in Graph.streams and Stream.made - before == 1
+
+
+@pytest.mark.parametrize("recipe", ["afd", "diffusionnft"])
+def test_the_loss_waits_only_when_it_is_asked_to_check(recipe):
+    with fake_cuda() as log:
+        x = lambda: torch.randn(2, 16, 9, 6, 10, device=CUDA, dtype=torch.bfloat16)
+        v, r, t = x().requires_grad_(), torch.rand(2, device=CUDA), torch.rand(2, device=CUDA)
+        given = {"v_old": x(), "v_ref": x(), "recipe": recipe}
+        log.clear()
+        nft_loss(v, x(), r, t, noise=x(), **given).backward()
+        assert not log.all.waits and not log.all.copies and not log.all.faults
+        nft_loss(v, x(), r, t, noise=x(), check_nan=True, **given)
+        assert log.all.waits
 
 
 def test_one_prompt_for_a_batch():
