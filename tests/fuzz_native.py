@@ -152,6 +152,8 @@ class Case:
         }
         if chosen["space"] == "clean":
             chosen["ref_space"] = "v"
+        if chosen["form"] == "dpo":  # the exponential of a sum multiplies the sum's rounding by its size
+            chosen["sample_reduction"] = "mean"
         return NFTRecipe(
             **chosen, beta=rng.choice([0.1, 1.0, 3.0]), ref_coef=rng.choice([0.0, 1e-4, 0.5]),
             weight_floor=rng.choice([1e-5, 0.7]), divide_by_beta=rng.random() < 0.5, dpo_beta=rng.choice([0.3, 2.0]),
