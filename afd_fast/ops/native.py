@@ -77,8 +77,8 @@ def serves(*tensors: Tensor | None) -> bool:
 class _Filled:
     """A _Call and the tensors that its pointers need alive."""
 
-    def __init__(self) -> None:
-        self.c = _Call()
+    def __init__(self, call: _Call) -> None:
+        self.c = call
         self.alive: list[Tensor] = []
 
     def point(self, field: str, x: Tensor | None, dtype: torch.dtype | None = None) -> None:
@@ -101,7 +101,7 @@ def forward_noise(x0: Tensor, t: Tensor, noise: Tensor | None, seed: int | None,
     _check_sizes(x0.shape, noise)
     _check_levels(x0.shape[0], inner, t)
     out = torch.empty(x0.shape, dtype=x0.dtype)
-    f = _Filled()
+    f = _Filled(_Call())
     f.rows("x0", "x0", x0)
     f.rows("y", "y", noise)
     f.rows("grad", "grad", out)
@@ -141,10 +141,24 @@ def _check(i: Inputs, grad: Tensor | None) -> None:
         raise ValueError("expected noise or x_t, or a seed for samples that are not packed")
 
 
+@functools.lru_cache(256)
+def _constants(key: str) -> _Call:
+    """What a recipe says of a call; scale 1."""
+    c, recipe = _Call(), recipe_from_key(key)
+    c.x0_space, c.ref_x0, c.adaptive = recipe.space == "x0", recipe.ref_space == "x0", recipe.weighting == "adaptive"
+    c.sample_mean, c.batch_mean = recipe.sample_reduction == "mean", recipe.batch_reduction == "mean"
+    c.ref_by_r, c.empty_all = recipe.ref_weight == "r", recipe.ref_empty == "all"
+    c.ref_coef, c.factor, c.floor, c.beta = recipe.ref_coef, recipe.factor, recipe.weight_floor, recipe.beta
+    c.shared, c.dpo, c.dpo_beta = recipe.shared_weight, recipe.form == "dpo", recipe.dpo_beta
+    c.ref_batch = recipe.ref_reduction == "batch"
+    c.scale, c.prior_scale = 1.0, 1.0
+    return c
+
+
 def _fill(i: Inputs, grad: Tensor | None) -> _Filled:
     """The call of one operator; scale 1."""
     _check(i, grad)
-    f, recipe = _Filled(), recipe_from_key(i.recipe)
+    f = _Filled(_Call.from_buffer_copy(_constants(i.recipe)))
     c, packed = f.c, i.cu_seqlens is not None
     for field, stem, x in (("v", "v", i.v), ("x0", "x0", i.x0), ("y", "y", i.x0 if i.source is Source.CLEAN else i.noise if i.x_t is None else i.x_t),
                            ("v_old", "old", i.v_old), ("v_ref", "ref", i.v_ref), ("grad", "grad", grad)):  # fmt: skip
@@ -161,13 +175,7 @@ def _fill(i: Inputs, grad: Tensor | None) -> _Filled:
     c.samples, c.count, c.frames = i.r.shape[0], i.v[0].numel(), i.t.shape[1]
     c.inner = c.count * i.v.shape[0] if packed else i.inner
     c.seed, c.source = i.seed or 0, i.source
-    c.x0_space, c.ref_x0, c.adaptive = recipe.space == "x0", recipe.ref_space == "x0", recipe.weighting == "adaptive"
-    c.sample_mean, c.batch_mean = recipe.sample_reduction == "mean", recipe.batch_reduction == "mean"
-    c.ref_by_r, c.empty_all, c.stats = recipe.ref_weight == "r", recipe.ref_empty == "all", i.stats
-    c.ref_coef, c.factor, c.floor, c.beta = recipe.ref_coef, recipe.factor, recipe.weight_floor, recipe.beta
-    c.shared, c.dpo, c.dpo_beta = recipe.shared_weight, recipe.form == "dpo", recipe.dpo_beta
-    c.ref_batch = recipe.ref_reduction == "batch"
-    c.scale, c.prior_scale, c.threads = 1.0, 1.0, torch.get_num_threads()
+    c.stats, c.threads = i.stats, torch.get_num_threads()
     return f
 
 

@@ -65,8 +65,9 @@ class _NFTLoss(Function):
         ctx.grad, *args = inputs
         ctx.version = _version(ctx.grad)
         _, totals, rows = output
-        ctx.save_for_backward(rows, *(x if _is_saved(x) else None for x in args))
-        ctx.plain = [None if _is_saved(x) else x for x in args]
+        saved = [x if _is_saved(x) else None for x in args]
+        ctx.save_for_backward(rows, *saved)
+        ctx.plain = [x if kept is None else None for x, kept in zip(args, saved)]
         ctx.mark_non_differentiable(totals, rows)
         ctx.set_materialize_grads(False)  # two fills less in every backward
 
@@ -109,8 +110,9 @@ class _NFTTerms(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(output[3], *(x if _is_saved(x) else None for x in inputs))
-        ctx.plain = [None if _is_saved(x) else x for x in inputs]
+        saved = [x if _is_saved(x) else None for x in inputs]
+        ctx.save_for_backward(output[3], *saved)
+        ctx.plain = [x if kept is None else None for x, kept in zip(inputs, saved)]
         ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
