@@ -162,6 +162,13 @@ AFD_HD AfdBatch afd_batch(const AfdCall& c, const double* kept) {
   return {c.batch_mean ? 1 / afd_divisor(valid) : 1, c.batch_mean || c.ref_batch ? 1 / afd_divisor(base) : 1, all};
 }
 
+// exp(x) for x <= 0. libm's has a symbol version of glibc 2.29, which the wheel's systems may lack.
+AFD_HD double afd_exp(double x) {
+  if (!(x > -745)) return x != x ? x : 0;
+  double k = rint(x * 1.4426950408889634);
+  return ldexp(1 + expm1((x - k * 0.693147180369123816490) - k * 1.90821492927058770002e-10), (int)k);
+}
+
 // One sample's sums (slot k at sums[k * stride]) -> its rows and its terms of the loss.
 // has_sums: whether the loss is known yet, or only the coefficients are wanted.
 AFD_HD AfdTerms afd_sample(const AfdCall& c, const AfdBatch& batch, int64_t b, const double* sums, int64_t stride,
@@ -194,10 +201,10 @@ AFD_HD AfdTerms afd_sample(const AfdCall& c, const AfdBatch& batch, int64_t b, c
     if (c.ref_by_r) loss_q = sums[S_R_PRIOR * stride] / size;
   } else if (c.dpo) {
     double y = c.dpo_beta * (2 * r - 1) / 2, z = y * (pos - neg);
-    double slope = y / (1 + exp(-z));
+    double small = afd_exp(-fabs(z)), slope = y * (z > 0 ? 1 : small) / (1 + small);
     difference = k * slope * (1 / w_pos + 1 / w_neg);
     total = k * slope * (1 / w_pos - 1 / w_neg);
-    policy = (z > 0 ? z : 0) + log1p(exp(-fabs(z)));
+    policy = (z > 0 ? z : 0) + log1p(small);
   }
   c.rows[R_DIFFERENCE * B + b] = (float)difference;
   c.rows[R_SUM * B + b] = (float)total;
