@@ -209,16 +209,18 @@ def estimate(config: TrainConfig) -> Estimate:
         vae = sum(p.nbytes for p in decoder.vae.parameters())
     text = formulas.text_encoder(config.prompts_per_step // shards, s.text_len) if net.real else Work()
     trained, steps = sum(p.numel() for p in trainable(family.student).values()), len(config.rollout.steps)
+    rows = min(b, config.update.batch or b)  # of one backward
+    whole = student_traffic(family, b)
+    graph = whole if rows == b else student_traffic(family, rows)
     phases = {
         "prompts": shards * text,
-        "rollout": shards * (s.rollout(b, steps, config.student.lora_rank) + student_traffic(family, b).rollout(steps)),
+        "rollout": shards * (s.rollout(b, steps, config.student.lora_rank) + whole.rollout(steps)),
         "decode": shards * b * decode,
         "discriminator": config.discriminator.steps * (shards * judge.update + Work(bytes=OPTIMISER * judge.trained)),
         "score": shards * judge.score,
-        **{name: shards * work for name, work in update(config, s, family, b).items()},
+        **{name: shards * work for name, work in update(config, s, b, graph).items()},
         "optimiser": Work(bytes=(OPTIMISER + AVERAGE) * trained),
     }
-    rows = min(b, config.update.batch or b)  # of one backward
     graphs, clips = graph_bytes(family), 12 * b * shards * math.prod(family.video[:3])
     merged = s.stack.layers * s.stack.size * sum(i * o for i, o in s.stack.linears)
     memory: list[tuple[str, float, tuple[str, ...]]] = [
@@ -247,10 +249,9 @@ def estimate(config: TrainConfig) -> Estimate:
     return Estimate(config, about, phases, memory)
 
 
-def update(config: TrainConfig, s: Student, family: Family, b: int) -> dict[str, Work]:
-    """The update of b samples: v_ref and v_old, and the policy's forward and backward."""
-    rows = min(b, config.update.batch or b)  # of one backward
-    traffic: Traffic = student_traffic(family, rows)
+def update(config: TrainConfig, s: Student, b: int, traffic: Traffic) -> dict[str, Work]:
+    """The update of b samples: v_ref and v_old, and the policy's forward and backward. traffic: of a backward's samples."""
+    rows = min(b, config.update.batch or b)
     passes, frozen = b / rows, s.velocity(b) + s.encode(b) + b / rows * traffic.velocity(traffic.plain)
     reference = (1 / config.update.ref_every if config.loss.ref_coef else 0) * frozen
     policy = passes * traffic.policy()
