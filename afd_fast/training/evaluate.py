@@ -17,7 +17,7 @@ from afd_fast.errors import extra
 from afd_fast.judges import JUDGES, Scores
 from afd_fast.students.lora import merged_lora
 from afd_fast.students.student import TrainedWeights
-from afd_fast.teachers.dataset import TeacherVideos, Track
+from afd_fast.teachers.dataset import TeacherVideos, Track, shown
 from afd_fast.teachers.teacher import Request
 from afd_fast.training.distributed import whole
 from afd_fast.training.methods import METHODS
@@ -122,7 +122,7 @@ class Evaluator:
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
             teacher = run.encoded(keys[part], self.data.picked(keys[part]))
-            student = run.discriminator.encode(clips[part].to(run.discriminator_device).float() / 255)
+            student = run.discriminator.encode(shown(clips[part], run.discriminator_device))
             mine.append(run.discriminator.score(student, prompts[part]).cpu())
             theirs.append(run.discriminator.score(teacher, prompts[part]).cpu())
             before.append(run.discriminator.reference_scores(student, prompts[part]))
@@ -162,10 +162,10 @@ class Evaluator:
         """Clips [n, P, 3, F, H, W] of the first held-out prompts: base student, the trained one from the same noise, and
         the teacher."""
         count, held = SAMPLES_PER_PROMPT, self.data.held_out
-        shown = held[:SAMPLE_PROMPTS]
+        prompts = held[:SAMPLE_PROMPTS]
 
         def pick(clips: Tensor) -> Tensor:
-            return clips.view(count, len(held), *clips.shape[1:])[:, : len(shown)]
+            return clips.view(count, len(held), *clips.shape[1:])[:, : len(prompts)]
 
         student = pick(self.student_clips(count))
         with self._base_student():
@@ -173,8 +173,8 @@ class Evaluator:
         if not self.run.ranks.lead:
             return
         teacher = [
-            torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for p in shown]) for i in range(count)
+            torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for p in prompts]) for i in range(count)
         ]
         clips = {"base": base, "student": student, "teacher": torch.stack(teacher)}
-        about = {"prompts": json.dumps(shown), "fps": json.dumps(self.run.family.video.fps)}
+        about = {"prompts": json.dumps(prompts), "fps": json.dumps(self.run.family.video.fps)}
         save_file({name: x.contiguous() for name, x in clips.items()}, path, about)
