@@ -4,6 +4,7 @@ Legend: B samples, F frames.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, overload
 
@@ -49,6 +50,19 @@ def _is_saved(x: Any) -> bool:
     return isinstance(x, Tensor) and (torch.compiler.is_compiling() or not x.is_inference())
 
 
+def _keep(ctx: Any, rows: Tensor, args: Sequence[Any]) -> None:
+    """Have ctx hold an operator's arguments and rows for backward."""
+    saved = [x if _is_saved(x) else None for x in args]
+    ctx.save_for_backward(rows, *saved)
+    ctx.plain = [x if kept is None else None for x, kept in zip(args, saved)]
+
+
+def _kept(ctx: Any) -> list[Any]:
+    """rows and the arguments that `_keep` took."""
+    rows, *tensors = ctx.saved_tensors
+    return [rows, *(a if b is None else b for a, b in zip(ctx.plain, tensors))]
+
+
 class _NFTLoss(Function):
     """(loss, totals, rows) of (buffer, *Inputs). Into the buffer, if there is one, goes the gradient in the same call."""
 
@@ -65,9 +79,7 @@ class _NFTLoss(Function):
         ctx.grad, *args = inputs
         ctx.version = _version(ctx.grad)
         _, totals, rows = output
-        saved = [x if _is_saved(x) else None for x in args]
-        ctx.save_for_backward(rows, *saved)
-        ctx.plain = [x if kept is None else None for x, kept in zip(args, saved)]
+        _keep(ctx, rows, args)
         ctx.mark_non_differentiable(totals, rows)
         ctx.set_materialize_grads(False)  # two fills less in every backward
 
@@ -75,8 +87,7 @@ class _NFTLoss(Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         if grad_output is None:  # nobody used the loss
             return (None,) * (len(ctx.plain) + 1)
-        rows, *tensors = ctx.saved_tensors
-        args = [a if b is None else b for a, b in zip(ctx.plain, tensors)]
+        rows, *args = _kept(ctx)
         grad, ctx.grad = ctx.grad, None  # handed over once; a second backward computes a new one
         if _version(grad) != ctx.version and grad is not None:
             raise RuntimeError(
@@ -110,15 +121,12 @@ class _NFTTerms(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        saved = [x if _is_saved(x) else None for x in inputs]
-        ctx.save_for_backward(output[3], *saved)
-        ctx.plain = [x if kept is None else None for x, kept in zip(inputs, saved)]
+        _keep(ctx, output[3], inputs)
         ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
     def backward(ctx: Any, policy: Tensor, prior: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        rows, *tensors = ctx.saved_tensors
-        args = [a if b is None else b for a, b in zip(ctx.plain, tensors)]
+        rows, *args = _kept(ctx)
         return _NFTGradient.apply(torch.stack((policy, prior)), rows, *args), *[None] * (len(args) - 1)
 
 

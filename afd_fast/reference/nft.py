@@ -175,9 +175,10 @@ def nft_terms(
     if not return_stats:
         return NFTTerms(policy, prior, None)
     with torch.no_grad():
-        pos, neg = p.sum(each.e_pos.square()) / size / each.w_pos, p.sum(each.e_neg.square()) / size / each.w_neg
+        pos, neg = each.energies
         signal = (2 * p.r - 1) * (pos + neg) / 2
         if p.r_each is not None:  # the mean of (2 r - 1) (e+^2 / W+ + e-^2 / W-) / 2
+            pos, neg = p.sum(each.e_pos.square()) / size / each.w_pos, p.sum(each.e_neg.square()) / size / each.w_neg
             signal = each.energies[0] - pos / 2 + neg / 2 - each.energies[1]
         drift, nothing = (p.v - p.v_old).square(), torch.zeros_like(p.r)
         average = lambda x: x.mean() if len(x) else x.sum()

@@ -207,6 +207,12 @@ def check_packed(
             raise ValueError(f"{name} must be a number or [B] = ({batch},) with cu_seqlens=, got {tuple(x.shape)}")
 
 
+def sums(x: Tensor, rows: Tensor | None, samples: int) -> Tensor:
+    """x [B, ...], or packed [T, ...] with the sample of each row, -> [samples]."""
+    x = x.reshape(x.shape[0], x[0].numel() if len(x) else 0).sum(1)
+    return x if rows is None else x.new_zeros(samples).index_add(0, rows, x)
+
+
 class Prepared(NamedTuple):
     """Inputs in the working dtype, broadcast-ready; elements that do not count are zero everywhere."""
 
@@ -230,8 +236,7 @@ class Prepared(NamedTuple):
 
     def plain_sum(self, x: Tensor) -> Tensor:
         """Like v -> [B]."""
-        x = x.reshape(x.shape[0], x[0].numel() if len(x) else 0).sum(1)
-        return x if self.rows is None else torch.zeros_like(self.r).index_add(0, self.rows, x)
+        return sums(x, self.rows, len(self.r))
 
     def max(self, x: Tensor) -> Tensor:
         """Like v, nowhere negative -> [B]."""
@@ -328,12 +333,10 @@ def prepare(v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, recipe: NFTReci
         ref = None if ref is None else torch.where(keep, ref, 0)
         r = torch.where(keep, r, 0) if r.ndim > 1 else r
         weights = mask.to(work) if mask.is_floating_point() else None
-        elements = (keep if weights is None else weights).reshape(len(x0), -1).sum(1).to(work)
-        elements = elements if rows is None else elements.new_zeros(samples).index_add(0, rows, elements)
-    dense = r if r.ndim > 1 else None
-    p = Prepared(wide, clean, old, ref, target, coefficient, r if dense is None else elements, dense, elements, elements,
-                  weights, one_where_zero(elements), rows)  # fmt: skip
+        elements = sums(keep if weights is None else weights, rows, samples).to(work)
+    divisor, dense = one_where_zero(elements), r if r.ndim > 1 else None
     if dense is not None:
-        p = p._replace(r=p.sum(dense.expand(wide.shape)) / p.elements)
-    sample_weight, ref_weight = _batch_weights(p.r, elements, inputs, recipe)
-    return p._replace(sample_weight=sample_weight, ref_weight=ref_weight)
+        each = dense.expand(wide.shape)
+        r = sums(each if weights is None else weights * each, rows, samples) / divisor
+    batch_weights = _batch_weights(r, elements, inputs, recipe)
+    return Prepared(wide, clean, old, ref, target, coefficient, r, dense, *batch_weights, weights, divisor, rows)
