@@ -73,7 +73,7 @@ EVALUATION = {
     "item afd_fast/video_io.py:to_uint8": 4,
     "to the host afd_fast/training/evaluate.py:student_clips": 2,
     "to the host afd_fast/training/evaluate.py:_of_discriminator": 4,
-    "afd_fast/training/evaluate.py:_of_discriminator": 2,
+    "afd_fast/teachers/dataset.py:shown": 4,
     "afd_fast/discriminators/toy.py:reduce": 4,
     "afd_fast/discriminators/toy.py:score": 4,
 }
