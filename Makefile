@@ -42,6 +42,9 @@ dist: .venv/installed  # an sdist, and a wheel for every Python on Linux with gl
 	$(BIN)/python -m build --no-isolation --sdist
 	$(BIN)/python -m build --no-isolation --wheel -C=--build-option=--plat-name=manylinux_2_28_$$(uname -m)
 
+release:  # dist, checked as a stranger gets it
+	.ci/release
+
 clean:
 	rm -rf .venv .venv-oldest build dist runs *.egg-info .pytest_cache .ruff_cache
 
