@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 
 PROJECT = (f"{ROOT}/afd_fast/", f"{ROOT}/kernels/")
 aten = torch.ops.aten
+flop_registry.setdefault(aten._addmm_activation, flop_registry[aten.addmm])  # the activation is in the product
 LAUNCHERS: dict[str, object] = {}  # what an operator of this project runs for CUDA tensors
 _register = torch.library.impl
 

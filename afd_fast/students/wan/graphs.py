@@ -100,6 +100,7 @@ class GraphedStudent:
         self, batch: int, frames: int, height: int, width: int, window: int | None = None, sink: int = 0
     ) -> KVCache:
         """The kept cache, emptied; the start of a rollout, where changed shapes and weights are noticed."""
+        self.model.join()  # before their addresses are read
         key, weights = (batch, frames, height, width, window, sink), [p.data_ptr() for p in self.model.parameters()]
         if self._cache is None or key != self._cache_key or weights != self._weights:
             self._forget()
