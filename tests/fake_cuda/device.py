@@ -86,12 +86,12 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if kwargs.pop("pin_memory", None):
+            return func(*args, **kwargs).pin_memory()
         if not any(isinstance(x, FakeTensor) for x in tensors):
             if torch.device(kwargs.get("device") or "cpu").type == "cpu":
-                pinned = kwargs.pop("pin_memory", None)
                 with unset_fake_temporarily():
-                    out = func(*args, **kwargs)
-                return out.pin_memory() if pinned else out
+                    return func(*args, **kwargs)
         on_device = [x for x in tensors if x.is_cuda]
         if func in READS:
             if on_device:
