@@ -23,7 +23,7 @@ ITERATIONS = {
     "dmd": 3985,
     "rejection": 1962,
     "stream": 7125,
-    "full weights of 1.3B": 2760,
+    "full weights of 1.3B": 2442,
     "graphs": 2766,
     "VideoReward": 4492,
 }
