@@ -214,7 +214,7 @@ class ResidualNorm(torch.autograd.Function):
             grad_normed = torch.zeros_like(x)
         dx, dy = _residual_norm_backward(x, grad_x, grad_normed, gate, weight, scale, *ctx.settings)
         of_gate, *of_rows = ctx.needs_input_grad[2:7]  # weight, bias, scale, shift
-        factors = grad_normed * _normed(x, *ctx.settings) if of_rows[0] or of_rows[2] else None
+        factors = grad_normed * _normed(x, *ctx.settings) if of_rows[0] or of_rows[2] else grad_normed
         rows = zip((factors, grad_normed) * 2, (weight, bias, scale, shift), of_rows)
         sums = (_summed(a, row) if wanted else None for a, row, wanted in rows)
         return dx, dx if gate is None else dy, _summed(dx * y, gate) if of_gate else None, *sums, None, None
