@@ -101,8 +101,11 @@ def test_evaluation():
         run, data = scenes.new("tiny", "evaluation.batch=1", "evaluation.rollouts=2")
         data.teacher = SimpleNamespace(judge="clips", familiar=lambda prompts: [])
         evaluator = Evaluator(run, data, lambda items, description: items)
+        judged, encode = [], run.discriminator.encode
+        run.discriminator.encode = lambda videos: judged.append(len(videos)) or encode(videos)
         log.clear()
         row = evaluator.evaluate()
+        assert set(judged) == {1}  # evaluation.batch at a time
         check(log, EVALUATION)
     assert "held_out_accuracy" in row and "dynamic" in row
 
