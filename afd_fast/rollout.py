@@ -5,9 +5,9 @@ Legend: B samples, C channels, F latent frames, f frames of a chunk, H x W laten
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,6 +18,7 @@ from afd_fast.reference.flow import shift_sigma
 from afd_fast.reference.transformer import split_blocks
 from afd_fast.students.lora import merged_lora
 from afd_fast.students.student import Cache, Student, StudentModule, Text, batch_of
+from afd_fast.students.wan import sampler as presets
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]  # one, or one per sample
 
@@ -31,7 +32,7 @@ def _check_steps(name: str, steps: tuple[float, ...]) -> None:
 class RolloutConfig:
     """How to sample.
 
-    steps: unwarped denoising steps in 0..1000, falling.
+    steps: denoising steps in 0..1000, falling; a 0 at the end, which some configurations have, is left out.
     shift: of the timestep schedule; 5.0 in Self-Forcing's configs, 8.0 in its demo: explicit on purpose.
     chunk: latent frames generated together.
     context_noise: t of the cache pass, 0..1000 (the frames themselves are not noised, as officially).
@@ -39,6 +40,7 @@ class RolloutConfig:
     first_chunk_steps: other steps for the first chunk (Causal-Forcing++ `denoising_step_list_first_chunk`).
     window: latent frames a chunk attends to; none: all.
     sink: how many of the first frames are always among the window's.
+    warp: move the steps along the shifted schedule (750 is 937.5 at shift 5); false: they are on it already (CausVid, Krea).
     fuse_cache_pass: run chunk i's cache pass together with chunk i + 1's first step, one longer forward.
     merge_lora: merge LoRA layers into the weights for the rollout and restore them bit for bit after it.
     graphs: record each forward once as a CUDA graph and replay it in later rollouts of the same shape.
@@ -52,12 +54,16 @@ class RolloutConfig:
     first_chunk_steps: tuple[float, ...] | None = None
     window: int | None = None
     sink: int = 0
+    warp: bool = True
     fuse_cache_pass: bool = False
     merge_lora: bool = True
     graphs: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in ("steps", "first_chunk_steps"):
+            if (given := getattr(self, name)) and given[-1] == 0:
+                object.__setattr__(self, name, given[:-1])
         _check_steps("steps", self.steps)
         if self.first_chunk_steps is not None:
             _check_steps("first_chunk_steps", self.first_chunk_steps)
@@ -71,12 +77,32 @@ class RolloutConfig:
         if self.window is not None and not 0 <= self.sink < self.window:
             raise ConfigError(f"sink={self.sink} must be at least 0 and below window={self.window}")
         for steps in (self.steps, self.first_chunk_steps or self.steps):
-            sigmas = [step.sigma for step in step_table(steps, self.shift)]
+            sigmas = [step.sigma for step in step_table(steps, self.shift, self.warp)]
             if not all(a > b for a, b in itertools.pairwise([*sigmas, 0.0])):
                 raise ConfigError(
                     f"shift={self.shift} gives the steps {steps} the noise levels {sigmas}: they must fall and stay above 0; "
                     "set steps to different whole numbers from 1000 to 1, or shift closer to 1"
                 )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "RolloutConfig":
+        """As a public project samples its students (`students.wan.sampler.PRESETS`), with other settings changed."""
+        return cls(**{**presets.preset(name), **changes})
+
+    @classmethod
+    def of(cls, sampler: Mapping[str, Any], **changes: Any) -> "RolloutConfig":
+        """As a checkpoint says (`student.sampler`; Self-Forcing's where it says nothing), with settings changed. ConfigError
+        for settings that are not known here."""
+        found = {**sampler, **changes}
+        if unknown := sorted(set(found) - {f.name for f in fields(cls)}):
+            raise ConfigError(
+                f"the checkpoint is to be sampled with {unknown[0]}={found[unknown[0]]!r}, which is not known here"
+            )
+        return cls(**found)
+
+    def sampler(self) -> dict[str, Any]:
+        """The settings that change the result, ready for JSON: what `save_student` keeps with a student."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in presets.HOW_FAST}
 
 
 class Step(NamedTuple):
@@ -86,11 +112,14 @@ class Step(NamedTuple):
     sigma: float
 
 
-def step_table(steps: tuple[float, ...], shift: float) -> list[Step]:
-    """Every step on the shifted schedule, both rounded to float32 as in the official table
-    (1000 sigmas; steps are looked up by their integer part)."""
+def step_table(steps: tuple[float, ...], shift: float, warp: bool = True) -> list[Step]:
+    """Every step on the shifted schedule, both rounded to float32 as in the official table (1000 sigmas; steps are looked
+    up by their integer part). Without warp, t is the step and sigma that of the table's nearest time."""
     sigmas = shift_sigma(torch.linspace(1, 0, 1001, dtype=torch.float32)[:-1], shift)
     times = sigmas * 1000
+    if not warp:
+        nearest = [int((times.double() - step).abs().argmin()) for step in steps]
+        return [Step(float(step), float(sigmas[i])) for step, i in zip(steps, nearest)]
     rows = [1000 - int(s) for s in steps]
     return [Step(float(times[i]), float(sigmas[i])) if i < 1000 else Step(0.0, 0.0) for i in rows]
 
@@ -229,7 +258,7 @@ def stream(
     model: Student,
     text: Text,
     noise: Tensor,
-    config: RolloutConfig = RolloutConfig(),
+    config: RolloutConfig | None = None,
     *,
     generator: Generators | None = None,
     renoise: Tensor | None = None,
@@ -242,6 +271,7 @@ def stream(
     The first chunk comes after its own steps only: its cache pass runs when the next chunk is asked for, and
     the last chunk, whose cache nobody reads, has none.
     """
+    config = config or RolloutConfig.of(getattr(model, "sampler", {}))
     if noise.ndim != 5:
         raise ValueError(f"noise must be [B, C, F, H, W], got {tuple(noise.shape)}")
     given = 0 if initial_latent is None else initial_latent.shape[2]
@@ -254,8 +284,8 @@ def stream(
         independent = config.independent_first_frame
         history = split_blocks(given, config.chunk, independent) if given else []
         blocks = split_blocks(noise.shape[2], config.chunk, independent and not given)
-    steps = step_table(config.steps, config.shift)
-    first_steps = step_table(config.first_chunk_steps, config.shift) if config.first_chunk_steps else steps
+    steps = step_table(config.steps, config.shift, config.warp)
+    first_steps = step_table(config.first_chunk_steps or config.steps, config.shift, config.warp)
     source = _Noise(noise, generator, renoise)
     merge = _merged(model) if config.merge_lora and not grad_last_step else nullcontext()
     student = model
@@ -287,7 +317,7 @@ def rollout(
     model: Student,
     text: Text,
     noise: Tensor,
-    config: RolloutConfig = RolloutConfig(),
+    config: RolloutConfig | None = None,
     *,
     generator: Generators | None = None,
     renoise: Tensor | None = None,
@@ -300,6 +330,7 @@ def rollout(
     Args:
         model: a causal student (`afd_fast.students.Student`).
         text: its `encode_text`, of batch B or 1.
+        config: how to sample; None: as the student's checkpoint says (its `sampler`).
         generator: source of the noise between steps, drawn in the official order, so that a seed gives the
             official rollout; a list of B generators makes sample b independent of the rest of the batch.
         renoise: that noise itself, for exact comparisons, in the order drawn: [draws, B * f, C, H, W] (the

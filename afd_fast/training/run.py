@@ -70,7 +70,8 @@ class Run:
 
     def chunking(self, active: range | None = None) -> Chunking:
         """How the student's update walks through latent frames: as its sampler does."""
-        return Chunking(self.family.chunk, self.sampler.window, self.sampler.sink, active)
+        sampler = self.sampler
+        return Chunking(self.family.chunk, sampler.window, sampler.sink, active, sampler.context_noise)
 
     def generator(self, purpose: str, shard: int = 0) -> torch.Generator:
         """This iteration's random numbers for a purpose; a function of (seed, step, purpose, shard)."""

@@ -3,17 +3,19 @@
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError, extra
-from afd_fast.students.files import check_source
+from afd_fast.files.text import read_json
+from afd_fast.students.files import local_copy
 from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
-from afd_fast.students.wan.checkpoints import load_student, save_student
+from afd_fast.students.wan.checkpoints import Loras, load_student, save_student
 from afd_fast.students.wan.layers import CausalWanConfig
 from afd_fast.students.wan.model import CausalWan
+from afd_fast.students.wan.sampler import HOW_FAST
 from afd_fast.students.wan.text import TextEncoder
 from afd_fast.students.wan.vae import WanDecoder
 from afd_fast.video_io import VideoFormat
@@ -84,18 +86,57 @@ class KnownPrompts:
         return [self.known[p].to(self.device) for p in prompts]
 
 
-def load_networks(student: str, base: str | None = None, seed: int = 0, device: str | None = None) -> Networks:
-    """`tiny(seed)` for "tiny", else the checkpoint `student` in bfloat16 with the text encoder and VAE of the diffusers
-    repository `base`. device: None is the GPU where there is one."""
+class Coder(NamedTuple):
+    """What a VAE's config.json says: its latents' channels, the side of a latent pixel, and its videos' rate."""
+
+    channels: int
+    scale: int
+    fps: int
+
+
+def coder_of(student: str, base: str | None = None) -> Coder:
+    """The VAE that comes with a student, read without its weights. ConfigError for one that is not Wan's."""
+    if student == "tiny":
+        return Coder(16, 8, FPS)
+    folder = local_copy(base or BASE, ["vae/config.json"])
+    file = folder / "vae/config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"{folder} has no vae/config.json: give the diffusers folder or repository of a Wan model as base"
+        )
+    settings = read_json(file)
+    kind = settings.get("_class_name", "AutoencoderKLWan")
+    if kind != "AutoencoderKLWan":
+        raise ConfigError(
+            f"{file} is the VAE of another model ({kind}): give the diffusers folder of a Wan model as base"
+        )
+    patch = settings.get("patch_size") or 1
+    return Coder(settings.get("z_dim", 16), 8 * patch, FPS_2_2 if patch > 1 else FPS)
+
+
+def load_networks(
+    student: str,
+    base: str | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    lora: Loras | None = None,
+) -> Networks:
+    """`tiny(seed)` for "tiny", else the checkpoint `student` in bfloat16 with adapters as of `load_student`, and the text
+    encoder and VAE of the diffusers repository `base`. device: None is the GPU where there is one. ConfigError for a VAE
+    that does not fit the student, before the text encoder is read."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if student == "tiny":
         return tiny(seed, device)
+    coder = coder_of(student, base)  # before the student is read
     base = base or BASE
-    check_source(base)  # before the student is read
+    model = load_student(student, dtype=torch.bfloat16, device=device, lora=lora)
+    if model.config.in_dim != coder.channels:
+        raise ConfigError(
+            f"{student} has latents of {model.config.in_dim} channels, the VAE of {base} has {coder.channels}: give the "
+            "diffusers repository of the student's own base model as base"
+        )
     return Networks(
-        load_student(student, dtype=torch.bfloat16, device=device),
-        TextEncoder.from_pretrained(base, device=device),
-        WanDecoder.from_pretrained(base, device=device),
+        model, TextEncoder.from_pretrained(base, device=device), WanDecoder.from_pretrained(base, device=device)
     )
 
 
@@ -158,7 +199,10 @@ def save_run(student: CausalWan, weights: TrainedWeights, about: Facts, folder: 
     with extra("train"):
         from peft import LoraConfig
 
-    save_student(student, folder / "student", weights.merged)
+    sampler = {key.removeprefix("rollout."): value for key, value in about.items() if key.startswith("rollout.")}
+    for key in HOW_FAST:
+        sampler.pop(key, None)
+    save_student(student, folder / "student", weights.merged, sampler=sampler)
     if weights.adapters:
         named = {f"base_model.model.{n.replace('.default.', '.')}": p.cpu() for n, p in weights.adapters.items()}
         rank = about["student.lora_rank"]
