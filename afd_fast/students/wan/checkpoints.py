@@ -26,6 +26,7 @@ from afd_fast.students.wan.adapters import Adapter, read_adapter
 from afd_fast.students.wan.model import CausalWan, CausalWanConfig
 from afd_fast.students.wan.sampler import KEY as SAMPLER_KEY
 from afd_fast.students.wan.sampler import Sampler, of_config
+from afd_fast.students.wan.supported import check_channels, check_folder, check_settings, check_tensors
 
 log = logging.getLogger("afd_fast")
 T = TypeVar("T")
@@ -42,7 +43,8 @@ _ROOTS = (
     "net.",
 )
 _OF_DIFFUSERS = re.compile(r"condition_embedder\.|blocks\.\d+\.(attn[12]|ffn\.net)\.")
-_SHARED = ("generator_ema", "generator", "ema", "state_dict", "model")
+_CONSTANTS = ("freqs", "rope.freqs", "rope.freqs_cos", "rope.freqs_sin")  # tables of RoPE, which are computed
+_SHARED = ("generator_ema", "generator", "ema", "state_dict", "model", "module")
 
 # original Wan name -> diffusers name; Wan's norm3 is diffusers' norm2, the other norms have no parameters
 _DIFFUSERS = (
@@ -108,7 +110,8 @@ def from_diffusers(state: dict[str, T]) -> dict[str, T]:
 
 
 def clean_keys(state: dict[str, T]) -> dict[str, T]:
-    """Any public layout of keys -> the original Wan layout. Raises ValueError if two keys become one."""
+    """Any public layout of keys -> the original Wan layout, without tables of RoPE. Raises ValueError if two keys become one,
+    and for the tensors of a model that is not supported."""
     stripped: dict[str, T] = {}
     for key, value in state.items():
         name, before = key, ""
@@ -116,9 +119,12 @@ def clean_keys(state: dict[str, T]) -> dict[str, T]:
             before, name = name, _WRAPPERS.sub("", name)
             for root in _ROOTS:
                 name = name.removeprefix(root)
+        if name in _CONSTANTS:
+            continue
         if name in stripped:
             raise ConfigError(f"the checkpoint holds {name} twice, once as {key}: remove one of them")
         stripped[name] = value
+    check_tensors(stripped)
     return from_diffusers(stripped) if any(map(_OF_DIFFUSERS.match, stripped)) else stripped
 
 
@@ -186,10 +192,6 @@ def _config(settings: dict[str, Any]) -> CausalWanConfig:
         heads = settings["num_attention_heads"]
         names = {"in_channels": "in_dim", "out_channels": "out_dim", "ffn_dim": "ffn_dim", "num_layers": "num_layers",
                  "text_dim": "text_dim", "freq_dim": "freq_dim", "eps": "eps", "text_len": "text_len"}  # fmt: skip
-        if settings.get("image_dim") or settings.get("added_kv_proj_dim"):
-            raise ConfigError(
-                "this is an image-to-video Wan (image_dim is set); CausalWan has no image branch: load a text-to-video Wan"
-            )
         if tuple(settings.get("patch_size", (1, 2, 2))) != (1, 2, 2):
             raise ConfigError(
                 f"patch_size is {settings['patch_size']}, CausalWan has (1, 2, 2): load a Wan 2.1 checkpoint"
@@ -218,6 +220,7 @@ def infer_config(state: dict[str, Tensor]) -> CausalWanConfig:
         raise ConfigError(
             f"these are not a Wan transformer's weights: no {error}; first keys {sorted(state)[:4]}"
         ) from None
+    check_channels(in_dim, sizes["out_dim"])
     if dim % 128:
         raise ConfigError(f"the weights have width {dim}, not a multiple of 128: pass config=CausalWanConfig(...)")
     return CausalWanConfig(dim=dim, num_heads=dim // 128, num_layers=layers, in_dim=in_dim, **sizes)
@@ -255,6 +258,7 @@ def load_student(
     misshapen tensors. Both are ConfigErrors of one line.
     """
     adapters = [] if lora is None else _read_loras(lora, lora_scale)
+    sampler_of(path_or_repo)  # what is not supported is named before gigabytes are read
     path = local_copy(path_or_repo, ["*.json", "*.safetensors", "transformer/*"])
     contents, settings = _read_folder(path) if path.is_dir() else Checkpoint(read_tensors(path), None)
     if not isinstance(contents, dict):
@@ -280,14 +284,18 @@ def load_student(
 
 def sampler_of(path_or_repo: str | Path) -> Sampler:
     """What a checkpoint's config.json says about sampling, read without its weights; empty for a file and without any.
-    Errors as of `load_student`."""
-    path = local_copy(path_or_repo, ["*.json", "transformer/*.json"])
-    if path.is_dir():
-        path = _config_file(path)
-    if path.name != "config.json" or not path.is_file():
+    Raises MissingFileError, and ConfigError for a checkpoint that is not supported."""
+    path = local_copy(path_or_repo, ["*.json", "transformer/*.json", "transformer_2/config.json"])
+    if not path.is_dir():
         return {}
+    check_folder(path)
+    config = _config_file(path)
+    if not config.is_file():
+        return {}
+    settings = read_json(config)
     with _naming(path):
-        return of_config(read_json(path))
+        check_settings(settings)
+        return of_config(settings)
 
 
 def _read_loras(lora: Loras, scale: float) -> list[Adapter]:
