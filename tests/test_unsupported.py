@@ -115,7 +115,7 @@ def test_the_vae_of_another_model(model, tmp_path):
         coder_of("student.pt", tmp_path / "base")
     write(tmp_path / "base/vae/config.json", {"_class_name": "AutoencoderKLWan", "z_dim": 48, "patch_size": 2})
     torch.save(model.state_dict(), tmp_path / "m.pt")
-    with pytest.raises(ConfigError, match="latents of 16 channels, the VAE of .* has 48"):
+    with pytest.raises(ConfigError, match="latents of 16 channels, the decoder of .* has 48"):
         load_networks(str(tmp_path / "m.pt"), str(tmp_path / "base"), device="cpu")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="has no vae/config.json"):

@@ -305,6 +305,10 @@ def rollout(
     sink: cli.Sink = None,
     lora: cli.Lora = None,
     fps: cli.Fps = None,
+    preview: Annotated[
+        Path | None,
+        typer.Option(help="weights of TAEHV's format (taew2_1.pth): fast pixels that only resemble the VAE's"),
+    ] = None,
     batch: int = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="of the first prompt; prompt i has seed + i")] = 0,
     seeds: Annotated[str | None, typer.Option(help="such as 0,1,2: a video of every prompt with each of them")] = None,
@@ -329,7 +333,7 @@ def rollout(
         student or "tiny", base, preset, size, frames, fps, batch, lora, steps=steps, first_chunk_steps=first_chunk_steps,
         shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, graphs=graphs or None,
     )  # fmt: skip
-    networks = load_networks(student or "tiny", base, seed, lora=found.lora or None)
+    networks = load_networks(student or "tiny", base, seed, lora=found.lora or None, preview=preview)
     with Progress(console=console) as progress:
         task = progress.add_task("chunks", total=None)
         stats = generate(

@@ -15,6 +15,7 @@ from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig
 from afd_fast.students.wan.checkpoints import Loras, load_student, save_student
 from afd_fast.students.wan.layers import CausalWanConfig
 from afd_fast.students.wan.model import CausalWan
+from afd_fast.students.wan.preview import PreviewDecoder
 from afd_fast.students.wan.sampler import HOW_FAST
 from afd_fast.students.wan.text import TextEncoder
 from afd_fast.students.wan.vae import WanDecoder
@@ -42,11 +43,11 @@ class Encoder(Protocol):
 
 @dataclass
 class Networks:
-    """A student with its text encoder and VAE, on one device."""
+    """A student with its text encoder and VAE, or a preview decoder in the VAE's place, on one device."""
 
     student: CausalWan
     text: Encoder
-    vae: WanDecoder
+    vae: WanDecoder | PreviewDecoder
 
     @property
     def fps(self) -> int:
@@ -114,30 +115,44 @@ def coder_of(student: str, base: str | None = None) -> Coder:
     return Coder(settings.get("z_dim", 16), 8 * patch, FPS_2_2 if patch > 1 else FPS)
 
 
+def _check_fit(model: CausalWan, student: str, channels: int, decoder: str | Path | None) -> None:
+    """ConfigError for a decoder of latents with other channels than the student's."""
+    if model.config.in_dim != channels:
+        raise ConfigError(
+            f"{student} has latents of {model.config.in_dim} channels, the decoder of {decoder} has {channels}: give that of "
+            "the student's own base model"
+        )
+
+
 def load_networks(
     student: str,
     base: str | None = None,
     seed: int = 0,
     device: str | None = None,
     lora: Loras | None = None,
+    preview: str | Path | None = None,
 ) -> Networks:
     """`tiny(seed)` for "tiny", else the checkpoint `student` in bfloat16 with adapters as of `load_student`, and the text
-    encoder and VAE of the diffusers repository `base`. device: None is the GPU where there is one. ConfigError for a VAE
-    that does not fit the student, before the text encoder is read."""
+    encoder and VAE of the diffusers repository `base`. device: None is the GPU where there is one. preview: weights of a
+    `PreviewDecoder` in the VAE's place. ConfigError for a decoder that does not fit the student, before the text encoder is read.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    decoder = None
+    if preview is not None:
+        half = torch.float32 if student == "tiny" else torch.bfloat16
+        decoder = PreviewDecoder.from_file(preview, dtype=half, device=device)
     if student == "tiny":
-        return tiny(seed, device)
-    coder = coder_of(student, base)  # before the student is read
+        networks = tiny(seed, device)
+        if decoder is not None:
+            _check_fit(networks.student, student, decoder.channels, preview)
+            networks.vae = decoder
+        return networks
+    channels = coder_of(student, base).channels if decoder is None else decoder.channels  # before the student is read
     base = base or BASE
     model = load_student(student, dtype=torch.bfloat16, device=device, lora=lora)
-    if model.config.in_dim != coder.channels:
-        raise ConfigError(
-            f"{student} has latents of {model.config.in_dim} channels, the VAE of {base} has {coder.channels}: give the "
-            "diffusers repository of the student's own base model as base"
-        )
-    return Networks(
-        model, TextEncoder.from_pretrained(base, device=device), WanDecoder.from_pretrained(base, device=device)
-    )
+    _check_fit(model, student, channels, preview or base)
+    text = TextEncoder.from_pretrained(base, device=device)
+    return Networks(model, text, decoder or WanDecoder.from_pretrained(base, device=device))
 
 
 def tiny(seed: int = 0, device: str = "cpu") -> Networks:
@@ -174,7 +189,9 @@ def wan_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
     """The family of `config.name` and `config.base`. ConfigError as of `latent_size`."""
     size = latent_size(config, chunk)
     networks = load_networks(config.name, config.base, seed, config.device)
-    student, side = networks.student.requires_grad_(False), networks.vae.scale
+    student, vae = networks.student.requires_grad_(False), networks.vae
+    assert isinstance(vae, WanDecoder)  # rewards need its pixels
+    side = vae.scale
     student.gradient_checkpointing = config.gradient_checkpointing
 
     def save(weights: TrainedWeights, about: Facts, folder: Path) -> None:
@@ -184,7 +201,7 @@ def wan_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
         name="wan",
         student=student,
         text=KnownPrompts(networks.text, student.device),
-        vae=networks.vae,
+        vae=vae,
         latents=size._replace(channels=student.config.in_dim),
         chunk=chunk,
         video=VideoFormat(4 * size.frames - 3, side * size.height, side * size.width, networks.fps),
