@@ -114,6 +114,7 @@ class GraphedStudent:
         rope: str = "absolute", sink_ema: float | None = None,
     ) -> KVCache:  # fmt: skip
         """The kept cache, emptied; the start of a rollout, where changed shapes and weights are noticed."""
+        self.model.join()  # before their addresses are read
         key = (batch, frames, height, width, window, sink, rope, sink_ema)
         weights = [p.data_ptr() for p in self.model.parameters()]
         if self._cache is None or key != self._cache_key or weights != self._weights:

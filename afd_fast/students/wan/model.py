@@ -36,7 +36,8 @@ class CausalWan(StudentModule):
     """The student. `CausalWan(CausalWanConfig.wan_1_3b())`, or `CausalWan(dim=..., ...)`.
 
     attention: backend name of `ops.attention`. official_rounding: round intermediates in bfloat16 where the
-    official code does (True, its exact function) or once per fused operator (False, more accurate).
+    official code does (True, its exact function but for a rollout's GELU on CUDA, `Block.feed_forward`) or once per
+    fused operator (False, more accurate).
     gradient_checkpointing (attribute): recompute each block in the backward pass of the forwards without a
     cache (a cached forward has one chunk's activations, and its history is gone when it would be recomputed).
     State dicts are in the original Wan layout (825 tensors for 1.3B). Under FSDP2 register `encode_text` of
@@ -80,6 +81,15 @@ class CausalWan(StudentModule):
             assert isinstance(block, Block)
             yield block
 
+    def join(self) -> None:
+        """Weights whose products are one product next to each other in memory; every forward sees to it. Where FSDP owns the
+        memory they stay where they are."""
+        if torch.compiler.is_compiling():
+            return
+        if not any(hasattr(module, "_get_fsdp_state") for module in (self, *self.blocks)):
+            for block in self._each_block():
+                block.join()
+
     # ------------------------------------------------------------------ inputs
 
     def encode_text(self, context: Tensor | list[Tensor]) -> WanText:
@@ -95,6 +105,7 @@ class CausalWan(StudentModule):
                 raise ValueError(f"prompt embeddings must be [tokens, {c.text_dim}], got {tuple(row.shape)}")
             if row.shape[0] > c.text_len:
                 raise ValueError(f"a prompt of {row.shape[0]} tokens is longer than text_len={c.text_len}")
+        self.join()
         padded = torch.stack([F.pad(row, (0, 0, 0, c.text_len - row.shape[0])) for row in rows])
         text = self.text_embedding(padded.to(self.device, self.dtype))
         pairs = [block.encode_text(text) for block in self._each_block()]
@@ -246,6 +257,7 @@ class CausalWan(StudentModule):
         self, patches: Tensor, t: Tensor | Conditioning, text: WanText, pattern: Pattern, drop: int = 0
     ) -> Tensor:
         """Patches [B, L, 4 C] -> head output; the first `drop` frames are left out of it."""
+        self.join()
         weight = self.patch_embedding.weight
         x = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
         conditioning = t if isinstance(t, Conditioning) else self.conditioning(t)
