@@ -128,6 +128,24 @@ def read_video(
     return video.div_(255)
 
 
+def format_of(file: str | Path) -> VideoFormat:
+    """Frames, size as shown and rate of a file. Raises VideoError as `read_video`."""
+    with extra("train"):
+        import av
+
+    try:
+        with _open(file) as container:
+            first = next(_shown(container), None)
+            if first is None:
+                raise VideoError(f"{file}: holds no video frame; replace the file")
+            stream, (height, width) = container.streams.video[0], _image(first, None).shape[1:]
+            rate = _rate(container)
+            seconds = (stream.duration or 0) * Fraction(stream.time_base or 0)
+            return VideoFormat(stream.frames or round(seconds * rate), height, width, float(rate))
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise VideoError(f"{file}: cannot be read as video ({error}); replace the file") from error
+
+
 def check_file(file: str | Path, *, frames: int, size: tuple[int, int], fps: float) -> None:
     """Decode what `read_video` would take, in memory for a few frames, and keep nothing. Raises VideoError as it does."""
     for _ in read_frames(file, frames=frames, size=size, fps=fps):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.config import TrainConfig, with_overrides
-from afd_fast.discriminators.config import new_discriminator
+from afd_fast.discriminators.config import DISCRIMINATORS, new_discriminator
 from afd_fast.errors import ConfigError, extra
 from afd_fast.estimate import formulas
 from afd_fast.estimate.formulas import GPUS, Student, Work, total
@@ -200,7 +200,7 @@ def estimate(config: TrainConfig) -> Estimate:
     net = networks(config)
     family, s, shards, decoder = net.family, net.formulas, config.shards, net.decoder
     b = config.prompts_per_step * config.rollouts_per_prompt // shards
-    judge = (toy_judge if config.discriminator.name == "toy" else reward_judge)(config, family, b)
+    judge = (toy_judge if config.discriminator.name in DISCRIMINATORS else reward_judge)(config, family, b)
     decode, vae, vae_needs = Work(), 0, 0  # the toy's latents are pixels
     if decoder is not None:
         latents = torch.empty(1, *family.latents, device="meta", dtype=torch.float32)

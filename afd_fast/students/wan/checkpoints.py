@@ -361,8 +361,7 @@ def _check_state(model: CausalWan, state: dict[str, Tensor], path: Path) -> None
 
 def save_student(model: CausalWan, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
     """Write the weights (or `state`, under the model's names) as a diffusers WanTransformer3DModel folder."""
-    with extra("train"):
-        from safetensors.torch import save_file
+    from afd_fast.files.tensors import save_tensors
 
     folder, c = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
@@ -375,4 +374,4 @@ def save_student(model: CausalWan, folder: str | Path, state: dict[str, Tensor] 
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     state = {k: v.detach().cpu().contiguous() for k, v in to_diffusers(clean_keys(state or model.state_dict())).items()}
-    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
