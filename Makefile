@@ -5,7 +5,7 @@ OLDEST_PYTHON ?= $(firstword $(foreach minor,10 11 12,$(shell command -v python3
 CORE := $(addprefix tests/test_, $(addsuffix .py, advantage attention dropin extras functorch layering nft nft_options noise \
 	ops_nft triton_versions))
 
-.PHONY: demo test test-interpreter test-fake-cuda test-oldest gpu bench lint dist clean
+.PHONY: demo test test-interpreter test-fake-cuda test-oldest gpu bench lint docs dist release clean
 
 demo: .venv/installed
 	$(BIN)/afd-fast demo --overwrite
@@ -34,10 +34,16 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/installed  # build/site/index.html; a link that leads nowhere is an error, and nothing is fetched
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 dist: .venv/installed  # an sdist, and a wheel for every Python on Linux with glibc 2.28 (tests/test_packaging.py)
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation --sdist
 	$(BIN)/python -m build --no-isolation --wheel -C=--build-option=--plat-name=manylinux_2_28_$$(uname -m)
+
+release:  # dist, checked as a stranger gets it
+	.ci/release
 
 clean:
 	rm -rf .venv .venv-oldest build dist runs *.egg-info .pytest_cache .ruff_cache

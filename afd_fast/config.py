@@ -204,6 +204,11 @@ class TrainConfig:
             raise ConfigError(
                 f"rollout.fuse_cache_pass needs chunks of any size; the student {self.student.name!r} has {family.chunk}"
             )
+        if rollout.sink_ema is not None and self.update.history != "detached":
+            raise ConfigError(
+                f"rollout.sink_ema averages frames as they leave the cache: it needs update.history=detached, got "
+                f"{self.update.history}"
+            )
         if rollout.independent_first_frame:
             raise ConfigError("rollout.independent_first_frame is for generation: training works in whole chunks")
 

@@ -171,11 +171,11 @@ def generate(
 
 
 def _noise(student: CausalWan, generators: Sequence[torch.Generator], options: GenerateOptions) -> Tensor:
-    """Initial noise [B, C, F, H, W], sample b from generator b."""
-    shape = (student.config.in_dim, options.frames, options.height, options.width)
-    return torch.stack(
-        [torch.randn(shape, generator=g, device=student.device, dtype=student.dtype) for g in generators]
-    )
+    """Initial noise [B, C, F, H, W], sample b from generator b, drawn as [F, C, H, W]: the official layout, in which a
+    seed is the official video (Self-Forcing `inference.py:161` at 33593df)."""
+    shape = (options.frames, student.config.in_dim, options.height, options.width)
+    rows = [torch.randn(shape, generator=g, device=student.device, dtype=student.dtype) for g in generators]
+    return torch.stack(rows).transpose(1, 2).contiguous()
 
 
 def chunk_count(frames: int, config: RolloutConfig) -> int:

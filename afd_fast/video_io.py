@@ -130,20 +130,11 @@ def read_video(
 
 def format_of(file: str | Path) -> VideoFormat:
     """Frames, size as shown and rate of a file. Raises VideoError as `read_video`."""
-    with extra("train"):
-        import av
-
-    try:
-        with _open(file) as container:
-            first = next(_shown(container), None)
-            if first is None:
-                raise VideoError(f"{file}: holds no video frame; replace the file")
-            stream, (height, width) = container.streams.video[0], _image(first, None).shape[1:]
-            rate = _rate(container)
-            seconds = (stream.duration or 0) * Fraction(stream.time_base or 0)
-            return VideoFormat(stream.frames or round(seconds * rate), height, width, float(rate))
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise VideoError(f"{file}: cannot be read as video ({error}); replace the file") from error
+    height, width = next(read_frames(file)).shape[1:]
+    with _open(file) as container:
+        stream, rate = container.streams.video[0], _rate(container)
+        seconds = (stream.duration or 0) * Fraction(stream.time_base or 0)
+        return VideoFormat(stream.frames or round(seconds * rate), height, width, float(rate))
 
 
 def check_file(file: str | Path, *, frames: int, size: tuple[int, int], fps: float) -> None:
@@ -174,13 +165,13 @@ def read_frames(
     done, shape = 0, None
     try:
         with _open(file) as container:
-            pictures = _shown(container)
+            pictures, reformatter = _shown(container), av.video.reformatter.VideoReformatter()  # whose tables are kept
             for shown in pictures:
                 count = 1 if rate is None else math.ceil(shown.end * rate) - done  # times k / fps until it ends
                 count = count if frames is None else min(count, frames - done)
                 if count <= 0:
                     continue
-                image = _image(shown, size)
+                image = _image(shown, size, reformatter)
                 if image.shape != (shape := shape or image.shape):
                     raise VideoError(f"{name}: frame {done} has another size than the first: read it with size=")
                 done += count
@@ -308,16 +299,16 @@ def _rate(container: av.container.InputContainer) -> Fraction:
     return rate
 
 
-def _image(shown: _Shown, size: tuple[int, int] | None) -> Tensor:
+def _image(shown: _Shown, size: tuple[int, int] | None, reformatter: av.video.reformatter.VideoReformatter) -> Tensor:
     """A frame as it is shown, in RGB: [3, H, W] uint8."""
     frame = shown.frame
     untagged = frame.colorspace == UNSPECIFIED and not frame.format.is_rgb
     matrix = BT709 if untagged and (frame.width >= 1280 or frame.height > 576) else None  # as players guess
     deep = frame.format.components[0].bits > 8  # which swscale's fast path makes up to three levels too dark
-    pixels = frame.to_ndarray(
-        format="rgb24", src_colorspace=matrix, dst_colorspace=matrix, interpolation=ACCURATE if deep else None
+    picture = reformatter.reformat(
+        frame, format="rgb24", src_colorspace=matrix, dst_colorspace=matrix, interpolation=ACCURATE if deep else None
     )
-    image, (aspect, a, b, c, d) = torch.from_numpy(pixels).permute(2, 0, 1), shown.look
+    image, (aspect, a, b, c, d) = torch.from_numpy(picture.to_ndarray()).permute(2, 0, 1), shown.look
     if abs(b) > abs(a):
         image, aspect, a, d = image.transpose(1, 2), 1 / aspect, c, b
     if axes := [axis for axis, sign in ((2, a), (1, d)) if sign < 0]:

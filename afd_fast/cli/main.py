@@ -308,13 +308,19 @@ def rollout(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="folder of a finished run")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    picture: Annotated[
+        Path | None, typer.Option(help="write its sample videos side by side as a moving .webp or .gif instead")
+    ] = None,
+) -> None:
     """Write report.html of a finished run folder again."""
+    from afd_fast.reports.picture import write_picture
     from afd_fast.reports.run import write_report
 
     if not (run / "result.json").exists():
         raise ConfigError(f"{run} holds no finished run (no result.json)")
-    console.print(escape(str(write_report(run))))
+    console.print(escape(str(write_picture(run, picture) if picture else write_report(run))))
 
 
 @app.command()

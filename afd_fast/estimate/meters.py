@@ -27,6 +27,8 @@ from afd_fast.training.velocity import Chunking, chunk_velocities
 FREE = ("_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "resize_", "set_")  # no kernel runs; nor for views
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
+flop_registry.setdefault(torch.ops.aten._addmm_activation, flop_registry[torch.ops.aten.addmm])
+
 
 def size_of(x: Tensor) -> int:
     """Bytes of the elements that x has; those that `expand` repeats once."""
@@ -89,19 +91,18 @@ class Kept(saved_tensors_hooks):
     """Bytes autograd saves inside the block since the last `take`; every storage once, parameters not at all."""
 
     def __init__(self, module: nn.Module):
-        own = {p.untyped_storage()._cdata for p in module.parameters()}
-        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.module, self.storages = module, dict[int, torch.UntypedStorage]()
 
         def pack(x: Tensor) -> Tensor:
             storage = x.untyped_storage()
-            if storage._cdata not in own:
-                self.storages[storage._cdata] = storage
+            self.storages[storage._cdata] = storage
             return x
 
         super().__init__(pack, lambda x: x)
 
     def take(self) -> int:
-        found = sum(s.nbytes() for s in self.storages.values())
+        own = {p.untyped_storage()._cdata for p in self.module.parameters()}  # now: a forward may move them
+        found = sum(s.nbytes() for key, s in self.storages.items() if key not in own)
         self.storages.clear()
         return found
 

@@ -169,7 +169,7 @@ def test_one_prompt_for_a_batch():
         log.clear()
         rollout(model, text, x)
         check(log)
-    assert log.all.launches["_scaled_dot_product_cudnn_attention"] == 16
+    assert log.all.launches["_scaled_dot_product_cudnn_attention"] == 16 and not log.all.launches["repeat"]
 
 
 def test_the_fake_gpu_notices():

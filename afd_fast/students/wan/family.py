@@ -24,7 +24,7 @@ LORA_TARGETS = (
     "ffn.0",
     "ffn.2",
 )
-FPS = 16  # of Wan 2.1
+FPS, FPS_2_2 = 16, 24  # of Wan 2.1 and of Wan2.2-TI2V-5B (wan/configs/{shared_config,wan_ti2v_5B}.py)
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 SIZE = LatentFormat(16, 21, 60, 104)  # 81 frames of 480 x 832
 TINY_SIZE = LatentFormat(16, 6, 6, 10)  # 21 frames of 48 x 80
@@ -43,6 +43,11 @@ class Networks:
     student: CausalWan
     text: Encoder
     vae: WanDecoder
+
+    @property
+    def fps(self) -> int:
+        """Frames per second of its videos."""
+        return FPS_2_2 if self.vae.patch > 1 else FPS
 
 
 class HashText:
@@ -126,7 +131,7 @@ def wan_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
     """The family of `config.name` and `config.base`. ConfigError as of `latent_size`."""
     size = latent_size(config, chunk)
     networks = load_networks(config.name, config.base, seed, config.device)
-    student = networks.student.requires_grad_(False)
+    student, side = networks.student.requires_grad_(False), networks.vae.scale
     student.gradient_checkpointing = config.gradient_checkpointing
 
     def save(weights: TrainedWeights, about: Facts, folder: Path) -> None:
@@ -139,7 +144,7 @@ def wan_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
         vae=networks.vae,
         latents=size._replace(channels=student.config.in_dim),
         chunk=chunk,
-        video=VideoFormat(4 * size.frames - 3, 8 * size.height, 8 * size.width, FPS),
+        video=VideoFormat(4 * size.frames - 3, side * size.height, side * size.width, networks.fps),
         lora_targets=LORA_TARGETS,
         save=save,
     )
