@@ -1,5 +1,6 @@
 """Curves as inline SVG whose text follows the page's colour, light or dark."""
 
+import html
 import io
 import itertools
 import math
@@ -18,7 +19,6 @@ with extra("train"):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from markupsafe import escape
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.spines import Spine
@@ -44,7 +44,7 @@ def svg(figure: Figure, description: str) -> str:
     drawing = buffer.getvalue()[buffer.getvalue().index("<svg") :].replace(INK, "currentColor")
     mark = f"figure{next(_numbers)}-"  # ids are unique in a page
     drawing = re.sub(r'(id="|url\(#|href="#)', rf"\1{mark}", drawing)
-    return drawing.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
+    return drawing.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
 
 
 def subplots(rows: int, columns: int, height: float, **how: Any) -> tuple[Figure, Any]:
