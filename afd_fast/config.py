@@ -202,6 +202,11 @@ class TrainConfig:
             raise ConfigError(
                 f"rollout.fuse_cache_pass needs chunks of any size; the student {self.student.name!r} has {family.chunk}"
             )
+        if rollout.sink_ema is not None and self.update.history != "detached":
+            raise ConfigError(
+                f"rollout.sink_ema averages frames as they leave the cache: it needs update.history=detached, got "
+                f"{self.update.history}"
+            )
         if rollout.context_noise and self.update.history != "detached":
             raise ConfigError(
                 f'rollout.context_noise={rollout.context_noise} needs update.history="detached", whose history is the '

@@ -4,124 +4,20 @@
 Legend: B samples, C channels, F latent frames, f frames of a chunk, H x W latent pixels.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from afd_fast.errors import ConfigError, check_at_least, check_fields
-from afd_fast.reference.flow import shift_sigma
 from afd_fast.reference.transformer import split_blocks
+from afd_fast.sampler import RolloutConfig, Step, step_table
 from afd_fast.students.lora import merged_lora
-from afd_fast.students.student import Cache, Student, StudentModule, Text, batch_of
-from afd_fast.students.wan import sampler as presets
+from afd_fast.students.student import Cache, Schedule, Student, StudentModule, Text, batch_of, texts_of_chunks
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]  # one, or one per sample
-
-
-def _check_steps(name: str, steps: tuple[float, ...]) -> None:
-    if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in itertools.pairwise(steps)):
-        raise ConfigError(f"{name} must fall from at most 1000 to above 0, got {steps}")
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """How to sample.
-
-    steps: denoising steps in 0..1000, falling; a 0 at the end, which some configurations have, is left out.
-    shift: of the timestep schedule; 5.0 in Self-Forcing's configs, 8.0 in its demo: explicit on purpose.
-    chunk: latent frames generated together.
-    context_noise: t of the cache pass, 0..1000 (the frames themselves are not noised, as officially).
-    independent_first_frame: the first frame is a chunk by itself.
-    first_chunk_steps: other steps for the first chunk (Causal-Forcing++ `denoising_step_list_first_chunk`).
-    window: latent frames a chunk attends to; none: all.
-    sink: how many of the first frames are always among the window's.
-    warp: move the steps along the shifted schedule (750 is 937.5 at shift 5); false: they are on it already (CausVid, Krea).
-    fuse_cache_pass: run chunk i's cache pass together with chunk i + 1's first step, one longer forward.
-    merge_lora: merge LoRA layers into the weights for the rollout and restore them bit for bit after it.
-    graphs: record each forward once as a CUDA graph and replay it in later rollouts of the same shape.
-    """
-
-    steps: tuple[float, ...] = (1000, 750, 500, 250)
-    shift: float = 5.0
-    chunk: int = 3
-    context_noise: float = 0.0
-    independent_first_frame: bool = False
-    first_chunk_steps: tuple[float, ...] | None = None
-    window: int | None = None
-    sink: int = 0
-    warp: bool = True
-    fuse_cache_pass: bool = False
-    merge_lora: bool = True
-    graphs: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("steps", "first_chunk_steps"):
-            if (given := getattr(self, name)) and given[-1] == 0:
-                object.__setattr__(self, name, given[:-1])
-        _check_steps("steps", self.steps)
-        if self.first_chunk_steps is not None:
-            _check_steps("first_chunk_steps", self.first_chunk_steps)
-        if not 0 <= self.context_noise <= 1000:
-            raise ConfigError(f"context_noise must lie in 0..1000, got {self.context_noise}")
-        if self.shift <= 0:
-            raise ConfigError(f"shift must be a positive number, got {self.shift}")
-        check_at_least(self, 1, "chunk")
-        if self.window is None and self.sink:
-            raise ConfigError(f"sink={self.sink} needs a window larger than it: set window")
-        if self.window is not None and not 0 <= self.sink < self.window:
-            raise ConfigError(f"sink={self.sink} must be at least 0 and below window={self.window}")
-        for steps in (self.steps, self.first_chunk_steps or self.steps):
-            sigmas = [step.sigma for step in step_table(steps, self.shift, self.warp)]
-            if not all(a > b for a, b in itertools.pairwise([*sigmas, 0.0])):
-                raise ConfigError(
-                    f"shift={self.shift} gives the steps {steps} the noise levels {sigmas}: they must fall and stay above 0; "
-                    "set steps to different whole numbers from 1000 to 1, or shift closer to 1"
-                )
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> "RolloutConfig":
-        """As a public project samples its students (`students.wan.sampler.PRESETS`), with other settings changed."""
-        return cls(**{**presets.preset(name), **changes})
-
-    @classmethod
-    def of(cls, sampler: Mapping[str, Any], **changes: Any) -> "RolloutConfig":
-        """As a checkpoint says (`student.sampler`; Self-Forcing's where it says nothing), with settings changed. ConfigError
-        for settings that are not known here."""
-        found = {**sampler, **changes}
-        if unknown := sorted(set(found) - {f.name for f in fields(cls)}):
-            raise ConfigError(
-                f"the checkpoint is to be sampled with {unknown[0]}={found[unknown[0]]!r}, which is not known here"
-            )
-        return cls(**found)
-
-    def sampler(self) -> dict[str, Any]:
-        """The settings that change the result, ready for JSON: what `save_student` keeps with a student."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in presets.HOW_FAST}
-
-
-class Step(NamedTuple):
-    """One denoising step: the network's t in 0..1000, and the noise level sigma in [0, 1]."""
-
-    t: float
-    sigma: float
-
-
-def step_table(steps: tuple[float, ...], shift: float, warp: bool = True) -> list[Step]:
-    """Every step on the shifted schedule, both rounded to float32 as in the official table (1000 sigmas; steps are looked
-    up by their integer part). Without warp, t is the step and sigma that of the table's nearest time."""
-    sigmas = shift_sigma(torch.linspace(1, 0, 1001, dtype=torch.float32)[:-1], shift)
-    times = sigmas * 1000
-    if not warp:
-        nearest = [int((times.double() - step).abs().argmin()) for step in steps]
-        return [Step(float(step), float(sigmas[i])) for step, i in zip(steps, nearest)]
-    rows = [1000 - int(s) for s in steps]
-    return [Step(float(times[i]), float(sigmas[i])) if i < 1000 else Step(0.0, 0.0) for i in rows]
 
 
 class _Noise:
@@ -166,7 +62,8 @@ class _Noise:
 
 
 class _Sampler:
-    """One rollout: the model, its text, cache and timetables. `denoise` makes a chunk, `refresh` caches it."""
+    """One rollout: the model, its text, cache and timetables. `denoise` makes a chunk, `refresh` caches it, `recache` writes
+    the history anew."""
 
     def __init__(
         self, model: Student, text: Text, noise: Tensor, config: RolloutConfig, frames: int, source: _Noise, grad: bool
@@ -181,7 +78,7 @@ class _Sampler:
         """A fresh cache, filled with the given frames; one given video for a batch is run once and shared."""
         shared = initial is not None and initial.shape[0] < self.batch
         batch, self.batch = self.batch, 1 if shared else self.batch
-        self.cache = self.model.new_cache(self.batch, *self.size, window=self.config.window, sink=self.config.sink)
+        self.cache = self.model.new_cache(self.batch, *self.size, **self.config.history)
         if initial is not None:
             for a, b in history:
                 self.refresh(initial[:, :, a:b], a)
@@ -220,7 +117,8 @@ class _Sampler:
                 sigma = steps[index + 1][1]
                 wide = torch.promote_types(x.dtype, torch.float32)
                 eps = self.source.draw(x.shape[2])
-                x = ((1 - sigma) * x0.to(wide) + sigma * eps.to(wide)).to(x.dtype)
+                rest = float(np.float32(1 - sigma))  # a float32 of the official schedule too
+                x = (rest * x0.to(wide) + sigma * eps.to(wide)).to(x.dtype)
         return x0
 
     def fused_first_step(self, previous: Tensor, x: Tensor, time: float, start: int) -> Tensor:
@@ -236,6 +134,20 @@ class _Sampler:
     def refresh(self, x0: Tensor, start: int) -> None:
         """The cache pass: x0's keys and values at t = context_noise."""
         self.forward(x0.detach(), float(self.config.context_noise), start, grad=False)
+
+    def recache(self, past: Tensor, end: int, sink: bool) -> None:
+        """The history before frame `end` anew from its clean latents `past`, under the text that is now set: the whole window
+        as one block. Once frames have left the window the sink stays as it is, or (sink) becomes the window's first frames."""
+        window = self.config.window
+        if window is None or end <= window or sink:
+            length = end if window is None else min(window, end)
+            self.cache = None  # its memory first
+            self.cache = self.model.new_cache(self.batch, *self.size, **self.config.history)
+            if end > length:
+                self.cache.reset(end - length)
+        else:
+            length = window - self.config.sink
+        self.refresh(past[:, :, past.shape[2] - length :], end - length)
 
 
 def _check_initial(initial: Tensor, noise: Tensor, text: Text) -> None:
@@ -256,7 +168,7 @@ def _merged(model: Student) -> AbstractContextManager[Any]:
 
 def stream(
     model: Student,
-    text: Text,
+    text: Schedule,
     noise: Tensor,
     config: RolloutConfig | None = None,
     *,
@@ -264,6 +176,7 @@ def stream(
     renoise: Tensor | None = None,
     grad_last_step: bool = False,
     initial_latent: Tensor | None = None,
+    recache: bool | Literal["sink"] = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Tensor]:
     """`rollout`, one chunk [B, C, f, H, W] at a time, as soon as it is denoised; same arguments and errors.
@@ -275,8 +188,6 @@ def stream(
     if noise.ndim != 5:
         raise ValueError(f"noise must be [B, C, F, H, W], got {tuple(noise.shape)}")
     given = 0 if initial_latent is None else initial_latent.shape[2]
-    if initial_latent is not None:
-        _check_initial(initial_latent, noise, text)
     frames = given + noise.shape[2]
     if config.independent_first_frame and given == 1:  # image to video: the given frame is the independent one
         history, blocks = [(0, 1)], split_blocks(noise.shape[2], config.chunk)
@@ -284,6 +195,19 @@ def stream(
         independent = config.independent_first_frame
         history = split_blocks(given, config.chunk, independent) if given else []
         blocks = split_blocks(noise.shape[2], config.chunk, independent and not given)
+    texts = texts_of_chunks(text, [given + a for a, _ in blocks], given)
+    if initial_latent is not None:
+        for words in texts.values():
+            _check_initial(initial_latent, noise, words)
+    if recache not in (False, True, "sink") or (recache and len(texts) == 1):
+        raise ValueError(
+            f'recache must be False, True or "sink" and needs a schedule of several texts [(frame, text), ...]; got {recache!r} '
+            f"with {len(texts)}"
+        )
+    if recache == "sink" and not config.sink:
+        raise ValueError(
+            'recache="sink" rewrites a sink, and the rollout has none: recache=True rewrites all its window'
+        )
     steps = step_table(config.steps, config.shift, config.warp)
     first_steps = step_table(config.first_chunk_steps or config.steps, config.shift, config.warp)
     source = _Noise(noise, generator, renoise)
@@ -294,18 +218,30 @@ def stream(
 
     def chunks() -> Iterator[Tensor]:
         with merge:  # also undone when the consumer stops early; grad modes are set inside calls, never over a yield
-            sampler = _Sampler(student, text, noise, config, frames, source, grad_last_step)
-            sampler.start(initial_latent if initial_latent is None else initial_latent.to(noise), history)
+            sampler = _Sampler(student, texts[min(texts)], noise, config, frames, source, grad_last_step)
+            first = None if initial_latent is None else initial_latent.to(noise)
+            sampler.start(first, history)
+            past = [] if first is None or not recache else [first.expand(noise.shape[0], -1, -1, -1, -1)]
             previous: tuple[Tensor, int] | None = (
                 None  # (latents, first frame) of the chunk whose cache pass is still due
             )
             for index, (a, b) in enumerate(blocks):
+                switch = index in texts and index > min(texts)
                 fuse = previous is not None and config.fuse_cache_pass and not (grad_last_step and len(steps) == 1)
+                if switch and recache:
+                    sampler.text, previous = texts[index], None
+                    sampler.recache(torch.cat(past, 2), given + a, recache == "sink")
+                elif switch:  # the chunk before is cached under its own text
+                    fuse = False
                 if previous is not None and not fuse:
                     sampler.refresh(*previous)
+                if switch:
+                    sampler.text = texts[index]
                 pending = previous[0] if previous is not None and fuse else None
                 x0 = sampler.denoise(noise[:, :, a:b], steps if index else first_steps, given + a, pending)
                 previous = (x0, given + a)
+                if recache:
+                    past = [torch.cat([*past, x0.detach()], 2)[:, :, -(config.window or frames) :]]
                 if progress is not None:
                     progress(index + 1, len(blocks))
                 yield x0
@@ -315,7 +251,7 @@ def stream(
 
 def rollout(
     model: Student,
-    text: Text,
+    text: Schedule,
     noise: Tensor,
     config: RolloutConfig | None = None,
     *,
@@ -323,13 +259,15 @@ def rollout(
     renoise: Tensor | None = None,
     grad_last_step: bool = False,
     initial_latent: Tensor | None = None,
+    recache: bool | Literal["sink"] = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Latents [B, C, F, H, W] from initial noise of that shape.
 
     Args:
         model: a causal student (`afd_fast.students.Student`).
-        text: its `encode_text`, of batch B or 1.
+        text: its `encode_text`, of batch B or 1. Or a schedule [(0, text), (21, text), ...]: each holds from the first chunk
+            that starts at or after its frame of the result.
         config: how to sample; None: as the student's checkpoint says (its `sampler`).
         generator: source of the noise between steps, drawn in the official order, so that a seed gives the
             official rollout; a list of B generators makes sample b independent of the rest of the batch.
@@ -340,6 +278,9 @@ def rollout(
         initial_latent: [B, C, F0, H, W] frames to continue from (image to video, extension): they fill the
             cache at t = context_noise and come first in the result. Of batch 1, with one prompt, they are run
             once for B continuations, which share their cache until they diverge.
+        recache: where the text changes, write the cache anew from the clean latents under the new text, as LongLive does
+            (with its `global_sink`: once the window is full the sink stays; "sink": its first frames become the sink,
+            `global_sink=False`). False: earlier frames keep the keys and values they had.
         progress: called with (chunks done, chunks) after each chunk.
 
     Raises ValueError for shapes, steps and frames that do not divide into chunks.
@@ -347,7 +288,7 @@ def rollout(
     chunks = list(
         stream(
             model, text, noise, config, generator=generator, renoise=renoise, grad_last_step=grad_last_step,
-            initial_latent=initial_latent, progress=progress,
+            initial_latent=initial_latent, recache=recache, progress=progress,
         )
     )  # fmt: skip
     if initial_latent is not None:

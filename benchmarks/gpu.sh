@@ -80,7 +80,7 @@ for part; do
             bench 150 "" rollout batch --repeats 2
             bench 240 diffusers rollout video --repeats 2
             if [ -n "${PEER:-}" ]; then
-                bench 180 diffusers peers "$PEER" --size 1.3b --repeats 3
+                bench 180 diffusers,einops peers "$PEER" --size 1.3b --repeats 3
             else
                 table+=("4  skipped  needs PEER=folder: benchmarks.peers")
             fi

@@ -4,8 +4,9 @@
     python -m benchmarks.peers PATH --count        # operators of one cached forward, any machine
 
 Every chunk's cached forward, and a whole rollout: four steps, re-noising and the cache pass of each chunk, as
-`pipeline/causal_inference.py` has them. Needs no weights: both models get the same random ones. Where flash-attn is missing the official model's attention
-calls go to PyTorch SDPA (named in the output).
+`pipeline/causal_inference.py` has them. Needs no weights, both models get the same random ones, and of the checkout's packages
+diffusers and einops. Where flash-attn is missing the official model's attention calls go to PyTorch SDPA (named in the
+output).
 """
 
 import importlib

@@ -20,6 +20,7 @@ from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.students.lora import add_lora, trainable
 from afd_fast.students.wan.family import LORA_TARGETS, HashText, Networks
 from afd_fast.students.wan.graphs import GraphedStudent
+from afd_fast.students.wan.layers import Block
 from tests.test_transformer_ops import call, norm_cases, rope_case, to
 from tests.tiny_videoalign import clips, reward_model
 
@@ -103,6 +104,15 @@ def test_rope(heads, dim, dtype):
     within_rounding(
         *(gradients(lambda a, m=m: run(m, a), x) for m, x in ((ops, given), (reference, given), (reference, exact)))
     )
+
+
+def test_gelu_in_a_rollouts_product():
+    """tanh's, as the network's, with at most the errors of the product and GELU apart."""
+    block = Block(CausalWanConfig.tiny(), {"attention": "auto", "official_rounding": True}).to(DEVICE, torch.bfloat16)
+    h = random(2, 300, block.ffn[0].in_features)
+    with torch.no_grad():
+        exact = copy.deepcopy(block).double().ffn(h.double())
+        within_rounding([block.feed_forward(h, rolled=True)], [block.ffn(h)], [exact])
 
 
 # -- attention -----------------------------------------------------------------------------------------------------

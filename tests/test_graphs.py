@@ -76,14 +76,15 @@ def test_replays_equal_the_model(student, config):
         text, noise, draws = inputs(student, seed)
         expected = rollout(student, text, noise, config, renoise=draws)
         assert (rollout(graphed, text, noise, config, renoise=draws) - expected).abs().max() < 1e-13
-    assert recorder.recorded == 14 and recorder.replayed == 3 * 14
+    assert recorder.recorded == 14 and recorder.replayed == 2 * 14
 
 
 def test_weights_updated_in_place_are_seen_and_moved_ones_recorded_again(student):
     recorder = Recorder()
     graphed = GraphedStudent(student, recorder=recorder)
     text, noise, draws = inputs(student, 0)
-    rollout(graphed, text, noise, renoise=draws)
+    for _ in range(2):  # what comes once is not recorded
+        rollout(graphed, text, noise, renoise=draws)
     with torch.no_grad():
         for p in student.parameters():
             p.mul_(1.01)
@@ -91,7 +92,9 @@ def test_weights_updated_in_place_are_seen_and_moved_ones_recorded_again(student
     assert (rollout(graphed, text, noise, renoise=draws) - expected).abs().max() < 1e-13 and recorder.recorded == 14
     student.blocks[0].ffn[0].weight.data = student.blocks[0].ffn[0].weight.data * 1.1
     expected = rollout(student, text, noise, renoise=draws)
-    assert (rollout(graphed, text, noise, renoise=draws) - expected).abs().max() < 1e-13 and recorder.recorded == 28
+    for count in (14, 28):
+        assert (rollout(graphed, text, noise, renoise=draws) - expected).abs().max() < 1e-13
+        assert recorder.recorded == count
 
 
 def test_another_shape_or_batch(student):
@@ -100,21 +103,22 @@ def test_another_shape_or_batch(student):
     for batch, frames in ((2, 9), (1, 6), (2, 9)):
         text, noise, draws = inputs(student, batch, batch, frames)
         expected = rollout(student, text, noise, renoise=draws)
-        assert (rollout(graphed, text, noise, renoise=draws) - expected).abs().max() < 1e-13
-    one = text[:1]
-    assert (
-        rollout(graphed, one, noise, renoise=draws) - rollout(student, one, noise, renoise=draws)
-    ).abs().max() < 1e-13
+        for _ in range(2):
+            assert (rollout(graphed, text, noise, renoise=draws) - expected).abs().max() < 1e-13
+    expected = rollout(student, text[:1], noise, renoise=draws)
+    for one in (text[:1], text[:1]):
+        assert (rollout(graphed, one, noise, renoise=draws) - expected).abs().max() < 1e-13
+    assert recorder.recorded == 14 + 9 + 14 + 14
 
 
 def test_other_calls_run_the_model(student):
     recorder = Recorder()
     graphed = GraphedStudent(student, recorder=recorder, max_graphs=3)
     text, noise, draws = inputs(student, 0)
-    for options in ({"fuse_cache_pass": True}, {}):
+    for options in ({"fuse_cache_pass": True}, {}, {}):
         expected = rollout(student, text, noise, RolloutConfig(**options), renoise=draws)
         assert (rollout(graphed, text, noise, RolloutConfig(**options), renoise=draws) - expected).abs().max() < 1e-12
-    assert recorder.recorded <= 3  # the rest ran as it is
+    assert recorder.recorded == 3  # the rest ran as it is
     out = rollout(graphed, text, noise, renoise=draws, grad_last_step=True)
     assert out.requires_grad and graphed.config is student.config
 
@@ -122,7 +126,8 @@ def test_other_calls_run_the_model(student):
 def test_the_cache_is_still_checked(student):
     graphed = GraphedStudent(student, recorder=Recorder())
     text, noise, draws = inputs(student, 0)
-    rollout(graphed, text, noise, renoise=draws)
+    for _ in range(2):
+        rollout(graphed, text, noise, renoise=draws)
     cache, t = graphed.new_cache(2, 9, 4, 6), graphed.timestep(1000.0, 2, 3)
     with torch.no_grad(), pytest.raises(ValueError, match="earlier chunks"):
         graphed(noise[:, :, 3:6], t, text, cache=cache, start_frame=3)
@@ -145,5 +150,5 @@ def test_the_rollouts_option_records_once_also_with_merged_adapters_and_optimise
         for p in adapters:
             p.grad = torch.full_like(p, 0.05)
         optimizer.step()
-    assert recorder.recorded == 14 and recorder.replayed == 3 * 14
+    assert recorder.recorded == 14 and recorder.replayed == 2 * 14
     assert (seen[0] - seen[1]).abs().max() > 1e-6 < (seen[1] - seen[2]).abs().max()

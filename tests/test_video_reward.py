@@ -270,6 +270,24 @@ def test_checkpointing_and_cached_features_change_nothing():
         FeatureCache(tiny.reward_model(freeze_vision=False))
 
 
+def test_cached_features_stay_below_their_limit():
+    """What was used longest ago goes, and is encoded again when it comes."""
+    model, clips, calls = tiny.reward_model(), tiny.clips(3), []
+
+    def video(keys, i):
+        calls.append(keys[i])
+        return clips[keys[i]]
+
+    one = model.encode(clips[:1]).clips[0].nbytes
+    cache = FeatureCache(model, limit=2 * one)
+    for keys in ([0, 1], [0], [2], [0, 2], [1, 0, 2]):
+        found = cache(keys, lambda i, keys=keys: video(keys, i))
+        assert cache.size == sum(x.nbytes for x in cache.kept.values()) <= 2 * one
+        for key, features in zip(keys, found.clips):
+            assert torch.equal(features, model.encode(clips[key : key + 1]).clips[0])
+    assert calls == [0, 1, 2, 1, 0, 2]
+
+
 def test_vision_tower_is_frozen_by_default_and_can_be_trained():
     for freeze in (True, False):
         model = tiny.reward_model(freeze_vision=freeze)

@@ -54,10 +54,10 @@ def sampling(
     as text). ConfigError for what cannot be sampled."""
     from afd_fast.generate import GenerateOptions, chunk_count
     from afd_fast.rollout import RolloutConfig
+    from afd_fast.sampler import preset as named
     from afd_fast.students.files import check_source
     from afd_fast.students.wan.checkpoints import sampler_of
     from afd_fast.students.wan.family import SIZE, TINY_SIZE, coder_of
-    from afd_fast.students.wan.sampler import preset as named
 
     for name in ("steps", "first_chunk_steps"):
         if given.get(name) is not None:

@@ -157,22 +157,30 @@ def check_discriminator(discriminator: nn.Module) -> Discriminator:
 
 class FeatureCache:
     """Features of clips that come again, in host memory, by the caller's key (a teacher clip's prompt and number).
-    Exact for a discriminator that `keeps_features`: 3.9 MB per clip of VideoAlign's default size in bf16. ValueError
-    for one that does not."""
+    Exact for a discriminator that `keeps_features`: 3.9 MB per clip of VideoAlign's default size in bf16. limit: bytes; what
+    was used longest ago goes first and is encoded again when it comes. ValueError for a discriminator that does not."""
 
-    def __init__(self, discriminator: Discriminator):
+    def __init__(self, discriminator: Discriminator, limit: int = 16 << 30):
         if not discriminator.keeps_features:
             raise ValueError("features can only be kept while the vision tower is frozen: freeze_vision=True")
-        self.encode, self.kept = discriminator.encode, dict[Hashable, Tensor]()
+        self.encode, self.limit, self.size = discriminator.encode, limit, 0
+        self.kept = dict[Hashable, Tensor]()  # the last one was used last
 
     def __call__(
         self, keys: Sequence[Hashable], videos: Callable[[int], Tensor], device: torch.device | str | None = None
     ) -> Features:
         """Features of keys, in order, on `device`; `videos(i)` -> [3, F, H, W] is only called for a key that is new."""
+        found = []
         for i, key in enumerate(keys):
-            if key not in self.kept:
+            features = self.kept.pop(key, None)
+            if features is None:
                 with torch.no_grad():
                     encoded = self.encode(videos(i)[None])
                 assert isinstance(encoded, Features)
-                self.kept[key] = encoded.clips[0].cpu()
-        return Features(tuple(self.kept[key].to(device) for key in keys))
+                features = encoded.clips[0].cpu()
+                self.size += features.nbytes
+            self.kept[key] = features
+            found.append(features.to(device))
+            while self.size > self.limit:
+                self.size -= self.kept.pop(next(iter(self.kept))).nbytes
+        return Features(tuple(found))

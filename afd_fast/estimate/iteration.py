@@ -168,62 +168,56 @@ def reward_judge(config: TrainConfig, family: Family, b: int) -> Judge:
     return Judge("VideoReward (Qwen2-VL-2B)", calls * train, one(b), weights, trained, calls * kept)
 
 
+Held = list[tuple[str, float, tuple[str, ...]]]  # what, bytes, the phases it is there in; none: always
+
+
+def peak_of(memory: Held) -> tuple[float, str]:
+    """(bytes, phase) of the largest phase."""
+    phases = dict.fromkeys(phase for _, _, where in memory for phase in where)
+    return max((sum(n for _, n, where in memory if not where or p in where), p) for p in phases)
+
+
 @dataclass
-class Estimate:
-    """phases: work of an iteration on one device. memory: (what, bytes, phases it is there in; none: always)."""
+class Measured:
+    """A configuration's networks, and what one sample needs of them: metered once, whatever the batch is."""
 
-    config: TrainConfig
-    about: list[str]
-    phases: dict[str, Work]
-    memory: list[tuple[str, float, tuple[str, ...]]]
-
-    @property
-    def peak(self) -> tuple[float, str]:
-        """(bytes, phase) of the largest phase."""
-        held = {p: sum(n for _, n, where in self.memory if not where or p in where) for p in self.phases}
-        return max((n, p) for p, n in held.items())
-
-    def fitting(self, gpu: formulas.GPU) -> list[str]:
-        """The first settings that fit the GPU's memory with the same work: one sample for each backward, then more shards.
-        Empty where none does."""
-        config = self.config
-        more = [n for n in range(config.shards + 1, config.prompts_per_step + 1) if config.prompts_per_step % n == 0]
-        single = ["update.batch=1"] if config.update.batch != 1 else []
-        for keys in ([single] if single else []) + [[*single, f"shards={n}"] for n in more]:
-            if estimate(with_overrides(config, keys)).peak[0] < gpu.memory:
-                return keys
-        return []
+    net: Networks
+    decode: Work
+    decoding: int  # bytes at the decoder's peak
+    graphs: list[int]  # bytes that autograd keeps of each chunk
 
 
-def estimate(config: TrainConfig) -> Estimate:
-    """ConfigError for a configuration that cannot run or is not counted."""
-    net = networks(config)
-    family, s, shards, decoder = net.family, net.formulas, config.shards, net.decoder
-    b = config.prompts_per_step * config.rollouts_per_prompt // shards
-    judge = (toy_judge if config.discriminator.name == "toy" else reward_judge)(config, family, b)
-    decode, vae, vae_needs = Work(), 0, 0  # the toy's latents are pixels
-    if decoder is not None:
-        latents = torch.empty(1, *family.latents, device="meta", dtype=torch.float32)
+def measure(config: TrainConfig) -> Measured:
+    """Run what does not depend on the batch. ConfigError for what is not counted."""
+    net, decode, decoding = networks(config), Work(), 0  # the toy's latents are pixels
+    if net.decoder is not None:
+        decoder, latents = net.decoder, torch.empty(1, *net.family.latents, device="meta", dtype=torch.float32)
         with torch.no_grad():
-            decode, vae_needs = metered(lambda: decoder.decode(latents), net.size)
-        vae = sum(p.nbytes for p in decoder.vae.parameters())
-    text = formulas.text_encoder(config.prompts_per_step // shards, s.text_len) if net.real else Work()
-    trained, steps = sum(p.numel() for p in trainable(family.student).values()), len(config.rollout.steps)
-    rows = min(b, config.update.batch or b)  # of one backward
-    whole = student_traffic(family, b)
-    graph = whole if rows == b else student_traffic(family, rows)
-    phases = {
-        "prompts": shards * text,
-        "rollout": shards * (s.rollout(b, steps, config.student.lora_rank) + whole.rollout(steps)),
-        "decode": shards * b * decode,
-        "discriminator": config.discriminator.steps * (shards * judge.update + Work(bytes=OPTIMISER * judge.trained)),
-        "score": shards * judge.score,
-        **{name: shards * work for name, work in update(config, s, b, graph).items()},
-        "optimiser": Work(bytes=(OPTIMISER + AVERAGE) * trained),
-    }
-    graphs, clips = graph_bytes(family), 12 * b * shards * math.prod(family.video[:3])
+            decode, decoding = metered(lambda: decoder.decode(latents), net.size)
+    return Measured(net, decode, decoding, graph_bytes(net.family))
+
+
+def judged(config: TrainConfig, family: Family) -> Judge:
+    """The configuration's discriminator on a shard."""
+    judge = toy_judge if config.discriminator.name == "toy" else reward_judge
+    return judge(config, family, samples(config)[0])
+
+
+def samples(config: TrainConfig) -> tuple[int, int]:
+    """Of a shard, and of one backward."""
+    b = config.prompts_per_step * config.rollouts_per_prompt // config.shards
+    return b, min(b, config.update.batch or b)
+
+
+def memory(config: TrainConfig, measured: Measured, judge: Judge) -> Held:
+    """What an iteration holds, with any batch, shards and `update` of the configuration that was measured."""
+    net, graphs, (b, rows) = measured.net, measured.graphs, samples(config)
+    family, s = net.family, net.formulas
+    trained = sum(p.numel() for p in trainable(family.student).values())
+    vae = 0 if net.decoder is None else sum(p.nbytes for p in net.decoder.vae.parameters())
+    clips = 12 * b * config.shards * math.prod(family.video[:3])
     merged = s.stack.layers * s.stack.size * sum(i * o for i, o in s.stack.linears)
-    memory: list[tuple[str, float, tuple[str, ...]]] = [
+    return [
         ("student's weights", sum(p.nbytes for p in family.student.parameters()) - 4 * trained, ()),
         ("adapters, gradients, AdamW, EMA", 20 * trained, ()),
         ("discriminator's weights", judge.weights, ()),
@@ -233,20 +227,69 @@ def estimate(config: TrainConfig) -> Estimate:
         (f"KV cache of {b} samples", b * s.cache_bytes, ("rollout",)),
         (f"KV cache of {rows} samples", rows * s.cache_bytes, ("reference", "backward")),
         ("merged weights next to them", merged, ("rollout", *(["reference"] if config.update.v_old == "ema" else []))),
-        (f"VAE: activations and pixels of {b} samples", b * vae_needs, ("decode",)),
+        (f"VAE: activations and pixels of {b} samples", b * measured.decoding, ("decode",)),
         ("student's clips", clips, ("decode", "discriminator", "score")),
         ("teacher's clips", clips, ("discriminator", "score")),
         ("discriminator's activations", judge.kept, ("discriminator",)),
         (f"activations of {'a chunk' if config.update.chunked else 'all chunks'}",
          rows * (max(graphs) if config.update.chunked else sum(graphs)), ("backward",)),
     ]  # fmt: skip
+
+
+@dataclass
+class Estimate:
+    """phases: work of an iteration on one device."""
+
+    config: TrainConfig
+    about: list[str]
+    phases: dict[str, Work]
+    memory: Held
+    measured: Measured
+
+    @property
+    def peak(self) -> tuple[float, str]:
+        """(bytes, phase) of the largest phase."""
+        return peak_of(self.memory)
+
+    def fitting(self, gpu: formulas.GPU) -> list[str]:
+        """The first settings that fit the GPU's memory with the same work: one sample for each backward, then more shards.
+        Empty where none does."""
+        config = self.config
+        more = [n for n in range(config.shards + 1, config.prompts_per_step + 1) if config.prompts_per_step % n == 0]
+        single = ["update.batch=1"] if config.update.batch != 1 else []
+        for keys in ([single] if single else []) + [[*single, f"shards={n}"] for n in more]:
+            other = with_overrides(config, keys)
+            if peak_of(memory(other, self.measured, judged(other, self.measured.net.family)))[0] < gpu.memory:
+                return keys
+        return []
+
+
+def estimate(config: TrainConfig) -> Estimate:
+    """ConfigError for a configuration that cannot run or is not counted."""
+    measured = measure(config)
+    net, shards, (b, rows) = measured.net, config.shards, samples(config)
+    family, s = net.family, net.formulas
+    judge = judged(config, family)
+    text = formulas.text_encoder(config.prompts_per_step // shards, s.text_len) if net.real else Work()
+    trained, steps = sum(p.numel() for p in trainable(family.student).values()), len(config.rollout.steps)
+    whole = student_traffic(family, b)
+    graph = whole if rows == b else student_traffic(family, rows)
+    phases = {
+        "prompts": shards * text,
+        "rollout": shards * (s.rollout(b, steps, config.student.lora_rank) + whole.rollout(steps)),
+        "decode": shards * b * measured.decode,
+        "discriminator": config.discriminator.steps * (shards * judge.update + Work(bytes=OPTIMISER * judge.trained)),
+        "score": shards * judge.score,
+        **{name: shards * work for name, work in update(config, s, b, graph).items()},
+        "optimiser": Work(bytes=(OPTIMISER + AVERAGE) * trained),
+    }
     about = [f"student: {net.name}; discriminator: {judge.name}; {shards} x {b} videos of {family.video.frames} frames, "
              f"{family.video.height} x {family.video.width} pixels; no checkpoint was read"]  # fmt: skip
     if net.real:
         about.append("prompts: a pass of UMT5-XXL for those that are new; later iterations have none")
     if judge.name.startswith("VideoReward"):
         about.append(f"the discriminator's text is taken to be {REWARD_TEXT} tokens")
-    return Estimate(config, about, phases, memory)
+    return Estimate(config, about, phases, memory(config, measured, judge), measured)
 
 
 def update(config: TrainConfig, s: Student, b: int, traffic: Traffic) -> dict[str, Work]:

@@ -27,6 +27,8 @@ from afd_fast.training.velocity import Chunking, chunk_velocities
 FREE = ("_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "resize_", "set_")  # no kernel runs; nor for views
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
+flop_registry.setdefault(torch.ops.aten._addmm_activation, flop_registry[torch.ops.aten.addmm])
+
 
 def size_of(x: Tensor) -> int:
     """Bytes of the elements that x has; those that `expand` repeats once."""
@@ -89,19 +91,18 @@ class Kept(saved_tensors_hooks):
     """Bytes autograd saves inside the block since the last `take`; every storage once, parameters not at all."""
 
     def __init__(self, module: nn.Module):
-        own = {p.untyped_storage()._cdata for p in module.parameters()}
-        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.module, self.storages = module, dict[int, torch.UntypedStorage]()
 
         def pack(x: Tensor) -> Tensor:
             storage = x.untyped_storage()
-            if storage._cdata not in own:
-                self.storages[storage._cdata] = storage
+            self.storages[storage._cdata] = storage
             return x
 
         super().__init__(pack, lambda x: x)
 
     def take(self) -> int:
-        found = sum(s.nbytes() for s in self.storages.values())
+        own = {p.untyped_storage()._cdata for p in self.module.parameters()}  # now: a forward may move them
+        found = sum(s.nbytes() for key, s in self.storages.items() if key not in own)
         self.storages.clear()
         return found
 
@@ -193,7 +194,9 @@ def _traffic(student: StudentModule, family: Family, batch: int) -> list[int]:
     """plain, adapted, forward, backward and more of a `Traffic`."""
     (x, t), chunk, found = _inputs(family, batch), family.chunk, []
     text = student.encode_text(WORDS[family.name](student, batch))
-    passes = _passes(student, x, t, text, chunk)
+    passes, weights = _passes(student, x, t, text, chunk), [p for p in student.parameters() if p.requires_grad]
+    for p in weights:  # every backward adds to the gradients of the one before
+        p.grad = torch.empty_like(p)
     for _ in range(2):  # linear in the number of chunks before
         with Meter() as forward:
             v = next(passes)
@@ -202,6 +205,8 @@ def _traffic(student: StudentModule, family: Family, batch: int) -> list[int]:
         with Meter() as adapted:
             next(passes)
         found += [forward.light, backward.light]
+    for p in weights:
+        p.grad = None
     cache = student.new_cache(batch, *family.latents[1:])
     with disabled(student), torch.no_grad():
         table = student.timestep(500.0, batch, chunk)

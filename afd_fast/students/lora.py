@@ -139,64 +139,108 @@ def merge_lora_state(state: dict[str, Tensor], lora: dict[str, Tensor], scale: f
     return merge_products(state, [{name: Product(pair["A"], pair["B"], scale) for name, pair in pairs.items()}])
 
 
-class _LoraProduct(torch.autograd.Function):
-    """x W^T + bias + scale (x A^T) B^T of x [L, in], the adapter added by the product that makes it; backward likewise.
-    Every tensor has x's dtype."""
+class Adapter(NamedTuple):
+    """A layer's adapter: A [rank, in], B [out, rank] and the scale of B A."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+class _LoraProducts(torch.autograd.Function):
+    """x W_i^T + bias_i + scale (x A_i^T) B_i^T of x [L, in] for n layers: a product of x with all weights W [n out, in] and one
+    with all A, to which every B adds in place; backward likewise, without sums of gradients of x. x, W and bias have one
+    dtype, which the adapters are cast to. The results after the first n are kept for backward."""
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        y, hidden = F.linear(x, weight, bias), F.linear(x, a)
-        return torch.addmm(y, hidden, b.t(), alpha=scale, out=y), hidden
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *adapters: Tensor) -> tuple[Tensor, ...]:
+        downs, ups = adapters[::2], [b.to(x.dtype) for b in adapters[1::2]]
+        if len(downs) == 1:
+            a = downs[0].to(x.dtype)
+        else:
+            a = torch.empty(sum(map(len, downs)), x.shape[1], dtype=x.dtype, device=x.device)
+            for part, source in zip(a.split([len(p) for p in downs]), downs):
+                part.copy_(source)
+        hidden = F.linear(x, a)
+        outs = F.linear(x, weight, bias).split([len(b) for b in ups], 1)
+        for out, inner, b in zip(outs, hidden.split([len(p) for p in downs], 1), ups):
+            torch.addmm(out, inner, b.t(), alpha=scale, out=out)
+        return (*outs, hidden, a, *ups)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, a, b, ctx.scale = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, weight, a, b, output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, _, ctx.scale, *adapters = inputs
+        kept = output[len(adapters) // 2 :]
+        ctx.dtypes = [p.dtype for p in adapters]
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(x, weight, *kept)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 6
-        x, weight, a, b, hidden = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        inner = grad @ b  # of x A^T
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, hidden, a, *ups = ctx.saved_tensors
+        given, need = [*grads[: len(ups)]], ctx.needs_input_grad
+        if all(g is None for g in given):
+            return (None,) * len(need)
+        outer = [
+            g if g is not None else torch.zeros(len(x), len(b), dtype=x.dtype, device=x.device)
+            for g, b in zip(given, ups)
+        ]
+        ranks = [b.shape[1] for b in ups]
+        inner = torch.empty_like(hidden)  # the gradients of x A^T
+        for g, b, part in zip(outer, ups, inner.split(ranks, 1)):
+            torch.mm(g, b, out=part)
         inner = inner if ctx.scale == 1 else inner * ctx.scale
-        dx = dw = None
+        dx = dw = dbias = None
         if need[0]:
-            dx = grad @ weight
-            dx = torch.addmm(dx, inner, a, out=dx)
-        if need[1]:
-            dw = grad.t() @ x
-        db = grad.t() @ hidden
-        db = db if ctx.scale == 1 else db * ctx.scale
-        return dx, dw, grad.sum(0) if need[2] else None, inner.t() @ x, db, None
+            first, *others = zip(outer, weight.split([len(b) for b in ups]))
+            dx = first[0] @ first[1]
+            for g, w in (*others, (inner, a)):
+                dx = torch.addmm(dx, g, w, out=dx)
+        if need[1] or need[2]:
+            whole = torch.cat(outer, 1)
+            dw, dbias = whole.t() @ x if need[1] else None, whole.sum(0) if need[2] else None
+        downs = (inner.t() @ x).to(ctx.dtypes[0]).split(ranks)
+        of_ups = [g.t() @ h for g, h in zip(outer, hidden.split(ranks, 1))]
+        of_ups = [(g if ctx.scale == 1 else g * ctx.scale).to(t) for g, t in zip(of_ups, ctx.dtypes[1::2])]
+        return dx, dw, dbias, None, *(g for pair in zip(downs, of_ups) for g in pair)
+
+
+def lora_products(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> tuple[Tensor, ...]:
+    """x W_i^T + bias_i + scale (x A_i^T) B_i^T [..., out_i] of x [..., in] for every adapter. weight, bias: of all layers, one
+    after the other. All adapters have one scale."""
+    rows, flat = x.flatten(0, -2), [p for adapter in adapters for p in (adapter.a, adapter.b)]
+    found = _LoraProducts.apply(rows, weight, bias, adapters[0].scale, *flat)
+    return tuple(y.unflatten(0, x.shape[:-1]) for y in found[: len(adapters)])
 
 
 @functools.cache
 def _layer_class() -> Any:
-    """PEFT's LoRA layer of a linear, with one adapter computed by `_LoraProduct`; PEFT is imported when it is needed."""
+    """PEFT's LoRA layer of a linear, with one adapter computed by `lora_products`; PEFT is imported when it is needed."""
     with extra("train"):
         from peft.tuners.lora import Linear
 
     class LoraLinear(Linear):
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        @property
+        def only_adapter(self) -> Adapter | None:
+            """The adapter, where this layer is a linear with exactly one."""
             active = [name for name in self.active_adapters if name in self.lora_A]
-            if self.disable_adapters or self.merged or args or kwargs or len(active) != 1:
+            if self.disable_adapters or self.merged or len(active) != 1:
+                return None
+            a: Any = self.lora_A[active[0]]
+            b: Any = self.lora_B[active[0]]
+            return Adapter(a.weight, b.weight, self.scaling[active[0]])
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            adapter = self.only_adapter
+            if adapter is None or args or kwargs:
                 return super().forward(x, *args, **kwargs)
             base: Any = self.base_layer
             kind = x.device.type
             cast_to_half = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
             dtype = torch.get_autocast_dtype(kind) if cast_to_half else base.weight.dtype
             bias = None if base.bias is None else base.bias.to(dtype)
-            adapters: Any = (self.lora_A[active[0]], self.lora_B[active[0]])
-            a, b = (adapter.weight.to(dtype) for adapter in adapters)
-            rows = x.to(dtype).flatten(0, -2)
-            y, _ = _LoraProduct.apply(rows, base.weight.to(dtype), bias, a, b, self.scaling[active[0]])
-            return y.unflatten(0, x.shape[:-1])
+            return lora_products(x.to(dtype), base.weight.to(dtype), bias, [adapter])[0]
 
     return LoraLinear
 

@@ -8,6 +8,7 @@ Legend: B samples, C channels, F latent frames, f frames of a chunk, H x W laten
 
 import contextlib
 import importlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -26,6 +27,7 @@ with extra("train"):
 
 Context = Any  # what a family's text encoder returns for B prompts: a tensor [B, ...] or a list of B tensors
 Text = Any  # what `Student.encode_text` returns: a tensor, or a list, tuple, dict or dataclass of tensors
+Schedule = Any  # one Text, or a list [(first frame, Text), ...] that begins at frame 0
 Cache = Any  # what `Student.new_cache` returns
 
 
@@ -56,6 +58,26 @@ def batch_of(text: Text) -> int:
     return sizes[0] if sizes else 1
 
 
+def texts_of_chunks(text: Schedule, starts: Sequence[int], given: int) -> dict[int, Text]:
+    """Chunk number -> the text that holds from there on. starts: the chunks' first frames; given: frames before them, which
+    count as chunk -1. ValueError for a schedule that does not fit."""
+    first = -1 if given else 0
+    if not isinstance(text, list) or not all(isinstance(x, tuple) and len(x) == 2 and type(x[0]) is int for x in text):
+        return {first: text}
+    frames = [frame for frame, _ in text]
+    if not frames or frames[0] != 0 or any(a >= b for a, b in itertools.pairwise(frames)):
+        raise ValueError(f"a schedule of texts [(frame, text), ...] begins at frame 0 and rises, got frames {frames}")
+    count = len(starts)
+    chunks = [first, *(next((i for i, start in enumerate(starts) if start >= frame), count) for frame in frames[1:])]
+    for frame, number, following in zip(frames, chunks, [*chunks[1:], count]):
+        if number == following:
+            raise ValueError(
+                f"the text of frame {frame} would hold for no chunk: they start at {list(starts)}, and a text holds from the "
+                "first that starts at or after its frame"
+            )
+    return {number: words for number, (_, words) in zip(chunks, text)}
+
+
 class Student(Protocol):
     """A causal few-step student, called chunk by chunk. `t` is in 0..1000."""
 
@@ -65,7 +87,8 @@ class Student(Protocol):
     def new_cache(
         self, batch: int, frames: int, height: int, width: int, window: int | None = None, sink: int = 0
     ) -> Cache:
-        """An empty history for latents of frames x height x width."""
+        """An empty history for latents of frames x height x width. A student that can have them also takes the keywords
+        rope="relative" and sink_ema, which are given where a rollout sets them."""
 
     def timestep(self, t: float, batch: int, frames: int) -> Any:
         """What `__call__` takes for one t of a whole chunk, without gradient; computed once per distinct t of a

@@ -33,7 +33,7 @@ class BatchPlan:
 
 def shown(pixels: Tensor, device: torch.device | str) -> Tensor:
     """Pixels on a device, uint8 as float32 in [0, 1]."""
-    pixels = pixels.to(device)
+    pixels = pixels.to(device, non_blocking=pixels.is_pinned())
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 
 
@@ -73,8 +73,12 @@ class TeacherVideos:
         return torch.stack([deliver(checked(self.teacher(p, s), p, s)[None], self.codec_crf)[0] for p, s in asked])
 
     def picked(self, requests: Iterable[Request]) -> Tensor:
-        """Videos [B, 3, F, H, W], uint8, by prompt and number, which goes round among a prompt's M."""
-        return torch.stack([self.videos[p][i % len(self.videos[p])] for p, i in requests])
+        """Videos [B, 3, F, H, W], uint8, by prompt and number, which goes round among a prompt's M. In pinned memory where there
+        is a GPU: the host does not wait for what goes there."""
+        clips = [self.videos[p][i % len(self.videos[p])] for p, i in requests]
+        first, pinned = clips[0], torch.cuda.is_available()
+        out = first.new_empty(len(clips), *first.shape, dtype=first.dtype, pin_memory=pinned)
+        return torch.stack(clips, out=out)
 
     def batch(self, plan: BatchPlan, step: int, shards: Iterable[int]) -> list[Shard]:
         """The named shards of iteration `step`: K rows for each of P prompts, a random teacher video for each row.

@@ -70,8 +70,7 @@ class Run:
 
     def chunking(self, active: range | None = None) -> Chunking:
         """How the student's update walks through latent frames: as its sampler does."""
-        sampler = self.sampler
-        return Chunking(self.family.chunk, sampler.window, sampler.sink, active, sampler.context_noise)
+        return Chunking.of(self.family.chunk, self.sampler, active)
 
     def generator(self, purpose: str, shard: int = 0) -> torch.Generator:
         """This iteration's random numbers for a purpose; a function of (seed, step, purpose, shard)."""

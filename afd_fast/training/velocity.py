@@ -10,10 +10,10 @@ full gradient (teacher forcing) and Astrolabe's function of the noised history (
 Legend: B samples, C channels, F latent frames, H x W latent pixels, S clips of F / S frames with a reward each.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,14 @@ from torch import Tensor
 
 from afd_fast import ops
 from afd_fast.reference.nft import NFTRecipe
+from afd_fast.rollout import RolloutConfig
 from afd_fast.students.student import StudentModule, Text, map_tensors
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """How a student walks through F latent frames: `chunk` at a time, attending to a `window` with a `sink` (None: all).
+    """How a student walks through F latent frames: `chunk` at a time, attending to a `window` with a `sink` (None: all),
+    whose positions and averaging are `more` keywords of `new_cache`.
     active: the frames that are trained; earlier ones only fill the cache, later ones are not touched. None: all.
     context_noise: t in 0..1000 of the clean chunks' pass, as in sampling."""
 
@@ -35,6 +37,18 @@ class Chunking:
     sink: int = 0
     active: range | None = None
     context_noise: float = 0.0
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, chunk: int, sampler: RolloutConfig, active: range | None = None) -> "Chunking":
+        """As a sampler walks."""
+        history = dict(sampler.history)
+        return cls(chunk, history.pop("window"), history.pop("sink"), active, sampler.context_noise, history)
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """Keywords of `new_cache` and of the forwards that see all chunks at once."""
+        return {"window": self.window, "sink": self.sink, **self.more}
 
     def trained(self, frames: int) -> range:
         """The active frames of `frames`. ValueError unless both are whole chunks."""
@@ -130,7 +144,7 @@ def chunk_velocities(
     chunk. x_t, clean: [B, C, F, H, W]; t: [B, F] in [0, 1]. ValueError where the chunks do not fill the frames."""
     batch, _, frames, height, width = x_t.shape
     active, chunk = chunking.trained(frames), chunking.chunk
-    cache = model.new_cache(batch, frames, height, width, window=chunking.window, sink=chunking.sink)
+    cache = model.new_cache(batch, frames, height, width, **chunking.history)
     for start in range(0, active.stop, chunk):
         part = slice(start, start + chunk)
         if start in active:
@@ -156,10 +170,8 @@ def velocity(
         before, after = active.start, x_t.shape[2] - active.stop
         return F.pad(v, (0, 0, 0, 0, before, after)) if before or after else v
     if history == "teacher_forcing":
-        return model.forward_teacher_forcing(
-            x_t, t * 1000, text, clean, chunking.chunk, window=chunking.window, sink=chunking.sink
-        )
-    return model.forward_block_causal(x_t, t * 1000, text, chunking.chunk, window=chunking.window, sink=chunking.sink)
+        return model.forward_teacher_forcing(x_t, t * 1000, text, clean, chunking.chunk, **chunking.history)
+    return model.forward_block_causal(x_t, t * 1000, text, chunking.chunk, **chunking.history)
 
 
 def clip_loss(v: Tensor, inputs: LossInputs, first: int = 0) -> tuple[Tensor, LossSums]:

@@ -11,17 +11,13 @@ Import this before torch, in a process of its own: the device guard and the hook
     log.all.launches, log.phases["rollout"].waits
 """
 
-from tests.fake_cuda.guard import MISSING, ROOT  # noqa: F401
+from tests.fake_cuda.guard import MISSING  # noqa: F401
 
 # isort: split
 import contextlib
-import itertools
 import sys
 import types
-import weakref
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from unittest import mock
 
 import numpy as np
@@ -33,8 +29,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
-PROJECT = (f"{ROOT}/afd_fast/", f"{ROOT}/kernels/")
+from tests.fake_cuda.log import LOG, Log, Tally, place  # noqa: F401
+from tests.fake_cuda.runtime import (  # noqa: F401
+    CUDA,
+    Event,
+    Generators,
+    Graph,
+    Stream,
+    capture,
+    current_stream,
+    drawn,
+    on_stream,
+)
+
 aten = torch.ops.aten
+flop_registry.setdefault(aten._addmm_activation, flop_registry[aten.addmm])  # the activation is in the product
 LAUNCHERS: dict[str, object] = {}  # what an operator of this project runs for CUDA tensors
 _register = torch.library.impl
 
@@ -47,189 +56,6 @@ def _noting(name, key, function=None, **more):
 
 torch.library.impl = _noting
 assert "afd_fast.ops" not in sys.modules, "import tests.fake_cuda.device before afd_fast.ops"
-
-
-# -- what is counted -------------------------------------------------------------------------------------------
-
-
-def place() -> str:
-    """file:function of the innermost frame in the project's code."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(PROJECT):
-            return f"{name[len(str(ROOT)) + 1 :]}:{frame.f_code.co_name}"
-        frame = frame.f_back
-    return "outside"
-
-
-@dataclass
-class Tally:
-    """Counts of a part of a program. launches, moved (bytes) and flops: by kernel. waits (the host waits for the device) and
-    copies (from pageable host memory, which wait too): by what and place. faults: CPU tensors that met
-    CUDA tensors, and operands of an attention that repeat a sample by a stride of 0, which no kernel promises to take."""
-
-    launches: Counter = field(default_factory=Counter)
-    moved: Counter = field(default_factory=Counter)
-    flops: Counter = field(default_factory=Counter)
-    waits: Counter = field(default_factory=Counter)
-    copies: Counter = field(default_factory=Counter)
-    copied: Counter = field(default_factory=Counter)  # bytes, by place
-    faults: Counter = field(default_factory=Counter)
-    wide: Counter = field(default_factory=Counter)  # of the FLOPs, those on float32 or float64, without tensor cores
-    draws: Counter = field(default_factory=Counter)  # of CUDA generators, by (seed, offset)
-
-    @property
-    def light(self) -> int:
-        """Bytes that kernels other than matrix products, convolutions and attention read and write."""
-        return sum(n for name, n in self.moved.items() if name not in self.flops)
-
-
-class Log:
-    """The counts of all, and of every phase (`Run.phase`)."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.all, self.phases, self._now = Tally(), {}, []
-        self.capturing = False
-
-    @property
-    def tallies(self) -> list[Tally]:
-        return [self.all, *self._now[-1:]]
-
-    def note(self, kind: str, key: object, count: int = 1) -> None:
-        for tally in self.tallies:
-            getattr(tally, kind)[key] += count
-
-    def wait(self, what: str) -> None:
-        if self.capturing:
-            raise RuntimeError(f"{place()}: {what} is not permitted when a stream is capturing")
-        self.note("waits", f"{what} {place()}")
-
-    @contextlib.contextmanager
-    def phase(self, name: str, **_: object) -> Iterator[None]:
-        self._now.append(self.phases.setdefault(name, Tally()))
-        try:
-            yield
-        finally:
-            self._now.pop()
-
-
-LOG = Log()
-
-# -- a stand-in for torch.cuda ---------------------------------------------------------------------------------
-
-CUDA = "cuda:0"
-
-
-class Generator:
-    """torch.Generator on the device: a seed, and how many numbers it has given since."""
-
-    def __init__(self, device: object = None) -> None:
-        self.device = torch.device(CUDA)
-        self.manual_seed(0)
-
-    def manual_seed(self, seed: int) -> "Generator":
-        self.of, self.offset = seed, 0
-        return self
-
-    def initial_seed(self) -> int:
-        return self.of
-
-    def draw(self, count: int) -> None:
-        LOG.note("draws", (self.of, self.offset))
-        self.offset += count
-
-
-class Stream:
-    """torch.cuda.Stream. made: how many there have been."""
-
-    made = 0
-
-    def __init__(self, device: object = None, **_: object) -> None:
-        Stream.made += 1
-        self.device, self.cuda_stream = torch.device(CUDA), Stream.made
-
-    def wait_stream(self, other: "Stream") -> None: ...
-    def wait_event(self, event: "Event") -> None: ...
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        LOG.wait("Stream.synchronize")
-
-    def record_event(self, event: "Event | None" = None) -> "Event":
-        return event or Event()
-
-
-class Event:
-    """torch.cuda.Event."""
-
-    def __init__(self, **_: object) -> None: ...
-    def record(self, stream: Stream | None = None) -> None: ...
-    def wait(self, stream: Stream | None = None) -> None: ...
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: "Event") -> float:
-        return 1.0
-
-    def synchronize(self) -> None:
-        LOG.wait("Event.synchronize")
-
-
-class Graph:
-    """torch.cuda.CUDAGraph. users: living graphs by memory pool; capturing into a pool without any fails, as PyTorch's
-    allocator asserts. streams: those that were captured on."""
-
-    users: Counter = Counter()
-    streams: set = set()
-    _numbers = itertools.count(1)
-
-    def __init__(self, keep_graph: bool = False) -> None:
-        self.number = None
-
-    def pool(self) -> int:
-        assert self.number is not None, "pool() before a capture"
-        return self.number
-
-    def replay(self) -> None:
-        assert self.number is not None, "replay() before a capture"
-        LOG.note("launches", "graph replay")
-
-    def captured(self, pool: int | None, stream: Stream | None) -> None:
-        if pool is not None and not Graph.users[pool]:
-            raise RuntimeError(
-                f"capture into memory pool {pool}, whose graphs are all destroyed (use_count > 0 INTERNAL ASSERT)"
-            )
-        self.number = pool or next(Graph._numbers)
-        Graph.users[self.number] += 1
-        Graph.streams.add(stream)
-        weakref.finalize(self, Graph.users.subtract, [self.number])
-
-
-@contextlib.contextmanager
-def _capture(graph: Graph, pool=None, stream=None, capture_error_mode="global"):
-    graph.captured(pool, stream)
-    LOG.capturing = True
-    try:
-        yield
-    finally:
-        LOG.capturing = False
-
-
-_streams = [Stream()]
-
-
-@contextlib.contextmanager
-def _on_stream(stream: Stream | None):
-    _streams.append(stream or _streams[-1])
-    try:
-        yield
-    finally:
-        _streams.pop()
 
 
 # -- what happens to an operator -------------------------------------------------------------------------------
@@ -260,12 +86,12 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if kwargs.pop("pin_memory", None):
+            return func(*args, **kwargs).pin_memory()
         if not any(isinstance(x, FakeTensor) for x in tensors):
             if torch.device(kwargs.get("device") or "cpu").type == "cpu":
-                pinned = kwargs.pop("pin_memory", None)
                 with unset_fake_temporarily():
-                    out = func(*args, **kwargs)
-                return out.pin_memory() if pinned else out
+                    return func(*args, **kwargs)
         on_device = [x for x in tensors if x.is_cuda]
         if func in READS:
             if on_device:
@@ -351,44 +177,6 @@ def _kernel(self, *args, grid, warmup, **kwargs):
     LOG.note("moved", name, 0 if given.get("GUARD") else sum(sizes.values()))  # GUARD: nothing for grad_output 1
 
 
-def _drawn(function):
-    """torch.randn and its like, with generators checked."""
-
-    def draw(*args, generator=None, **kwargs):
-        if generator is not None:
-            wanted, found = torch.device(kwargs.get("device") or "cpu").type, generator.device.type
-            if wanted != found:
-                raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}'")
-        if not isinstance(generator, Generator):
-            return function(*args, **kwargs) if generator is None else function(*args, generator=generator, **kwargs)
-        out = function(*args, **kwargs)
-        generator.draw(out.numel())
-        return out
-
-    return draw
-
-
-def _generator(device="cpu"):
-    return Generator(device) if torch.device(device).type == "cuda" else _RealGenerator(device)
-
-
-_RealGenerator = torch.Generator
-
-
-class _AnyGenerator(type):
-    """isinstance(x, torch.Generator) holds for both kinds."""
-
-    def __instancecheck__(cls, x: object) -> bool:
-        return isinstance(x, (Generator, _RealGenerator))
-
-    def __call__(cls, device="cpu"):
-        return _generator(device)
-
-
-class _Generators(metaclass=_AnyGenerator):
-    pass
-
-
 def _read(convert):
     """Tensor.tolist and its like on fake tensors."""
 
@@ -459,8 +247,8 @@ def fake_cuda() -> Iterator[Log]:
         "memory_allocated": lambda *a: 0, "max_memory_allocated": lambda *a: 0, "reset_peak_memory_stats": lambda *a: None,
         "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None,
         "synchronize": lambda device=None: LOG.wait("synchronize"),
-        "Stream": Stream, "Event": Event, "current_stream": lambda device=None: _streams[-1], "stream": _on_stream,
-        "device": lambda device: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": _capture,
+        "Stream": Stream, "Event": Event, "current_stream": current_stream, "stream": on_stream,
+        "device": lambda device: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": capture,
     }  # fmt: skip
     fake = {
         "tolist": _read(tolist), "numpy": _read(numpy), "__array__": _read(numpy), "record_stream": lambda self, stream: None,
@@ -477,8 +265,8 @@ def fake_cuda() -> Iterator[Log]:
         patch(torch.backends.cudnn, is_available=lambda: True, version=lambda: 91002)
         patch(
             torch,
-            Generator=_Generators,
-            **{n: _drawn(getattr(torch, n)) for n in ("randn", "rand", "randint", "randperm")},
+            Generator=Generators,
+            **{n: drawn(getattr(torch, n)) for n in ("randn", "rand", "randint", "randperm")},
         )
         patch(
             torch.Tensor, pin_memory=_pin, is_pinned=lambda self, device=None: self.untyped_storage()._cdata in _pinned

@@ -20,6 +20,7 @@ from afd_fast.training.loop import train_step
 from afd_fast.training.run import Run
 from afd_fast.training.trainer import batch_plan, new_run
 from afd_fast.video_io import VideoFormat
+from benchmarks.discriminator import Words
 from tests import tiny_videoalign
 from tests.fake_cuda.device import CUDA, unreal
 
@@ -57,27 +58,6 @@ def decoder(size: str = "tiny", chunk: int = 3) -> WanDecoder:
     return WanDecoder(vae.bfloat16(), chunk=chunk)
 
 
-class Words:
-    """A tokenizer that gives every word an id; VideoAlign's special tokens are the last of the vocabulary."""
-
-    def __init__(self, vocab: int, special: list[str]) -> None:
-        self.special = {token: vocab - len(special) + i for i, token in enumerate(special)}
-
-    def __call__(self, text: str, add_special_tokens: bool = False) -> "Words":
-        for token in self.special:
-            text = text.replace(token, f" {token} ")
-        self.input_ids = [self.special.get(word, 1 + len(word)) for word in text.split()]
-        return self
-
-    def convert_tokens_to_ids(self, token: str) -> int:
-        return self.special[token]
-
-    def get_vocab(self) -> dict[str, int]:
-        return self.special
-
-    get_added_vocab = get_vocab
-
-
 def video_reward(size: str = "tiny", layers: int = 28) -> VideoReward:
     """VideoAlign's network with adapters and random weights."""
     if size == "tiny":
@@ -86,10 +66,16 @@ def video_reward(size: str = "tiny", layers: int = 28) -> VideoReward:
     config.text_config.num_hidden_layers = min(layers, 28)
     config.text_config.layer_types = config.text_config.layer_types[: config.text_config.num_hidden_layers]
     config.vision_config.depth = min(layers, 32)
-    special = [t for t in tiny_videoalign.SPECIAL.values() if t.startswith("<|v") or "reward" in t]
     template = " ".join(["word"] * 780) + " <|VQ_reward|> <|MQ_reward|> {text_prompt} <|TA_reward|>"
     with torch.device(CUDA):
-        model = VideoReward(config, Words(151660, special), template, RewardSettings(), RewardOptions(), torch.bfloat16)
+        model = VideoReward(
+            config,
+            Words(config.get_text_config().vocab_size),
+            template,
+            RewardSettings(),
+            RewardOptions(),
+            torch.bfloat16,
+        )
         model.add_lora(64, 128)
     return model.to(CUDA)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from afd_fast.ops import transformer as ops
-from afd_fast.reference.transformer import visible_frames
-from afd_fast.students.wan.cache import KVCache, Range
+from afd_fast.reference.transformer import apply_rope, rope_tables, visible_frames
+from afd_fast.students.wan.cache import KVCache, Range, check_positions
 from afd_fast.students.wan.layers import Attention
 
 
@@ -52,14 +52,19 @@ class Bidirectional(_Roped):
 class BlockCausal(_Roped):
     """A block attends to itself and to the blocks before it: to all, or to the sink and the latest frames of the window.
 
-    tokens: per frame. Raises ValueError for a sink that fills the window and a block that exceeds it.
+    tokens: per frame. rope: as of `KVCache`. Raises ValueError for a sink that fills the window and a block that exceeds it.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, blocks: Sequence[Range], tokens: int, window: int | None, sink: int):
+    def __init__(
+        self, cos: Tensor, sin: Tensor, blocks: Sequence[Range], tokens: int, window: int | None, sink: int,
+        rope: str = "absolute",
+    ):  # fmt: skip
         super().__init__(cos, sin)
         self.blocks, self.tokens, self.window, self.sink = blocks, tokens, window, sink
+        self.moves = rope == "relative" and sink > 0
         if sink and (window is None or sink >= window):
             raise ValueError(f"got sink={sink} with window={window}; the window must be larger than the sink")
+        check_positions(rope, None, window, sink)
         if window is not None and max(b - a for a, b in blocks) > window - sink:
             raise ValueError(
                 f"a block of {max(b - a for a, b in blocks)} frames does not fit window {window}, sink {sink}: make the "
@@ -70,12 +75,20 @@ class BlockCausal(_Roped):
         """The tokens [B, n, H, d] of these ranges of frames: a view of a single range."""
         return _cat([x[:, a * self.tokens : b * self.tokens] for a, b in ranges])
 
+    def keys(self, k: Tensor, ranges: Sequence[Range], end: int) -> Tensor:
+        """The keys of these ranges for a block that ends at `end`; the sink's where the window has moved on are turned."""
+        if not self.moves or self.window is None or end <= self.window:
+            return self.joined(k, ranges)
+        move = (end - self.window, end - self.window + 1)
+        tables = rope_tables(k.shape[-1], move, 1, 1, dtype=self.cos.dtype, device=k.device)
+        return _cat([apply_rope(self.joined(k, ranges[:1]), *tables), self.joined(k, ranges[1:])])
+
     def causal(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Range]) -> list[Tensor]:
         """The attended values of each block."""
         outs = []
         for a, b in blocks:
             seen = visible_frames(b, self.window, self.sink)
-            outs.append(attn.attend(self.joined(q, [(a, b)]), self.joined(k, seen), self.joined(v, seen)))
+            outs.append(attn.attend(self.joined(q, [(a, b)]), self.keys(k, seen, b), self.joined(v, seen)))
         return outs
 
     def __call__(self, layer: int, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,7 +108,7 @@ class TeacherForcing(BlockCausal):
             past = [(i, min(j, a)) for i, j in visible_frames(b, self.window, self.sink) if i < a]
             own = [(history + a, history + b)]
             seen = past + own
-            outs.append(attn.attend(self.joined(q, own), self.joined(k, seen), self.joined(v, seen)))
+            outs.append(attn.attend(self.joined(q, own), self.keys(k, seen, b), self.joined(v, seen)))
         return _cat(outs)
 
 
@@ -145,11 +158,12 @@ class Cached(_Roped):
         self, layer: int, attn: Attention, step: _Step, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
         cache, weights = self.cache, (attn.norm_q.weight, attn.norm_k.weight)
+        cache.settle(layer, step.start, step.end, self.write)
         graph = torch.is_grad_enabled() and any(a.requires_grad for a in (q, k, v))
         if self.write and not graph:
             k_cache, v_cache = cache.writable(layer)
             q = ops.qk_norm_rope_write(
-                q, k, v, *weights, cos, sin, k_cache, v_cache, tokens=cache.tokens, start_frame=step.start,
+                q, k, v, *weights, cos, sin, k_cache, v_cache, tokens=cache.tokens, start_frame=step.start - cache.origin,
                 window=cache.window, sink=cache.sink, **attn.rounding,
             )  # fmt: skip
             seen = slice(0, step.slots * cache.tokens)

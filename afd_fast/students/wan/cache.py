@@ -4,6 +4,12 @@ Keys are stored after RoPE with absolute positions and attention does not depend
 in any slot. With a window the newest frame overwrites the oldest in place, where the official code shifts the whole
 buffer (Self-Forcing causal_model.py:206-222). The cache's position is never read from a device.
 
+rope="relative" counts positions from the start of the visible window. RoPE sees differences of positions only, and those
+among the latest frames are the absolute ones: what moves, by one chunk per chunk, is the sink against them. So the sink's
+keys alone are turned, once per chunk, from a copy at their first positions; projects that keep keys before rotation
+(LongLive's causal_model_infinity.py, FastVideo's "relativistic", Reward-Forcing, Infinity-RoPE) rotate the whole window in
+every forward, to the same numbers.
+
 Legend: B samples, H heads, d head width, N tokens per frame, S slots of one frame each.
 """
 
@@ -12,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from afd_fast.reference.transformer import ring_slot, visible_frames
+from afd_fast.reference.transformer import RopeTables, apply_rope, ring_slot, rope_tables, visible_frames
 
 Range = tuple[int, int]  # [start, end) of frames or slots
 
@@ -31,12 +37,33 @@ class _Storage:
         self.k, self.v, self.owners = k, v, 1
 
 
+class _Sink(NamedTuple):
+    """One layer's sink with rope="relative"."""
+
+    absorbed: int  # the frames before this one, counted from the origin, are in it
+    home: Tensor | None = None  # its keys [B, sink * N, H, d] at their first positions, once the window has moved on
+    turned: int = 0  # frames by which the buffer's are turned from there
+
+
+def check_positions(rope: str, sink_ema: float | None, window: int | None, sink: int) -> None:
+    """ValueError for settings of a window's positions that do not fit together."""
+    if rope not in ("absolute", "relative"):
+        raise ValueError(f'rope must be "absolute" or "relative", got {rope!r}')
+    if rope == "relative" and window is None:
+        raise ValueError('rope="relative" counts positions from the start of the window: set window')
+    if sink_ema is not None and (rope != "relative" or not sink or not 0 <= sink_ema <= 1):
+        raise ValueError(f'sink_ema={sink_ema} must lie in 0..1 and needs rope="relative" and a sink, got sink={sink}')
+
+
 class KVCache:
     """The self-attention cache of a student. Made by `CausalWan.new_cache`.
 
     frames: number of latent frames in a rollout; window: None, or the number of frames a block attends to, of which the
     first `sink` are never overwritten (the rollout may then have any length). height, width: in tokens, not latents.
-    Raises ValueError for sizes below 1 and for a sink that fills the window.
+    rope: "absolute", or "relative": positions count from the start of the window, so that the sink stays as near as it was
+    when the window filled. sink_ema: None, or the weight a of Reward-Forcing's moving sink: sink frames that leave the window
+    at a time are averaged into it, a sink + (1 - a) gone, keys before rotation.
+    Raises ValueError for sizes below 1, a sink that fills the window, and settings that need a window or a sink.
     """
 
     def __init__(
@@ -51,6 +78,8 @@ class KVCache:
         head_dim: int,
         window: int | None = None,
         sink: int = 0,
+        rope: str = "absolute",
+        sink_ema: float | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ):
@@ -60,8 +89,11 @@ class KVCache:
             )
         if sink < 0 or (sink and window is None) or (window is not None and sink >= window):
             raise ValueError(f"got sink={sink} with window={window}; the window must be larger than the sink")
+        check_positions(rope, sink_ema, window, sink)
         self.batch, self.height, self.width, self.tokens = batch, height, width, height * width
         self.window, self.sink, self.frames = window, sink, frames
+        self.moves, self.sink_ema = rope == "relative" and sink > 0, sink_ema
+        self.origin = 0  # the frame whose slot is 0; another one after `restart`
         self.slots = frames if window is None else min(frames, window)
         self.slot_frames: list[int | None] = [None] * self.slots  # the absolute frame each slot holds
         shape = (batch, self.slots * self.tokens, heads, head_dim)
@@ -69,9 +101,12 @@ class KVCache:
             _Storage(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))) for _ in range(layers)
         ]
         self._repeats = [1] * layers  # how often each layer's stored rows are repeated in this cache's batch
+        self._sinks = [_Sink(sink)] * layers
+        self._turns: dict[int, RopeTables] = {}  # the tables of the last turns, shared by the layers and forks
 
     def __repr__(self) -> str:
         window = "" if self.window is None else f", window={self.window}, sink={self.sink}"
+        window += ", relative" if self.moves else ""
         return (
             f"KVCache({len(self._layers)} layers, batch={self.batch}, slots={self.slots} x {self.tokens} tokens{window}, "
             f"{self.nbytes / 2**20:.1f} MiB)"
@@ -95,31 +130,38 @@ class KVCache:
         """Whether a write has to copy first, because a fork shares the buffers."""
         return any(s.owners > 1 for s in self._layers) or max(self._repeats) > 1
 
-    def reset(self) -> None:
-        """Forget every frame; the buffers stay allocated."""
-        self.slot_frames = [None] * self.slots
+    def reset(self, origin: int = 0) -> None:
+        """Forget every frame; the buffers stay allocated. origin: the frame that the history begins with."""
+        self.slot_frames, self.origin = [None] * self.slots, origin
 
     def _slot(self, frame: int) -> int:
-        return ring_slot(frame, self.window, self.sink)
+        return ring_slot(frame - self.origin, self.window, self.sink)
+
+    def place(self, start: int, end: int) -> tuple[int, int]:
+        """What a block [start, end) reads and writes: its first slot, and the number of leading slots it attends to."""
+        return self._slot(start), min(end - self.origin, self.slots)
 
     def history(self, start: int, end: int) -> list[Range]:
         """Slot ranges of the frames before `start` that a block [start, end) attends to.
 
         Raises ValueError if the block does not fit the cache or the cache lacks a frame that the block needs.
         """
-        if start < 0 or end <= start:
-            raise ValueError(f"got frames {start}..{end}; start_frame must be >= 0 and the chunk must not be empty")
+        if start < self.origin or end <= start:
+            raise ValueError(
+                f"got frames {start}..{end}; start_frame must be >= {self.origin} and the chunk must not be empty"
+            )
+        first, last = self.origin, end - self.origin
         room = self.slots if self.window is None else self.window - self.sink
-        if self.window is not None and end > self.window and end - start > room:
+        if self.window is not None and last > self.window and end - start > room:
             raise ValueError(
                 f"a chunk of {end - start} frames does not fit a window of {self.window} with sink {self.sink}: make the "
                 "chunk smaller or the window larger"
             )
-        if end > self.slots and (self.window is None or self.slots < self.window):
+        if last > self.slots and (self.window is None or self.slots < self.window):
             raise ValueError(f"frames {start}..{end} do not fit a cache of {self.slots} frames: make a larger one")
         runs: list[Range] = []
-        for a, b in visible_frames(end, self.window, self.sink):
-            for frame in range(a, min(b, start)):
+        for a, b in visible_frames(last, self.window, self.sink):
+            for frame in range(first + a, min(first + b, start)):
                 slot = self._slot(frame)
                 if self.slot_frames[slot] != frame:
                     raise ValueError(f"the cache does not hold frame {frame}: run the earlier chunks first")
@@ -136,7 +178,7 @@ class KVCache:
         self.slot_frames = [f if f is not None and f < end else None for f in self.slot_frames]
         for frame in range(start, end):
             self.slot_frames[self._slot(frame)] = frame
-        return min(end, self.slots)
+        return self.place(start, end)[1]
 
     def withhold(self, start: int, end: int) -> None:
         """Take frames [start, end) back: a forward is about to write them, and may fail before every layer has."""
@@ -150,6 +192,48 @@ class KVCache:
             storage.owners -= 1
             self._layers[layer], self._repeats[layer] = _Storage(*copies), 1
         return KeysValues(self._layers[layer].k, self._layers[layer].v)
+
+    @torch.no_grad()
+    def settle(self, layer: int, start: int, end: int, write: bool) -> None:
+        """Before a block [start, end) reads or writes the layer: what leaves the window is averaged into the sink, once, and
+        the sink's keys are turned to where the block's window has them. Does nothing without rope="relative".
+
+        Raises ValueError where other than `sink` frames leave, or leave in a forward that must not write.
+        """
+        if not self.moves:
+            return
+        assert self.window is not None
+        sink, beyond, n = self._sinks[layer], max(0, end - self.origin - self.window), self.sink * self.tokens
+        gone = self.sink + beyond if self.sink_ema is not None else 0  # frames [sink, gone) have left the window
+        if gone > sink.absorbed or beyond != sink.turned:
+            k, v = self.writable(layer)
+            home = k[:, :n].clone() if sink.home is None else sink.home
+            if len(home) < len(k):  # a fork's
+                home = home.repeat_interleave(len(k) // len(home), 0)
+            if gone > sink.absorbed and self.sink_ema is not None:
+                first, a = self._slot(self.origin + sink.absorbed) * self.tokens, self.sink_ema
+                if gone - sink.absorbed != self.sink or not write:
+                    raise ValueError(
+                        f"{gone - sink.absorbed} frames leave the window at frame {end} with write={write}; sink_ema averages "
+                        f"sink={self.sink} frames at a time, in forwards that write: make chunks of {self.sink} and the "
+                        "window a multiple of them"
+                    )
+                home = a * home + (1 - a) * self._turned(k[:, first : first + n], -sink.absorbed)
+                v[:, :n] = a * v[:, :n] + (1 - a) * v[:, first : first + n]
+            k[:, :n] = self._turned(home, beyond)
+            sink = _Sink(max(gone, sink.absorbed), home, beyond)
+        self._sinks[layer] = _Sink(self.sink) if write and start - self.origin < self.sink else sink
+
+    def _turned(self, k: Tensor, frames: int) -> Tensor:
+        """Roped keys [B, L, H, d] as they are `frames` later; heights and widths stay."""
+        if frames == 0:
+            return k
+        if frames not in self._turns:
+            if len(self._turns) > 3:
+                self._turns.clear()
+            wide = torch.promote_types(self.dtype, torch.float32)
+            self._turns[frames] = rope_tables(k.shape[-1], (frames, frames + 1), 1, 1, dtype=wide, device=self.device)
+        return apply_rope(k, *self._turns[frames])
 
     def read(self, layer: int, runs: list[Range]) -> list[KeysValues]:
         """Views [B, n * N, H, d] of slot ranges, detached. Rows that a fork shares are repeated: as a view if one sample is
@@ -186,6 +270,7 @@ class KVCache:
         other.__dict__.update(self.__dict__)
         other.batch, other.slot_frames = self.batch * k, list(self.slot_frames)
         other._layers, other._repeats = list(self._layers), [r * k for r in self._repeats]
+        other._sinks = list(self._sinks)
         for storage in self._layers:
             storage.owners += 1
         return other

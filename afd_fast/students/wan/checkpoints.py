@@ -20,12 +20,12 @@ from torch import Tensor
 
 from afd_fast.errors import ConfigError, extra
 from afd_fast.files.text import read_json
+from afd_fast.sampler import KEY as SAMPLER_KEY
+from afd_fast.sampler import Sampler, of_config
 from afd_fast.students.files import local_copy, read_tensors
 from afd_fast.students.lora import merge_products
 from afd_fast.students.wan.adapters import Adapter, read_adapter
 from afd_fast.students.wan.model import CausalWan, CausalWanConfig
-from afd_fast.students.wan.sampler import KEY as SAMPLER_KEY
-from afd_fast.students.wan.sampler import Sampler, of_config
 from afd_fast.students.wan.supported import check_channels, check_folder, check_settings, check_tensors
 
 log = logging.getLogger("afd_fast")

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from afd_fast.errors import ConfigError, extra
 from afd_fast.files.text import read_json
+from afd_fast.sampler import HOW_FAST
 from afd_fast.students.files import local_copy
 from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
 from afd_fast.students.wan.checkpoints import Loras, load_student, save_student
 from afd_fast.students.wan.layers import CausalWanConfig
 from afd_fast.students.wan.model import CausalWan
 from afd_fast.students.wan.preview import PreviewDecoder
-from afd_fast.students.wan.sampler import HOW_FAST
 from afd_fast.students.wan.text import TextEncoder
 from afd_fast.students.wan.vae import WanDecoder
 from afd_fast.video_io import VideoFormat

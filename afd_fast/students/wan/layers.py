@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from afd_fast.errors import ConfigError, check_at_least, check_fields, field_types
 from afd_fast.ops import transformer as ops
 from afd_fast.ops.attention import attention
+from afd_fast.students.joined import join, linears
 from afd_fast.students.wan.cache import KeysValues
 
 PATCH = 2  # side of a token in latent pixels; Wan's patch is (1, 2, 2)
@@ -137,12 +138,12 @@ class Attention(nn.Module):
         return out
 
     def self_attention(self, h: Tensor, layer: int, pattern: "Pattern") -> Tensor:
-        return self.o(pattern(layer, self, self.q(h), self.k(h), self.v(h)).flatten(2))
+        return self.o(pattern(layer, self, *linears(h, (self.q, self.k, self.v))).flatten(2))
 
     def cross_attention(self, h: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = ops.rms_norm(self.q(h), self.norm_q.weight, **self.rounding).unflatten(-1, (self.heads, -1))
-        if k.shape[0] != q.shape[0]:
-            k, v = (a.repeat(q.shape[0], 1, 1, 1) for a in (k, v))  # no kernel promises to take a stride of 0
+        if k.shape[0] == 1:  # one prompt: without a mask, a batch is a longer row of queries
+            return self.o(self.attend(q.flatten(0, 1)[None], k, v).view(q.shape).flatten(2))
         return self.o(self.attend(q, k, v).flatten(2))
 
 
@@ -172,8 +173,14 @@ class Block(nn.Module):
     def encode_text(self, text: Tensor) -> KeysValues:
         """Embedded prompt [B, text_len, D] -> cross-attention keys (normalised) and values [B, text_len, H, d]."""
         attn = self.cross_attn
-        k = ops.rms_norm(attn.k(text), attn.norm_k.weight, **attn.rounding)
-        return KeysValues(k.unflatten(-1, (attn.heads, -1)), attn.v(text).unflatten(-1, (attn.heads, -1)))
+        k, v = linears(text, (attn.k, attn.v))
+        k = ops.rms_norm(k, attn.norm_k.weight, **attn.rounding)
+        return KeysValues(k.unflatten(-1, (attn.heads, -1)), v.unflatten(-1, (attn.heads, -1)))
+
+    def join(self) -> None:
+        """The weights of projections with one input next to each other (`linears`)."""
+        join((self.self_attn.q, self.self_attn.k, self.self_attn.v))
+        join((self.cross_attn.k, self.cross_attn.v))
 
     def forward(
         self,
@@ -198,7 +205,18 @@ class Block(nn.Module):
         x, h = ops.residual_norm(x, y, gate1, weight=self.norm3.weight, bias=self.norm3.bias, **rounding)
         y = self.cross_attn.cross_attention(h, text_k, text_v)
         x, h = ops.residual_norm(x, y, scale=scale2, shift=shift2, **rounding)
-        return Residual(x, self.ffn(h), gate2)
+        return Residual(x, self.feed_forward(h, rolled=conditioning.tables is not None), gate2)
+
+    def feed_forward(self, h: Tensor, rolled: bool) -> Tensor:
+        """The MLP. rolled: a rollout's, where on CUDA the first product applies GELU to its float32 sums before it rounds them;
+        what is trained, and compared with what is trained, rounds first, as officially."""
+        first: Any = self.ffn[0]
+        base = getattr(first, "base_layer", first)
+        plain = type(base) is nn.Linear and (first is base or first.disable_adapters) and not first._forward_hooks
+        if not (rolled and plain) or h.device.type == "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.ffn(h)
+        rows = torch._addmm_activation(base.bias, h.flatten(0, -2), base.weight.t(), use_gelu=True)  # tanh on CUDA
+        return self.ffn[2](rows.unflatten(0, h.shape[:-1]))
 
 
 class Head(nn.Module):

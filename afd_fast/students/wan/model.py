@@ -36,7 +36,8 @@ class CausalWan(StudentModule):
     """The student. `CausalWan(CausalWanConfig.wan_1_3b())`, or `CausalWan(dim=..., ...)`.
 
     attention: backend name of `ops.attention`. official_rounding: round intermediates in bfloat16 where the
-    official code does (True, its exact function) or once per fused operator (False, more accurate).
+    official code does (True, its exact function but for a rollout's GELU on CUDA, `Block.feed_forward`) or once per
+    fused operator (False, more accurate).
     gradient_checkpointing (attribute): recompute each block in the backward pass of the forwards without a
     cache (a cached forward has one chunk's activations, and its history is gone when it would be recomputed).
     State dicts are in the original Wan layout (825 tensors for 1.3B). Under FSDP2 register `encode_text` of
@@ -80,6 +81,15 @@ class CausalWan(StudentModule):
             assert isinstance(block, Block)
             yield block
 
+    def join(self) -> None:
+        """Weights whose products are one product next to each other in memory; every forward sees to it. Where FSDP owns the
+        memory they stay where they are."""
+        if torch.compiler.is_compiling():
+            return
+        if not any(hasattr(module, "_get_fsdp_state") for module in (self, *self.blocks)):
+            for block in self._each_block():
+                block.join()
+
     # ------------------------------------------------------------------ inputs
 
     def encode_text(self, context: Tensor | list[Tensor]) -> WanText:
@@ -95,14 +105,16 @@ class CausalWan(StudentModule):
                 raise ValueError(f"prompt embeddings must be [tokens, {c.text_dim}], got {tuple(row.shape)}")
             if row.shape[0] > c.text_len:
                 raise ValueError(f"a prompt of {row.shape[0]} tokens is longer than text_len={c.text_len}")
+        self.join()
         padded = torch.stack([F.pad(row, (0, 0, 0, c.text_len - row.shape[0])) for row in rows])
         text = self.text_embedding(padded.to(self.device, self.dtype))
         pairs = [block.encode_text(text) for block in self._each_block()]
         return WanText(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
     def new_cache(
-        self, batch: int, frames: int, height: int, width: int, window: int | None = None, sink: int = 0
-    ) -> KVCache:
+        self, batch: int, frames: int, height: int, width: int, window: int | None = None, sink: int = 0,
+        rope: str = "absolute", sink_ema: float | None = None,
+    ) -> KVCache:  # fmt: skip
         """An empty cache for latents of frames x height x width; see `KVCache`. Raises ValueError for odd sizes."""
         self._check_size(height, width)
         return KVCache(
@@ -115,6 +127,8 @@ class CausalWan(StudentModule):
             head_dim=self.config.dim // self.config.num_heads,
             window=window,
             sink=sink,
+            rope=rope,
+            sink_ema=sink_ema,
             dtype=self.dtype,
             device=self.device,
         )
@@ -172,6 +186,7 @@ class CausalWan(StudentModule):
         start_frame: int = 0,
         write: bool = True,
         blocks: tuple[int, ...] | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Velocity [B, C, F, H, W] of x, of the same shape.
 
@@ -180,11 +195,13 @@ class CausalWan(StudentModule):
         which attend to the cache's earlier frames and to each other, and their keys and values are written to it
         (write=False leaves it alone). The history is detached: gradient flows through a block's own frames only.
         blocks: sizes in frames that x splits into, each seeing itself and what comes before; None: one block.
+        rope: `self.rope` of x's frames, where the caller keeps it.
         Raises ValueError for sizes, batches, or frames the cache lacks, TypeError for mixed dtypes.
         """
         frames = self._check(x, text)
         height, width = x.shape[3] // PATCH, x.shape[4] // PATCH
-        rope = self.rope(start_frame, start_frame + frames, height, width)
+        if rope is None:
+            rope = self.rope(start_frame, start_frame + frames, height, width)
         if cache is None:
             if blocks is not None or start_frame:
                 raise ValueError("blocks and start_frame need a cache; see forward_block_causal")
@@ -199,20 +216,20 @@ class CausalWan(StudentModule):
 
     def forward_block_causal(
         self, x: Tensor, t: Tensor, text: WanText, chunk: int | tuple[int, ...] = 3,
-        *, independent_first_frame: bool = False, window: int | None = None, sink: int = 0,
+        *, independent_first_frame: bool = False, window: int | None = None, sink: int = 0, rope: str = "absolute",
     ) -> Tensor:  # fmt: skip
         """Blocks of `chunk` frames (or these sizes) attend to themselves and to the noised earlier blocks:
         diffusion forcing (causal_model.py:506-561), Astrolabe's function. Shapes and errors as `forward`."""
         frames = self._check(x, text)
         blocks = split_blocks(frames, chunk, independent_first_frame)
         size = (x.shape[3] // PATCH, x.shape[4] // PATCH)
-        pattern = BlockCausal(*self.rope(0, frames, *size), blocks, size[0] * size[1], window, sink)
+        pattern = BlockCausal(*self.rope(0, frames, *size), blocks, size[0] * size[1], window, sink, rope)
         return self._unpatchify(self._transform(self._patchify(x), self._times(t, x), text, pattern), x)
 
     def forward_teacher_forcing(
         self, x: Tensor, t: Tensor, text: WanText, clean: Tensor, chunk: int | tuple[int, ...] = 3,
         *, aug_t: Tensor | None = None, independent_first_frame: bool = False,
-        window: int | None = None, sink: int = 0,
+        window: int | None = None, sink: int = 0, rope: str = "absolute",
     ) -> Tensor:  # fmt: skip
         """Velocity of x when block b attends to itself and to the clean blocks before it: [clean || noisy]
         (causal_model.py:564-649), equal to the cached forwards but with gradient through the history.
@@ -230,7 +247,7 @@ class CausalWan(StudentModule):
         size = (x.shape[3] // PATCH, x.shape[4] // PATCH)
         tokens = size[0] * size[1]
         cos, sin = (torch.cat([a[: history * tokens], a]) for a in self.rope(0, frames, *size))
-        pattern = TeacherForcing(cos, sin, blocks, tokens, window, sink)
+        pattern = TeacherForcing(cos, sin, blocks, tokens, window, sink, rope)
         both = self._patchify(torch.cat([clean[:, :, :history], x], 2))
         times = torch.cat([past[:, :history], t], 1)
         out = self._transform(both, times, text, pattern, drop=history)
@@ -240,6 +257,7 @@ class CausalWan(StudentModule):
         self, patches: Tensor, t: Tensor | Conditioning, text: WanText, pattern: Pattern, drop: int = 0
     ) -> Tensor:
         """Patches [B, L, 4 C] -> head output; the first `drop` frames are left out of it."""
+        self.join()
         weight = self.patch_embedding.weight
         x = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
         conditioning = t if isinstance(t, Conditioning) else self.conditioning(t)

@@ -1,0 +1,295 @@
+"""Rollouts of public causal students by their projects' own pipelines, against `rollout`: same random weights, same noise.
+
+    python -m benchmarks.parity PROJECT CHECKOUT [--dtype float32|float64] [--case NAME]
+
+PROJECT and the commit that was compared: self_forcing 33593df, causal_forcing 1fc7bbc, longlive e52d9ef (branch v1.0),
+infinity_rope 63d7b84, reward_forcing 4317f5a; fastvideo 2f3d407, of which the self-attention runs, with its cache and positions,
+inside CausalWan and `rollout`. CHECKOUT is a folder with that repository. Runs on the CPU with a small CausalWan. What is theirs: the model, the cache, the wrapper, the schedule and the
+pipeline's loop. What is not: text encoder and VAE (stand-ins that pass embeddings and latents on), flash-attn (PyTorch's SDPA),
+and what is replaced in the source as it is read: the sizes that it holds as numbers (1560 tokens per frame, 12 heads of 128, 30
+layers), and casts to float32 in RMSNorm and FastVideo's RoPE, so that float64 is float64. Prints the largest difference of each case; ends with 1 if one exceeds 1e-5 in float32, 1e-9 in float64.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from afd_fast.reference.transformer import rms_norm
+from afd_fast.rollout import RolloutConfig, rollout
+from afd_fast.students import CausalWan
+from benchmarks.checkouts import HEIGHT, SIZES, TOKENS, WIDTH, load, load_fastvideo
+from benchmarks.peers import sdpa
+from benchmarks.rows import Arguments
+
+BOUNDS = {"float32": 1e-5, "float64": 1e-9}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rollout both ways. batch: 1 where theirs turns the keys of the first sample only. switches: frames at which another
+    prompt begins. options: of their pipeline's arguments."""
+
+    name: str
+    config: RolloutConfig
+    frames: int = 21
+    batch: int = 2
+    switches: tuple[int, ...] = ()
+    recache: Any = False
+    options: dict[str, Any] = field(default_factory=dict)
+    model: str = "causal_model"  # module of the model
+
+
+def _windowed(**more: Any) -> RolloutConfig:
+    return RolloutConfig(window=12, sink=3, **more)
+
+
+TWO_STEP = RolloutConfig(steps=(1000, 500), first_chunk_steps=(1000, 750, 500, 250), chunk=1)
+ONE_STEP = RolloutConfig(steps=(1000,), first_chunk_steps=(1000, 750, 500, 250), chunk=1)
+ABSOLUTE, INFINITE = _windowed(), _windowed(rope="relative")
+KEPT, REWRITTEN = {"global_sink": True}, {"global_sink": False}
+CASES = {
+    "self_forcing": [
+        Case("chunks of 3", RolloutConfig()),
+        Case("frame by frame", RolloutConfig(chunk=1), frames=9),
+        Case("window 9", RolloutConfig(window=9)),
+        Case("window 12, sink 3", ABSOLUTE),
+    ],
+    "causal_forcing": [
+        Case("chunks of 3", RolloutConfig()),
+        Case("frame by frame", RolloutConfig(chunk=1), frames=9),
+        Case("++ two steps", TWO_STEP, frames=9),
+        Case("++ one step", ONE_STEP, frames=9),
+    ],
+    "longlive": [
+        Case("window 12, sink 3", ABSOLUTE, frames=30),
+        Case("prompt switch before the ring is full", ABSOLUTE, 15, 2, (9,), True, KEPT),
+        Case("prompt switches after it has rolled", ABSOLUTE, 30, 2, (16, 24), True, KEPT),
+        Case("sink rewritten at the switches", ABSOLUTE, 30, 2, (16, 24), "sink", REWRITTEN),
+        Case("infinite", INFINITE, frames=42, batch=1, model="causal_model_infinity"),
+        Case("infinite, prompt switches", INFINITE, 30, 1, (9, 16, 24), True, KEPT, "causal_model_infinity"),
+        Case("infinite, sink rewritten", INFINITE, 30, 1, (16, 24), "sink", REWRITTEN, "causal_model_infinity"),
+    ],
+    "infinity_rope": [
+        Case("window 6, sink 1", RolloutConfig(window=6, sink=1, rope="relative"), frames=30, batch=1),
+        Case("window 12, sink 1", RolloutConfig(window=12, sink=1, rope="relative"), frames=30, batch=1),
+        Case("window 6, sink 1, flushed at a switch", RolloutConfig(window=6, sink=1, rope="relative"), 30, 1, (12,)),
+    ],
+    "reward_forcing": [
+        Case("window 9, sink 3, averaged", RolloutConfig(window=9, sink=3, rope="relative", sink_ema=0.999), frames=30),
+        Case("window 12, sink 3, averaged", _windowed(rope="relative", sink_ema=0.999), frames=30),
+    ],
+    "fastvideo": [
+        Case("absolute", RolloutConfig()),
+        Case("absolute, window 12, sink 3", ABSOLUTE, frames=30),
+        Case("relativistic, window 12, sink 3", INFINITE, frames=30),
+        Case("relativistic, window 9, sink 0", RolloutConfig(window=9, rope="relative"), frames=30),
+    ],
+}
+
+
+class FastVideo:
+    """A student whose self-attention, cache and positions are FastVideo's; the rest of the model is ours."""
+
+    def __init__(self, model: CausalWan, config: RolloutConfig, batch: int) -> None:
+        module: Any = sys.modules["fastvideo.models.dits.causal_wanvideo"]
+        self.model, self.window, heads = model, config.window, SIZES.num_heads
+        self.relative = config.rope == "relative"
+        self.layers = [
+            module.CausalWanSelfAttention(
+                SIZES.dim, heads, config.window or -1, config.sink,
+                rope_cache_policy="relativistic" if self.relative else "absolute",
+            )
+            for _ in range(SIZES.num_layers)
+        ]  # fmt: skip
+        shape = (
+            batch,
+            (config.window or module.GLOBAL_ATTN_COMPAT_MAX_LATENT_FRAMES) * TOKENS,
+            heads,
+            SIZES.dim // heads,
+        )
+        self.caches = [
+            {name: torch.zeros(shape, dtype=model.dtype) for name in ("k", "v")}
+            | {name: torch.zeros(1, dtype=torch.long) for name in ("global_end_index", "local_end_index")}
+            for _ in self.layers
+        ]
+        self.tables = module.get_rotary_pos_embed
+        for layer in self.layers:
+            layer.attn = sdpa
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def new_cache(self, *_: Any, **__: Any) -> None:
+        """They are made with the student."""
+
+    def __call__(self, x: Tensor, t: Any, text: Any, *, cache: Any, start_frame: int = 0) -> Tensor:
+        d = SIZES.dim // SIZES.num_heads
+        first, frames = (0, self.window) if self.relative else (start_frame, x.shape[2])
+        sizes = [d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6)]
+        table = self.tables(
+            (frames, HEIGHT // 2, WIDTH // 2), SIZES.dim, SIZES.num_heads, sizes, dtype=torch.float64, rope_theta=10000,
+            start_frame=first,
+        )  # fmt: skip
+
+        def pattern(layer: int, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = (rms_norm(a, norm.weight) for a, norm in ((q, attn.norm_q), (k, attn.norm_k)))
+            return self.layers[layer](
+                *(a.unflatten(-1, (attn.heads, -1)) for a in (q, k, v)), table, None, kv_cache=self.caches[layer],
+                current_start=start_frame * TOKENS, frame_seqlen=TOKENS,
+            )  # fmt: skip
+
+        return self.model._unpatchify(self.model._transform(self.model._patchify(x), t, text, pattern), x)
+
+
+class TextStandIn(torch.nn.Module):
+    """Prompts "0", "1", ... -> embeddings."""
+
+    def __init__(self, embeddings: list[Tensor]) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+
+    def forward(self, text_prompts: list[str]) -> dict[str, Tensor]:
+        return {"prompt_embeds": torch.stack([self.embeddings[int(p)] for p in text_prompts])}
+
+
+class VAEStandIn(torch.nn.Module):
+    """Latents are the video."""
+
+    def decode_to_pixel(self, latents: Tensor, **_: Any) -> Tensor:
+        return latents
+
+    decode_to_pixel_chunk = decode_to_pixel
+
+
+@contextmanager
+def drawn(noise: Tensor) -> Iterator[None]:
+    """`torch.randn_like` gives these draws in order."""
+    draws, original = iter(noise), torch.randn_like
+    torch.randn_like = lambda like, **_: next(draws)[: like.shape[0]].to(like)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.randn_like = original
+
+
+class Options(dict[str, Any]):
+    """Their configuration: keys as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
+class Prepared(NamedTuple):
+    """What both sides are given."""
+
+    model: CausalWan
+    noise: Tensor  # [B, C, F, H, W]
+    texts: list[Tensor]  # embeddings, one per prompt
+    draws: Tensor  # [n, B * f, C, H, W] noise between steps
+
+
+def official(case: Case, given: Prepared) -> Tensor:
+    """Latents [B, C, F, H, W] of their pipeline."""
+    ours, noise, texts, draws = given
+    if "fastvideo" in sys.modules:
+        student = FastVideo(ours, case.config, case.batch)
+        return rollout(student, ours.encode_text(texts[0][None]), noise, case.config, renoise=draws)
+    config, modules = case.config, sys.modules
+    with torch.device("meta"):
+        model = modules[f"wan.modules.{case.model}"].CausalWanModel(
+            **{n: getattr(SIZES, n) for n in ("dim", "ffn_dim", "num_heads", "num_layers", "text_len", "text_dim", "freq_dim", "in_dim", "out_dim")},
+            cross_attn_norm=True, local_attn_size=config.window or -1, sink_size=config.sink,
+        )  # fmt: skip
+    model = model.to_empty(device="cpu").to(ours.dtype).eval()
+    model.load_state_dict(ours.state_dict())
+    d = SIZES.dim // SIZES.num_heads
+    rope = modules["wan.modules.model"].rope_params
+    model.freqs = torch.cat([rope(1024, d - 4 * (d // 6)), rope(1024, 2 * (d // 6)), rope(1024, 2 * (d // 6))], 1)
+    wrapper = modules["utils.wan_wrapper"].WanDiffusionWrapper.__new__(modules["utils.wan_wrapper"].WanDiffusionWrapper)
+    torch.nn.Module.__init__(wrapper)
+    wrapper.model, wrapper.uniform_timestep, wrapper.seq_len = model, False, 10**6
+    wrapper.scheduler = modules["utils.scheduler"].FlowMatchScheduler(
+        shift=config.shift, sigma_min=0.0, extra_one_step=True
+    )
+    wrapper.scheduler.set_timesteps(1000, training=True)
+    wrapper.post_init()
+    settings = Options(
+        denoising_step_list=list(config.steps), warp_denoising_step=True, num_frame_per_block=config.chunk, context_noise=0,
+        independent_first_frame=False, denoising_step_list_first_chunk=config.first_chunk_steps and list(config.first_chunk_steps),
+        checkpoint_path="", model_kwargs=Options(local_attn_size=config.window or -1), **case.options,
+    )  # fmt: skip
+    interactive = "pipeline.interactive_causal_inference" in modules and bool(case.switches)
+    where = modules["pipeline.interactive_causal_inference" if interactive else "pipeline.causal_inference"]
+    pipeline = getattr(where, "InteractiveCausalInferencePipeline" if interactive else "CausalInferencePipeline")(
+        settings, "cpu", generator=wrapper, text_encoder=TextStandIn(texts), vae=VAEStandIn()
+    )
+    prompts: dict[str, Any] = {"text_prompts": ["0"] * case.batch}
+    if interactive:
+        rows = [[str(i)] * case.batch for i in range(len(texts))]
+        prompts = {"text_prompts_list": rows, "switch_frame_indices": list(case.switches)}
+    elif case.switches:  # Infinity-RoPE: scenes in one string, with their seconds
+        prompts = {"text_prompts": [f"0[{case.switches[0] * 4 / 16}s] | 1"]}
+    with drawn(draws), redirect_stdout(StringIO()):
+        return pipeline.inference(noise.transpose(1, 2), return_latents=True, **prompts)[1].transpose(1, 2)
+
+
+def prepared(case: Case, dtype: torch.dtype) -> Prepared:
+    """From fixed seeds; the weights' and the noise's numbers are those of float64, rounded."""
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    model = CausalWan(SIZES).to(dtype).eval()
+    for name, p in model.named_parameters():
+        scale = 0.1 if p.ndim == 1 or "modulation" in name else p.shape[1:].numel() ** -0.5
+        p.data = randn(*p.shape) * scale + ("norm" in name and name.endswith("weight"))
+    noise = randn(case.batch, SIZES.in_dim, case.frames, HEIGHT, WIDTH)
+    texts = [randn(SIZES.text_len, SIZES.text_dim) for _ in range(len(case.switches) + 1)]
+    draws = randn(case.frames * 4, case.batch * case.config.chunk, SIZES.in_dim, HEIGHT, WIDTH)
+    return Prepared(model, noise, texts, draws)
+
+
+def ours(case: Case, given: Prepared) -> Tensor:
+    """Latents [B, C, F, H, W] of `rollout`."""
+    encoded = [given.model.encode_text(text[None]) for text in given.texts]
+    schedule = [(0, encoded[0]), *zip(case.switches, encoded[1:])] if case.switches else encoded[0]
+    return rollout(given.model, schedule, given.noise, case.config, renoise=given.draws, recache=case.recache)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = Arguments(__doc__)
+    parser.add_argument("project", choices=list(CASES))
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--dtype", choices=list(BOUNDS), default="float64")
+    parser.add_argument("--case", help="only this one")
+    parser.add_argument("--record", type=Path, help="write their last chunks here, as tests/golden/rollouts has them")
+    args = parser.parsed()
+    (load_fastvideo if args.project == "fastvideo" else load)(args.checkout)
+    failed, recorded = False, {}
+    for case in CASES[args.project]:
+        if args.case in (None, case.name):
+            given = prepared(case, getattr(torch, args.dtype))
+            theirs = official(case, given)
+            found = ((ours(case, given) - theirs).abs().max() / theirs.abs().max()).item()
+            failed |= not found <= BOUNDS[args.dtype]
+            recorded[case.name] = theirs[:, :, -case.config.chunk :].float().contiguous()
+            print(f"{args.project}: {case.name}: {found:.1e}", flush=True)
+    if args.record:
+        save_file(recorded, args.record)
+    raise SystemExit(int(failed))
+
+
+if __name__ == "__main__":
+    main()
