@@ -157,10 +157,11 @@ def test_the_discriminator_judges_held_out_clips_in_batches(tmp_path, tiny_confi
     made = trainer(tiny_config, tmp_path / "run")
     clips, prompts = made.evaluator.student_clips(2), made.data.held_out * 2
     assert clips.dtype == torch.uint8 and len(clips) == 4
-    whole, seen, score = made.evaluator._of_discriminator(clips, prompts), [], ToyDiscriminator.score
+    measured = made.evaluator.judge.by_clip(clips.numpy(), prompts)
+    whole, seen, score = made.evaluator._of_discriminator(clips, prompts, measured), [], ToyDiscriminator.score
     monkeypatch.setattr(ToyDiscriminator, "score", lambda self, x, p: (seen.append(len(x)), score(self, x, p))[1])
     made.run.config = changed(tiny_config, evaluation__batch=1)
-    assert made.evaluator._of_discriminator(clips, prompts) == pytest.approx(whole, rel=1e-4)
+    assert made.evaluator._of_discriminator(clips, prompts, measured) == pytest.approx(whole, rel=1e-4)
     assert set(seen) == {1} and len(seen) == 8
 
 
