@@ -207,6 +207,11 @@ class TrainConfig:
                 f"rollout.sink_ema averages frames as they leave the cache: it needs update.history=detached, got "
                 f"{self.update.history}"
             )
+        if rollout.context_noise and self.update.history != "detached":
+            raise ConfigError(
+                f'rollout.context_noise={rollout.context_noise} needs update.history="detached", whose history is the '
+                f"sampler's; got {self.update.history!r}"
+            )
         if rollout.independent_first_frame:
             raise ConfigError("rollout.independent_first_frame is for generation: training works in whole chunks")
 
@@ -314,8 +319,8 @@ def _parse(text: str, kind: Any) -> Any:
 
 
 def with_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
-    """`config` with "key=value" strings applied; "student=NAME" and "discriminator=NAME" set the part's name, and
-    "loss=RECIPE" takes all of a recipe. ConfigError for an unknown key (with the nearest names) or a bad value."""
+    """`config` with "key=value" strings applied; "student=NAME" and "discriminator=NAME" set the part's name,
+    "loss=RECIPE" takes all of a recipe, and "rollout=PRESET" all of a public project's sampler. ConfigError for an unknown key (with the nearest names) or a bad value."""
     values: dict[str, Any] = {}
     for item in overrides:
         name, equals, text = item.partition("=")
@@ -326,6 +331,9 @@ def with_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
                 config = replace(config, loss=nft_recipe(cast(RecipeName, text)))
             except ValueError as error:
                 raise ConfigError(f"{item}: {error}") from error
+            continue
+        if name == "rollout":
+            values |= {f"rollout.{key}": value for key, value in RolloutConfig.preset(text).sampler().items()}
             continue
         if name in ("student", "discriminator"):
             name += ".name"

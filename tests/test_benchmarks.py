@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import report
-from benchmarks.rows import COLUMNS, CUDA, append_rows, commit
+from benchmarks.rows import COLUMNS, CUDA, CYCLES, Clock, Times, append_rows, commit
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
@@ -100,6 +102,36 @@ def test_a_row_names_its_sources_without_git(monkeypatch: pytest.MonkeyPatch) ->
     assert found.startswith("files-") and len(found) == 14
 
 
+def test_the_clock_hides_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: a call's kernels wait behind a busy one until the host is through, and the device's time is a row of its own."""
+    log: list[str | int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("synchronize")
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 3.0
+
+    def call() -> None:
+        time.sleep(0.02)
+        log.append("call")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", log.append)
+    clock, times = Clock("cpu"), Times()
+    clock.cuda = True
+    for _ in range(2):
+        clock.add(call, times)
+    assert [x if isinstance(x, str) else "busy" for x in log] == 2 * ["busy", "record", "call", "record", "synchronize"]
+    assert times.samples == [3.0, 3.0] and min(times.host) >= 20
+    assert isinstance(log[5], int) and log[5] >= 20 * CYCLES
+
+
 @pytest.mark.skipif(CUDA, reason="there is a GPU")
 @pytest.mark.parametrize("command", BENCHES)
 def test_every_command_of_the_gpu_suite_starts(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,3 +169,14 @@ def test_the_gpu_suite_goes_on_where_something_fails(tmp_path: Path) -> None:
     assert [line.split("  ")[1] for line in last] == ["exit 3", "ok", "skipped", "skipped"], done.stdout + done.stderr
     assert done.returncode == 1 and "needs diffusers" in last[2]
     assert "hello from discriminator" in (tmp_path / "out/part5.log").read_text()
+
+
+def test_the_cuda_kernels_are_built_before_they_are_timed(tmp_path: Path) -> None:
+    for name, body in {"python": FAKE_PYTHON, "cmake": '#!/bin/sh\necho cmake "$@"\n'}.items():
+        (tmp_path / name).write_text(body.replace("*find_spec*) exit 1 ;;", "*benchmarks.run*) echo $* ;;"))
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out")}
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    subprocess.run([ROOT / "benchmarks/gpu.sh", "2"], capture_output=True, env=env)
+    said = (tmp_path / "out/part2.log").read_text()
+    assert 0 < said.index("-DAFD_CUDA=ON") < said.index("cmake --install") < said.index("one_launch compile")

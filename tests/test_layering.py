@@ -13,7 +13,7 @@ FLOORS = [  # from the ground up
     ("errors",),
     ("reference", "files"),
     ("ops", "video_io"),
-    ("teachers", "dropin"),
+    ("teachers", "dropin", "sampler"),
     ("students", "judges", "evaluation"),
     ("rollout", "discriminators"),
     ("generate", "config"),
@@ -24,7 +24,7 @@ FLOORS = [  # from the ground up
 ]
 RANK = {room: rank for rank, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(p for d in ("afd_fast", "kernels") for p in (ROOT / d).rglob("*.py"))
-LOOSE = 6  # modules at the top, __main__ aside
+LOOSE = 7  # modules at the top, __main__ aside
 
 
 def imports(path):

@@ -1,4 +1,5 @@
-"""The gradients of activations through the operators of Wan's block, as CUDA computes them: one kernel each."""
+"""The gradients through the operators of Wan's block, as CUDA computes them: of activations one kernel each, of weights and
+modulations sums."""
 
 import os
 import re
@@ -23,28 +24,40 @@ def fused(monkeypatch):
     monkeypatch.setattr(ops, "_fused", lambda *_: True)
 
 
-def case(name, dtype, width=12, **sizes):
-    """(activations, function of them and a module): what has a gradient, and the rest bound."""
+def case(name, dtype, width=12, trained=False, **sizes):
+    """(tensors, function of them and a module): what has a gradient, and the rest bound. trained: weights and modulations too."""
     if name == "rope":
         q, k, _, *rest = rope_case(dtype, heads=width // 6)
-        return [q, k], lambda a, module, official=True: module.qk_norm_rope(*a, *rest, official_rounding=official)
-    args = norm_cases(dtype, width=width, **sizes)[name]
-    count = 1 if name in ("norm_modulate", "rms_norm") else 2
-    return list(args[:count]), lambda a, module, official=True: call(name, (*a, *args[count:]), module, official)
+        args, count = [q, k, *rest], 4 if trained else 2
+    else:
+        args = list(norm_cases(dtype, width=width, **sizes)[name])
+        count = len(args) if trained else 1 if name in ("norm_modulate", "rms_norm") else 2
+    places = [i for i, a in enumerate(args[:count]) if a is not None]
+
+    def function(a, module, official=True):
+        given = list(args)
+        for i, x in zip(places, a):
+            given[i] = x
+        if name == "rope":
+            return module.qk_norm_rope(*given, official_rounding=official)
+        return call(name, tuple(given), module, official)
+
+    return [args[i] for i in places], function
 
 
 def gradients(name, dtype, module, official=True, **sizes):
-    """Of the activations, for random gradients of every result."""
+    """For random gradients of every result."""
     inputs, function = case(name, dtype, **sizes)
     inputs = [a.clone().requires_grad_() for a in inputs]
     outs = function(inputs, module, official)
     return torch.autograd.grad(outs, inputs, [rand(*o.shape, dtype=dtype, seed=7 + i) for i, o in enumerate(outs)])
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_gradcheck(name, fused):
-    inputs, function = case(name, torch.float64, width=6)
-    inputs = [a[:1].requires_grad_() for a in inputs] if name == "rope" else [a.requires_grad_() for a in inputs]
+def test_gradcheck(name, trained, fused):
+    inputs, function = case(name, torch.float64, width=6, trained=trained)
+    inputs = [(a[:1] if name == "rope" and a.ndim > 1 else a).requires_grad_() for a in inputs]
     assert torch.autograd.gradcheck(lambda *a: function(a, ops), inputs)
 
 
@@ -52,10 +65,9 @@ def test_gradcheck(name, fused):
 @pytest.mark.parametrize("official", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_no_worse_than_autograd(name, official, dtype, fused):
-    exact = gradients(name, torch.float64, reference)
-    for got, eager, want in zip(
-        gradients(name, dtype, ops, official), gradients(name, dtype, reference, official), exact
-    ):
+    exact = gradients(name, torch.float64, reference, trained=True)
+    found, autograd = (gradients(name, dtype, module, official, trained=True) for module in (ops, reference))
+    for got, eager, want in zip(found, autograd, exact, strict=True):
         assert got.dtype == dtype
         within(got, eager, want)
 
@@ -72,13 +84,13 @@ def test_one_result_used(name, used, fused):
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
-def test_weights_and_cpu_tensors_take_the_reference():
+def test_cpu_tensors_take_the_reference():
     """Bit for bit what autograd makes of it: nothing changed on the CPU."""
     for name in CASES:
         assert all(map(torch.equal, gradients(name, torch.float32, ops), gradients(name, torch.float32, reference)))
     x, weight = (a.requires_grad_() for a in norm_cases(torch.float32)["rms_norm"])
     assert ops.rms_norm(x, weight).grad_fn is not None
-    assert not ops._fused(torch.empty(1, device="meta"), weight) and not ops._fused(x.detach())
+    assert ops._fused(torch.empty(1, device="meta")) and not ops._fused(x.detach())
 
 
 @pytest.mark.parametrize("name", ["gate_modulate", "rms_norm", "rope"])

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from afd_fast.cli import missing
+from afd_fast.cli import sampling as cli
 from afd_fast.cli.evaluate import app as evaluation
 from afd_fast.errors import AFDError, ConfigError, MissingExtra
 
@@ -292,42 +293,55 @@ def rollout(
     student: Annotated[str | None, typer.Option(help="checkpoint: .pt, .safetensors, folder or repository")] = None,
     config: Annotated[str, typer.Option(help='"wan", or "tiny": random weights, to try the command anywhere')] = "wan",
     base: Annotated[str | None, typer.Option(help="diffusers repository of text encoder and VAE")] = None,
-    frames: Annotated[int, typer.Option(help="latent frames; 21 are 81 frames of video")] = 21,
-    shift: float = 5.0,
-    chunk: int = 3,
+    preset: cli.Preset = None,
+    size: cli.Size = None,
+    frames: cli.Frames = None,
+    steps: cli.Steps = None,
+    first_chunk_steps: cli.FirstSteps = None,
+    shift: cli.Shift = None,
+    warp: cli.Warp = None,
+    chunk: cli.Chunk = None,
+    window: cli.Window = None,
+    sink: cli.Sink = None,
+    lora: cli.Lora = None,
+    fps: cli.Fps = None,
+    preview: Annotated[
+        Path | None,
+        typer.Option(help="weights of TAEHV's format (taew2_1.pth): fast pixels that only resemble the VAE's"),
+    ] = None,
     batch: int = 1,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="of the first prompt; prompt i has seed + i")] = 0,
+    seeds: Annotated[str | None, typer.Option(help="such as 0,1,2: a video of every prompt with each of them")] = None,
     graphs: Annotated[bool, typer.Option("--graphs", help="replay forwards as CUDA graphs")] = False,
 ) -> None:
-    """Generate a video for every prompt with a causal Wan student."""
+    """Generate a video for every prompt with a causal Wan student: as its checkpoint says, as a --preset says, or as set."""
     import torch
     from rich.progress import Progress
 
     from afd_fast.files.text import read_prompts
-    from afd_fast.generate import GenerateOptions, chunk_count, generate, jobs
-    from afd_fast.rollout import RolloutConfig
-    from afd_fast.students.wan.family import SIZE, TINY_SIZE, load_networks
+    from afd_fast.generate import generate, jobs
+    from afd_fast.students.wan.family import load_networks
 
     if graphs and not torch.cuda.is_available():
         raise ConfigError("--graphs records CUDA graphs, and there is no CUDA device here: leave it out")
     if config not in ("wan", "tiny") or (config == "wan") != (student is not None):
         raise ConfigError("give either --student CHECKPOINT or --config tiny")
-    lines = read_prompts(prompts)
+    todo = jobs(read_prompts(prompts), seed, None if seeds is None else cli.numbers_of_seeds(seeds))
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
-    sampler = RolloutConfig(shift=shift, chunk=chunk, graphs=graphs)
-    size = SIZE if student else TINY_SIZE
-    options = GenerateOptions(frames, size.height, size.width, batch=batch)
-    chunk_count(frames, sampler)
-    networks = load_networks(student or "tiny", base, seed)
+    found = cli.sampling(
+        student or "tiny", base, preset, size, frames, fps, batch, lora, steps=steps, first_chunk_steps=first_chunk_steps,
+        shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, graphs=graphs or None,
+    )  # fmt: skip
+    networks = load_networks(student or "tiny", base, seed, lora=found.lora or None, preview=preview)
     with Progress(console=console) as progress:
         task = progress.add_task("chunks", total=None)
         stats = generate(
             networks,
-            jobs(lines, seed),
+            todo,
             out,
-            options,
-            sampler,
+            found.options,
+            found.config,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     console.print(stats.line())

@@ -194,7 +194,9 @@ def _traffic(student: StudentModule, family: Family, batch: int) -> list[int]:
     """plain, adapted, forward, backward and more of a `Traffic`."""
     (x, t), chunk, found = _inputs(family, batch), family.chunk, []
     text = student.encode_text(WORDS[family.name](student, batch))
-    passes = _passes(student, x, t, text, chunk)
+    passes, weights = _passes(student, x, t, text, chunk), [p for p in student.parameters() if p.requires_grad]
+    for p in weights:  # every backward adds to the gradients of the one before
+        p.grad = torch.empty_like(p)
     for _ in range(2):  # linear in the number of chunks before
         with Meter() as forward:
             v = next(passes)
@@ -203,6 +205,8 @@ def _traffic(student: StudentModule, family: Family, batch: int) -> list[int]:
         with Meter() as adapted:
             next(passes)
         found += [forward.light, backward.light]
+    for p in weights:
+        p.grad = None
     cache = student.new_cache(batch, *family.latents[1:])
     with disabled(student), torch.no_grad():
         table = student.timestep(500.0, batch, chunk)

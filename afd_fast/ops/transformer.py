@@ -2,7 +2,7 @@
 
 On CUDA each is one Triton kernel (kernels/afd_kernels/transformer.py), on CPU the reference. Where a gradient is wanted
 the public function runs the reference itself on the CPU and inside a transform of torch.func. On CUDA the gradient of
-the activations is one kernel too; where a weight or a modulation wants one, it is the reference again.
+the activations is one kernel too; those of weights and modulations are sums over what it gives.
 
 Legend: B samples, F frames, N tokens per frame, L = F N tokens, D width, H heads, d = D / H.
 """
@@ -176,50 +176,75 @@ _qk_norm_rope_backward = _operator(
 )
 
 
+def _summed(a: Tensor, row: Tensor) -> Tensor:
+    """a [B, L, D], summed in at least float32 to the shape of a weight [D] or a modulation [B|1, F|1, D], in its dtype."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    if row.ndim == 1:
+        return a.sum((0, 1), dtype=wide).to(row.dtype)
+    return a.unflatten(1, (row.shape[1], -1)).sum(2, dtype=wide).sum_to_size(row.shape).to(row.dtype)
+
+
+def _normed(x: Tensor, eps: float, official: bool) -> Tensor:
+    """LayerNorm(x) alone, as it is rounded before a modulation."""
+    zero = torch.zeros(1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
+    return _norm_modulate(x, zero, zero, eps, official)
+
+
+def _rms_normed(x: Tensor, eps: float, official: bool) -> Tensor:
+    return _rms_norm(x, torch.ones(x.shape[-1], dtype=x.dtype, device=x.device), eps, official)
+
+
 class ResidualNorm(torch.autograd.Function):
-    """`residual_norm` with gradients of x and y; the rest are constants."""
+    """`residual_norm` with its gradients."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        x, _, gate, weight, _, scale, _, *ctx.settings = args
+        _, y, gate, weight, bias, scale, shift, *ctx.settings = args
         stream, normed = _residual_norm(*args)
-        ctx.save_for_backward(stream, gate, weight, scale)
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(stream, y if needs[2] else None, gate, weight, bias, scale, shift)
         ctx.set_materialize_grads(False)
         return stream, normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, gate, weight, scale = ctx.saved_tensors
+        x, y, gate, weight, bias, scale, shift = ctx.saved_tensors
         if grad_normed is None:
             grad_normed = torch.zeros_like(x)
         dx, dy = _residual_norm_backward(x, grad_x, grad_normed, gate, weight, scale, *ctx.settings)
-        return dx, dx if gate is None else dy, *(None,) * 7
+        of_gate, *of_rows = ctx.needs_input_grad[2:7]  # weight, bias, scale, shift
+        factors = grad_normed * _normed(x, *ctx.settings) if of_rows[0] or of_rows[2] else grad_normed
+        rows = zip((factors, grad_normed) * 2, (weight, bias, scale, shift), of_rows)
+        sums = (_summed(a, row) if wanted else None for a, row, wanted in rows)
+        return dx, dx if gate is None else dy, _summed(dx * y, gate) if of_gate else None, *sums, None, None
 
 
 class NormModulate(torch.autograd.Function):
-    """`norm_modulate` with a gradient of x; scale and shift are constants."""
+    """`norm_modulate` with its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, *settings: Any) -> Tensor:
         ctx.settings = settings
-        ctx.save_for_backward(x, scale)
+        ctx.save_for_backward(x, scale, shift)
         return _norm_modulate(x, scale, shift, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
+        x, scale, shift = ctx.saved_tensors
+        _, of_scale, of_shift, *_ = ctx.needs_input_grad
         dx = _residual_norm_backward(x, None, grad, None, None, scale, *ctx.settings)[0]
-        return dx, *(None,) * 4
+        ds = _summed(grad * _normed(x, *ctx.settings), scale) if of_scale else None
+        return dx, ds, _summed(grad, shift) if of_shift else None, None, None
 
 
 class RMSNorm(torch.autograd.Function):
-    """`rms_norm` with a gradient of x; the weight is a constant."""
+    """`rms_norm` with its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, official: bool) -> Tensor:
-        ctx.eps = eps
+        ctx.settings = eps, official
         ctx.save_for_backward(x, weight)
         return _rms_norm(x, weight, eps, official)
 
@@ -227,28 +252,38 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return _rms_norm_backward(x, grad, weight, ctx.eps), None, None, None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = _summed((grad * _rms_normed(x, *ctx.settings)).reshape(1, -1, x.shape[-1]), weight)
+        return _rms_norm_backward(x, grad, weight, ctx.settings[0]), dw, None, None
 
 
 class QKNormRope(torch.autograd.Function):
-    """`qk_norm_rope` with gradients of q and k; the weights are constants."""
+    """`qk_norm_rope` with its gradients."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, ctx.eps, _ = args
+        *tensors, eps, official = args
+        ctx.settings = eps, official
         ctx.save_for_backward(*tensors)
         return _qk_norm_rope(*args)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, *rest = ctx.saved_tensors
-        return *_qk_norm_rope_backward(q, k, grad_q, grad_k, *rest, ctx.eps), *(None,) * 6
+        q, k, wq, wk, cos, sin = ctx.saved_tensors
+        weights: list[Tensor | None] = [None, None]
+        for i, (x, grad, weight) in enumerate(((q, grad_q, wq), (k, grad_k, wk))):
+            if ctx.needs_input_grad[2 + i]:
+                turned = reference.apply_rope(grad, cos, -sin).flatten(2)
+                weights[i] = _summed(turned * _rms_normed(x, *ctx.settings), weight)
+        dq, dk = _qk_norm_rope_backward(q, k, grad_q, grad_k, wq, wk, cos, sin, ctx.settings[0])
+        return dq, dk, *weights, *(None,) * 4
 
 
-def _fused(x: Tensor, *constants: Tensor | None) -> bool:
-    """Whether the gradient is a kernel's: of activations on CUDA, and on the meta device, which stands in for it."""
-    return x.device.type != "cpu" and not under_func() and not any(a is not None and a.requires_grad for a in constants)
+def _fused(x: Tensor) -> bool:
+    """Whether the gradient is a kernel's: on CUDA, and on the meta device, which stands in for it."""
+    return x.device.type != "cpu" and not under_func()
 
 
 def norm_modulate(
@@ -257,7 +292,7 @@ def norm_modulate(
     """LayerNorm(x) (1 + scale) + shift. x: [B, L, D]; scale, shift: [B|1, F|1, D]. See the reference."""
     _check_rows("norm_modulate", x, scale, shift)
     if is_tracked(x, scale, shift):
-        if _fused(x, scale, shift):
+        if _fused(x):
             return NormModulate.apply(x, scale, shift, eps, official_rounding)
         return reference.norm_modulate(x, scale, shift, eps=eps, official_rounding=official_rounding)
     return _norm_modulate(x, scale, shift, eps, official_rounding)
@@ -289,7 +324,7 @@ def residual_norm(
         raise ValueError(f"residual_norm: x {tuple(x.shape)} and y {tuple(y.shape)} differ")
     _check_rows("residual_norm", x, gate, scale, shift)
     if is_tracked(x, y, gate, weight, bias, scale, shift):
-        if _fused(x, gate, weight, bias, scale, shift):
+        if _fused(x):
             return ResidualNorm.apply(x, y, gate, weight, bias, scale, shift, eps, official_rounding)
         return _residual_norm_cpu(x, y, gate, weight, bias, scale, shift, eps, official_rounding)
     return _residual_norm(x, y, gate, weight, bias, scale, shift, eps, official_rounding)
@@ -298,7 +333,7 @@ def residual_norm(
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, official_rounding: bool = True) -> Tensor:
     """x / rms(x) * weight over the last axis. See the reference."""
     if is_tracked(x, weight):
-        if _fused(x, weight):
+        if _fused(x):
             return RMSNorm.apply(x, weight, eps, official_rounding)
         return reference.rms_norm(x, weight, eps=eps, official_rounding=official_rounding)
     return _rms_norm(x, weight, eps, official_rounding)
@@ -310,7 +345,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """RMSNorm and RoPE of q and k [B, L, D] -> [B, L, H, d]. cos, sin: [L, d / 2]. See the reference."""
     if is_tracked(q, k, weight_q, weight_k):
-        if _fused(q, weight_q, weight_k):
+        if _fused(q):
             return QKNormRope.apply(q, k, weight_q, weight_k, cos, sin, eps, official_rounding)
         return reference.qk_norm_rope(q, k, weight_q, weight_k, cos, sin, eps=eps, official_rounding=official_rounding)
     return _qk_norm_rope(q, k, weight_q, weight_k, cos, sin, eps, official_rounding)

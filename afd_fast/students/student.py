@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -118,7 +119,12 @@ class ShardPlan(NamedTuple):
 
 
 class StudentModule(nn.Module):
-    """Base class of students that are trained. A subclass defines `encode_text`, `new_cache` and `forward`."""
+    """Base class of students that are trained. A subclass defines `encode_text`, `new_cache` and `forward`.
+
+    sampler: fields of `rollout.RolloutConfig` with which its checkpoint is to be sampled; empty where it does not say.
+    """
+
+    sampler: Mapping[str, Any] = MappingProxyType({})
 
     def encode_text(self, context: Context) -> Text:
         raise NotImplementedError
@@ -161,7 +167,7 @@ def check_student(student: nn.Module) -> None:
     """ConfigError that names the methods a student lacks."""
     if not isinstance(student, nn.Module):
         raise ConfigError(f"a student must be a torch.nn.Module, got {type(student).__name__}")
-    kind, defaults = type(student), {*vars(StudentModule).values(), nn.Module.forward}
+    kind, defaults = type(student), {nn.Module.forward, *filter(callable, vars(StudentModule).values())}
     missing = [name for name in REQUIRED if getattr(kind, name, nn.Module.forward) in defaults]
     missing += [name for name in OPTIONAL if not callable(getattr(kind, name, None))]
     if missing:

@@ -6,6 +6,7 @@ and at the end result.json, samples.safetensors and the trained student.
 """
 
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -274,6 +275,11 @@ def new_run(
         )
     if family.chunk != config.rollout.chunk:
         raise ConfigError(f"rollout.chunk={config.rollout.chunk}, but the family's chunk is {family.chunk}")
+    for key, value in family.student.sampler.items():
+        if (here := getattr(config.rollout, key, None)) != value:
+            logging.getLogger("afd_fast").warning(
+                "the student's checkpoint says %s=%s, the run has rollout.%s=%s", key, value, key, here
+            )
     check_settings(family.student, called_methods(config))
     if config.rollout.graphs and family.device.type != "cuda":
         raise ConfigError(f"rollout.graphs records CUDA graphs, and the student is on {family.device}: leave it out")

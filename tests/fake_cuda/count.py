@@ -17,7 +17,7 @@ import torch
 
 from afd_fast.discriminators.objective import Objective
 from afd_fast.rollout import RolloutConfig, rollout
-from afd_fast.students.lora import add_lora
+from afd_fast.students.lora import add_lora, trainable
 from afd_fast.students.wan.family import LORA_TARGETS
 from tests.fake_cuda import scenes
 
@@ -78,7 +78,8 @@ def vae(args: argparse.Namespace, log: Log) -> None:
 
 
 def update(args: argparse.Namespace, log: Log) -> None:
-    """One chunk of the update: forward with gradient over a full history, and backward; adapters of rank 256."""
+    """One chunk of the update: forward with gradient over a full history, and backward, which adds to the gradients of the
+    chunks before; adapters of rank 256."""
     model = scenes.student(args.size, args.layers)
     add_lora(model, 256 if args.size == "1.3b" else 4, list(LORA_TARGETS))
     text, x = scenes.text_and_noise(model, args.size, args.batch, args.frames)
@@ -88,6 +89,8 @@ def update(args: argparse.Namespace, log: Log) -> None:
     with torch.no_grad():
         for start in range(0, last, 3):
             model(x[:, :, start : start + 3], time[:, :3] * 0, text, cache=cache, start_frame=start)
+    for p in trainable(model).values():
+        p.grad = torch.zeros_like(p)
     log.clear()
     with log.phase("forward"):
         v = model(x[:, :, last:], time[:, last:], text, cache=cache, start_frame=last)

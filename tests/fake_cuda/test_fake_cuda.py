@@ -81,11 +81,11 @@ RUNS = {  # size, keys, options of `scenes.new`
 
 @pytest.mark.parametrize("name", RUNS)
 def test_iterations(name):
-    """A whole iteration with every tensor on the device; of the recorded graphs, the replays of the second one."""
+    """A whole iteration with every tensor on the device; of the recorded graphs, the replays of the third one (the second records)."""
     size, keys, options = RUNS[name]
     with fake_cuda() as log:
         run, data = scenes.new(size, *keys, **options)
-        for _ in range(2 if name == "graphs" else 1):
+        for _ in range(3 if name == "graphs" else 1):
             log.clear()
             metrics = scenes.iteration(run, data)
         check(log)
@@ -101,8 +101,11 @@ def test_evaluation():
         run, data = scenes.new("tiny", "evaluation.batch=1", "evaluation.rollouts=2")
         data.teacher = SimpleNamespace(judge="clips", familiar=lambda prompts: [])
         evaluator = Evaluator(run, data, lambda items, description: items)
+        judged, encode = [], run.discriminator.encode
+        run.discriminator.encode = lambda videos: judged.append(len(videos)) or encode(videos)
         log.clear()
         row = evaluator.evaluate()
+        assert set(judged) == {1}  # evaluation.batch at a time
         check(log, EVALUATION)
     assert "held_out_accuracy" in row and "dynamic" in row
 
@@ -130,7 +133,12 @@ def test_graphs_record_again_without_a_dead_pool():
         model = scenes.student()
         (text, x), (one, y) = scenes.text_and_noise(model, batch=2), scenes.text_and_noise(model, batch=1)
         graphed, before = GraphedStudent(model), Stream.made
-        rollout(graphed, text, x)
+
+        def rollouts(text, x):  # the first meets the forwards, the second records them
+            for _ in range(2):
+                rollout(graphed, text, x)
+
+        rollouts(text, x)
         log.clear()
         rollout(graphed, text, x)
         assert (
@@ -140,9 +148,9 @@ def test_graphs_record_again_without_a_dead_pool():
         )
         weight = model.blocks[0].ffn[0].weight
         weight.data = weight.data.clone()
-        rollout(graphed, text, x)
-        rollout(graphed, one, x)
-        rollout(graphed, one, y)
+        rollouts(text, x)
+        rollouts(one, x)
+        rollouts(one, y)
         rollout(graphed, one, y[:, :, :6])
         check(log)
     assert len(Graph.streams) == 1 and None not in Graph.streams and Stream.made - before == 1
