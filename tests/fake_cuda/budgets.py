@@ -24,7 +24,7 @@ ITERATIONS = {
     "rejection": 1962,
     "stream": 7125,
     "full weights of 1.3B": 2442,
-    "graphs": 2766,
+    "graphs": 2770,
     "VideoReward": 4492,
 }
 
