@@ -73,9 +73,12 @@ def _part(
     if HAS_REF:
         ref = widen(tl.load(ref_ptr + n, mask=m, other=0.0))
     keep = m
+    share = 1.0  # of an element in every sum: the compiler drops the products with it
     if HAS_MASK:  # an element outside is zero everywhere: it adds nothing, and its gradient is zero
         weight = tl.load(mask_ptr + n, mask=m, other=0)
         keep = weight != 0
+        if WEIGHTED:
+            share = weight
         v = tl.where(keep, v, 0.0)
         old = tl.where(keep, old, 0.0)
         ref = tl.where(keep, ref, 0.0)
@@ -124,35 +127,26 @@ def _part(
             g += (s * total) * d
         if HAS_REF:
             g += (gap_scale * reference) * gap
-        if WEIGHTED:
-            g = weight * g
+        g = share * g
         tl.store(grad_ptr + n, g.to(grad_ptr.dtype.element_ty), mask=m)
-    size = tl.abs(pos)
     drift = v - old
     clean = x0
     if HAS_MASK:
         clean = tl.where(keep, x0, 0.0)
     behind = old - ref
-    pos_square = pos * pos
-    neg_square = neg * neg
-    gap_square = gap * gap
-    drift_square = drift * drift
-    clean_square = clean * clean
-    behind_square = behind * behind
-    size_gap = size - tl.abs(neg)
-    drift_max = drift_square
-    clean_max = clean_square
+    size = share * tl.abs(pos)
+    size_gap = share * (tl.abs(pos) - tl.abs(neg))
+    pos_square = share * (pos * pos)
+    neg_square = share * (neg * neg)
+    gap_square = share * (gap * gap)
+    drift_square = share * (drift * drift)
+    clean_square = share * (clean * clean)
+    behind_square = share * (behind * behind)
+    drift_max = drift * drift
+    clean_max = clean * clean
     count = keep.to(tl.float32)
     if WEIGHTED:
         count = weight
-        size = weight * size
-        size_gap = weight * size_gap
-        pos_square = weight * pos_square
-        neg_square = weight * neg_square
-        gap_square = weight * gap_square
-        drift_square = weight * drift_square
-        clean_square = weight * clean_square
-        behind_square = weight * behind_square
     return (
         size,
         size_gap,

@@ -71,8 +71,9 @@ class Event:
 
 class Graph:
     """torch.cuda.CUDAGraph. users: living graphs by memory pool; capturing into a pool without any fails, as PyTorch's
-    allocator asserts. streams: those that were captured on."""
+    allocator asserts. streams: those that were captured on. captures: how many there have been."""
 
+    captures = 0
     users: Counter = Counter()
     streams: set = set()
     _numbers = itertools.count(1)
@@ -93,6 +94,7 @@ class Graph:
             raise RuntimeError(
                 f"capture into memory pool {pool}, whose graphs are all destroyed (use_count > 0 INTERNAL ASSERT)"
             )
+        Graph.captures += 1
         self.number = pool or next(Graph._numbers)
         Graph.users[self.number] += 1
         Graph.streams.add(stream)

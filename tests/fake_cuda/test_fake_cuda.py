@@ -81,7 +81,7 @@ RUNS = {  # size, keys, options of `scenes.new`
 
 @pytest.mark.parametrize("name", RUNS)
 def test_iterations(name):
-    """A whole iteration with every tensor on the device; of the recorded graphs, the replays of the third one (the second records)."""
+    """A whole iteration with every tensor on the device; of the recorded graphs, the replays of the third one."""
     size, keys, options = RUNS[name]
     with fake_cuda() as log:
         run, data = scenes.new(size, *keys, **options)
@@ -133,12 +133,8 @@ def test_graphs_record_again_without_a_dead_pool():
         model = scenes.student()
         (text, x), (one, y) = scenes.text_and_noise(model, batch=2), scenes.text_and_noise(model, batch=1)
         graphed, before = GraphedStudent(model), Stream.made
-
-        def rollouts(text, x):  # the first meets the forwards, the second records them
-            for _ in range(2):
-                rollout(graphed, text, x)
-
-        rollouts(text, x)
+        for _ in range(2):  # a forward is recorded when it comes the second time
+            rollout(graphed, text, x)
         log.clear()
         rollout(graphed, text, x)
         assert (
@@ -148,10 +144,11 @@ def test_graphs_record_again_without_a_dead_pool():
         )
         weight = model.blocks[0].ffn[0].weight
         weight.data = weight.data.clone()
-        rollouts(text, x)
-        rollouts(one, x)
-        rollouts(one, y)
-        rollout(graphed, one, y[:, :, :6])
+        for prompts, noise in ((text, x), (one, x), (one, y), (one, y[:, :, :6])):
+            recorded = Graph.captures
+            for _ in range(2):
+                rollout(graphed, prompts, noise)
+            assert Graph.captures > recorded
         check(log)
     assert len(Graph.streams) == 1 and None not in Graph.streams and Stream.made - before == 1
 
