@@ -143,6 +143,28 @@ def test_the_first_chunk_is_trained_at_its_own_steps():
     assert {round(v, 6) for v in t[:, 0].tolist()} == {round(v, 6) for v in levels}
 
 
+def test_a_run_knows_its_students_sampler(tmp_path, caplog):
+    """A run that samples otherwise than the checkpoint says so, and what it trained carries the run's own settings."""
+    from afd_fast.config import to_dict
+    from afd_fast.students.student import StudentConfig, TrainedWeights
+    from afd_fast.students.wan.family import save_run, wan_family
+    from afd_fast.training.trainer import new_run
+
+    config = with_overrides(
+        TrainConfig(), ["student=tiny", "student.frames=6", "rollout=longlive", "rollout.graphs=false"]
+    )
+    family = wan_family(StudentConfig("tiny", frames=6))
+    family.student.sampler = {"window": 9, "sink": 3}
+    merged = {k: v.clone() for k, v in family.student.state_dict().items()}
+    new_run(replace(config, student=StudentConfig("tiny")), family)
+    assert (
+        "the student's checkpoint says window=9, the run has rollout.window=12" in caplog.text
+        and "sink" not in caplog.text
+    )
+    save_run(family.student, TrainedWeights(merged, {}), to_dict(config), tmp_path)
+    assert RolloutConfig.of(load_student(tmp_path / "student").sampler) == config.rollout
+
+
 class TestCommands:
     """`afd-fast rollout` and `eval export` say what the library can; what cannot be is refused before anything is made."""
 
