@@ -112,6 +112,7 @@ class TrainConfig:
     global_std: divide advantages by the standard deviation over the batch (Table 3) rather than per prompt.
     shuffle_rewards: the control: advantages permuted across the batch.
     checkpoint_every: iterations between checkpoints.
+    logger: tensorboard (files in the run's folder), or wandb (Weights & Biases in addition; needs the extra [wandb]).
     """
 
     name: str = "demo"
@@ -128,6 +129,7 @@ class TrainConfig:
     global_std: bool = False
     shuffle_rewards: bool = False
     checkpoint_every: int = 50
+    logger: Literal["tensorboard", "wandb"] = "tensorboard"
     student: StudentConfig = StudentConfig()
     rollout: RolloutConfig = RolloutConfig(shift=1.0)
     loss: NFTRecipe = field(default_factory=lambda: nft_recipe("diffusionnft", beta=0.1, ref_coef=3e-3, adv_clip=5.0))

@@ -41,7 +41,7 @@ PRESETS: dict[str, Sampler] = {
         "sink": 3,
         "rope": "relative",
         "sink_ema": 0.999,
-    },  # fmt: skip
+    },
     # hao-ai-lab/FastVideo 2f3d407: SelfForcingWanT2V480PConfig in fastvideo/configs/pipelines/wan.py
     "fastvideo": {"steps": FOUR_STEPS, "shift": 5.0, "chunk": 3},
     # tianweiy/CausVid ca21150: configs/wan_causal_dmd.yaml, configs/wan_causal_dmd_warp_4step_cfg2.yaml

@@ -276,7 +276,10 @@ def test_the_rollouts_graphs_of_two_students():
     for model in (first := student(), student()):
         text, x, noise = text_of(model), latents(model), draws(model)
         for _ in range(2):
-            same(rollout(model, text, x, RolloutConfig(graphs=True), renoise=noise), rollout(model, text, x, renoise=noise))
+            same(
+                rollout(model, text, x, RolloutConfig(graphs=True), renoise=noise),
+                rollout(model, text, x, renoise=noise),
+            )
     text, x, noise = text_of(first, seed=3), latents(first, seed=3), draws(first)
     same(rollout(first, text, x, RolloutConfig(graphs=True), renoise=noise), rollout(first, text, x, renoise=noise))
 

@@ -1,5 +1,6 @@
 """Real runs of the command: kill -9 and resume, SIGINT, a full disk, bad input, a folder of mp4 files."""
 
+import io
 import json
 import os
 import re
@@ -18,11 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from afd_fast.cli.main import main
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.discriminators.toy import ToyDiscriminator
-from afd_fast.errors import CheckpointError, ConfigError, TrainingError
+from afd_fast.errors import CheckpointError, ConfigError, MissingExtra, TrainingError
 from afd_fast.reports.run import write_report
 from afd_fast.students.lora import trainable
 from afd_fast.students.toy import shipped
 from afd_fast.training import checkpoint, lock, run_folder, train
+from afd_fast.training.progress import progress
 from afd_fast.training.watch import Watch
 from tests.runs import QUIET, changed, toy_run, trainer
 
@@ -63,7 +65,7 @@ def same(a, b):
 
 def test_kill_9_and_resume_ends_at_the_same_bits(tmp_path, folder_teacher):
     """Also SIGINT: three ways to the same six iterations."""
-    run = lambda out, *more: command("demo", *TINY, "--teacher", f"folder:{folder_teacher}", "--out", out, *more)
+    run = lambda out, *more: command("train", "demo", *TINY, f"teacher=folder:{folder_teacher}", "--out", out, *more)
     straight = run(tmp_path / "straight")
     killed = run(tmp_path / "killed")
     wait_for_rows(tmp_path / "killed" / "metrics.jsonl", 3)
@@ -155,10 +157,11 @@ def test_the_discriminator_judges_held_out_clips_in_batches(tmp_path, tiny_confi
     made = trainer(tiny_config, tmp_path / "run")
     clips, prompts = made.evaluator.student_clips(2), made.data.held_out * 2
     assert clips.dtype == torch.uint8 and len(clips) == 4
-    whole, seen, score = made.evaluator._of_discriminator(clips, prompts), [], ToyDiscriminator.score
+    measured = made.evaluator.judge.by_clip(clips.numpy(), prompts)
+    whole, seen, score = made.evaluator._of_discriminator(clips, prompts, measured), [], ToyDiscriminator.score
     monkeypatch.setattr(ToyDiscriminator, "score", lambda self, x, p: (seen.append(len(x)), score(self, x, p))[1])
     made.run.config = changed(tiny_config, evaluation__batch=1)
-    assert made.evaluator._of_discriminator(clips, prompts) == pytest.approx(whole, rel=1e-4)
+    assert made.evaluator._of_discriminator(clips, prompts, measured) == pytest.approx(whole, rel=1e-4)
     assert set(seen) == {1} and len(seen) == 8
 
 
@@ -253,7 +256,8 @@ def test_disc_lr_auto_applies_the_remedy_within_bounds_and_is_kept(tiny_config, 
     [
         (["demo", "student_lr=1"], "did you mean 'update.lr'"),
         (["train", "demmo"], "did you mean 'demo'"),
-        (["demo", "--teacher", "folder:/nowhere"], "neither manifest"),
+        (["demo", "--teacher", "folder:/nowhere"], "afd-fast distill --videos /nowhere"),
+        (["train", "demo", "teacher=folder:/nowhere"], "neither manifest"),
         (["demo", "--teacher", "oracle"], '"physics" or "folder:PATH"'),
         (["report", "/nowhere"], "no finished run"),
     ],
@@ -303,10 +307,55 @@ def test_ten_minutes_of_pretraining_start_only_where_they_can_be_kept(tmp_path, 
 
 def test_empty_prompt_list(tmp_path):
     (tmp_path / "manifest.csv").write_text("prompt,video\n")
-    process = command("demo", "--teacher", f"folder:{tmp_path}", "--out", tmp_path / "run")
+    process = command("train", "demo", f"teacher=folder:{tmp_path}", "--out", tmp_path / "run")
     output = process.communicate()[0]
     assert process.returncode == 2 and "manifest is empty" in output
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_wandb_is_named_when_it_is_missing(tmp_path, tiny_config, monkeypatch):
+    """Before the folder is made."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingExtra, match=r"needs the extra \[wandb\]: pip install 'afd-fast\[wandb\]'"):
+        train(changed(tiny_config, logger="wandb"), out=tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_offline_gets_curves_and_videos(tmp_path, monkeypatch):
+    """In the run's folder; without an account nothing is started."""
+    pytest.importorskip("wandb", reason="needs the extra [wandb]")
+    line = ["train", "demo", *TINY, "logger=wandb", "--out", tmp_path / "run"]
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))  # without the file that `wandb login` makes
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    process = command(*line)
+    said = process.communicate()[0]
+    assert process.returncode == 2 and "logger=wandb has no API key: run `wandb login`" in said, said
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    process = command(*line)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    mark = (tmp_path / "run/wandb-id.txt").read_text()
+    (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    assert mark in file.name
+    kept = file.read_bytes()  # records that are not compressed
+    assert b"train/reward" in kept and b"held_out/frechet" in kept
+    assert len(list(file.parent.glob("files/media/videos/held_out/*.gif"))) == 3
+
+
+def test_80_columns_keep_count_percentage_and_time():
+    """And the line of an evaluation."""
+    screen = io.StringIO()
+    console = Console(file=screen, width=80, force_terminal=True, color_system=None)
+    with progress(console) as bars:
+        bars.add_task(
+            "a run with a name that is longer than the column for it", total=3000, completed=1200, note="loss 1.23 " * 9
+        )
+        bars.add_task("fetching teacher videos", total=512)
+    lines = [line for line in re.sub(r"\x1b\[[\d;?]*\w", "", screen.getvalue()).splitlines() if "1200/3000" in line]
+    assert lines and all(" 40%" in x and len(re.findall(r"[\d-]:[\d-]{2}:[\d-]{2}", x)) == 2 for x in lines), lines
+    assert all("loss" in x and len(x) <= 80 for x in lines)
 
 
 def test_env_names_versions():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.config import TrainConfig, with_overrides
-from afd_fast.discriminators.config import new_discriminator
+from afd_fast.discriminators.config import DISCRIMINATORS, new_discriminator
 from afd_fast.errors import ConfigError, extra
 from afd_fast.estimate import formulas
 from afd_fast.estimate.formulas import GPUS, Student, Work, total
@@ -199,7 +199,7 @@ def measure(config: TrainConfig) -> Measured:
 
 def judged(config: TrainConfig, family: Family) -> Judge:
     """The configuration's discriminator on a shard."""
-    judge = toy_judge if config.discriminator.name == "toy" else reward_judge
+    judge = toy_judge if config.discriminator.name in DISCRIMINATORS else reward_judge
     return judge(config, family, samples(config)[0])
 
 
@@ -271,12 +271,12 @@ def estimate(config: TrainConfig) -> Estimate:
     family, s = net.family, net.formulas
     judge = judged(config, family)
     text = formulas.text_encoder(config.prompts_per_step // shards, s.text_len) if net.real else Work()
-    trained, steps = sum(p.numel() for p in trainable(family.student).values()), len(config.rollout.steps)
+    trained, sampler = sum(p.numel() for p in trainable(family.student).values()), config.rollout
     whole = student_traffic(family, b)
     graph = whole if rows == b else student_traffic(family, rows)
     phases = {
         "prompts": shards * text,
-        "rollout": shards * (s.rollout(b, steps, config.student.lora_rank) + whole.rollout(steps)),
+        "rollout": shards * (s.rollout(b, sampler, config.student.lora_rank) + whole.rollout(sampler)),
         "decode": shards * b * measured.decode,
         "discriminator": config.discriminator.steps * (shards * judge.update + Work(bytes=OPTIMISER * judge.trained)),
         "score": shards * judge.score,

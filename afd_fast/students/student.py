@@ -19,11 +19,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from afd_fast.errors import ConfigError, check_at_least, check_fields, extra
+from afd_fast.errors import ConfigError, check_at_least, check_fields
+from afd_fast.files.tensors import save_tensors
 from afd_fast.video_io import VideoFormat
-
-with extra("train"):
-    from safetensors.torch import save_file
 
 Context = Any  # what a family's text encoder returns for B prompts: a tensor [B, ...] or a list of B tensors
 Text = Any  # what `Student.encode_text` returns: a tensor, or a list, tuple, dict or dataclass of tensors
@@ -211,7 +209,7 @@ Save = Callable[[TrainedWeights, Facts, Path], None]
 
 def save_weights(weights: TrainedWeights, about: Facts, folder: Path) -> None:
     """student.safetensors in the run's folder, the settings in its header."""
-    save_file(weights.merged, folder / "student.safetensors", {"run": json.dumps(about)})
+    save_tensors(weights.merged, folder / "student.safetensors", {"run": json.dumps(about)})
 
 
 @dataclass
@@ -273,8 +271,9 @@ def placing(setting: str, device: str | None) -> Iterator[None]:
 class StudentConfig:
     """Which student, how large its videos are, and how much of it is trained.
 
-    name: toy, toy_long, tiny (a random CausalWan, to try things), another registered family, or a checkpoint of a causal Wan.
-    base: diffusers repository of a Wan student's text encoder and VAE; none: Wan2.1-T2V-1.3B.
+    name: toy, toy_long, tiny (a random CausalWan, to try things), pixel (made by afd-fast distill), another registered family, or a
+        checkpoint of a causal Wan.
+    base: diffusers repository of a Wan student's text encoder and VAE; none: Wan2.1-T2V-1.3B. The file of a pixel student's weights.
     frames: latent frames of a Wan student's videos; none: 21, which are 81 frames of video.
     height: latent rows of a Wan student's videos; none: 60, which are 480 pixels.
     width: latent columns of a Wan student's videos; none: 104, which are 832 pixels.
@@ -322,7 +321,8 @@ WAN = FamilyEntry(
     windows=True,
 )
 _TOY = FamilyEntry("afd_fast.students.toy.family:toy_family", chunk=3)
-FAMILIES: dict[str, FamilyEntry] = {"toy": _TOY, "toy_long": _TOY, "tiny": WAN}
+_PIXEL = FamilyEntry("afd_fast.students.toy.pixel:pixel_family", keys=("base",), chunk=3)
+FAMILIES: dict[str, FamilyEntry] = {"toy": _TOY, "toy_long": _TOY, "tiny": WAN, "pixel": _PIXEL}
 
 
 def register_family(name: str, entry: FamilyEntry) -> None:

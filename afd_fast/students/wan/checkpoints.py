@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from afd_fast.errors import ConfigError, extra
+from afd_fast.errors import ConfigError
 from afd_fast.files.text import read_json
 from afd_fast.sampler import KEY as SAMPLER_KEY
 from afd_fast.sampler import Sampler, of_config
@@ -345,8 +345,7 @@ def save_student(
 ) -> None:
     """Write the weights (or `state`, under the model's names) as a diffusers WanTransformer3DModel folder. sampler: how it
     is to be sampled (`RolloutConfig.sampler()`), which `load_student` reads; None: what the model's checkpoint said."""
-    with extra("train"):
-        from safetensors.torch import save_file
+    from afd_fast.files.tensors import save_tensors
 
     folder, c = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
@@ -361,4 +360,4 @@ def save_student(
         settings[SAMPLER_KEY] = kept
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     state = {k: v.detach().cpu().contiguous() for k, v in to_diffusers(clean_keys(state or model.state_dict())).items()}
-    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError, extra
+from afd_fast.files.tensors import save_tensors
 from afd_fast.files.text import read_json
 from afd_fast.sampler import HOW_FAST
 from afd_fast.students.files import local_copy
@@ -20,9 +21,6 @@ from afd_fast.students.wan.preview import PreviewDecoder
 from afd_fast.students.wan.text import TextEncoder
 from afd_fast.students.wan.vae import WanDecoder
 from afd_fast.video_io import VideoFormat
-
-with extra("train"):
-    from safetensors.torch import save_file
 
 LORA_TARGETS = (
     *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
@@ -224,7 +222,7 @@ def save_run(student: CausalWan, weights: TrainedWeights, about: Facts, folder: 
         named = {f"base_model.model.{n.replace('.default.', '.')}": p.cpu() for n, p in weights.adapters.items()}
         rank = about["student.lora_rank"]
         LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)).save_pretrained(str(folder / "lora"))
-        save_file(named, folder / "lora/adapter_model.safetensors", {"format": "pt"})
+        save_tensors(named, folder / "lora/adapter_model.safetensors", {"format": "pt"})
     rows = "\n".join(f"| {key} | {value} |" for key, value in about.items())
     (folder / "student/README.md").write_text(CARD.format(base=about["student.name"], rows=rows, **about))
 
