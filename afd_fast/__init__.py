@@ -1,6 +1,12 @@
 """Adversarial Flow Distillation: distil a black-box video teacher into a causal autoregressive student."""
 
+# ruff: noqa: E402
+
 __version__ = "0.1.0"
+
+from afd_fast import threads
+
+threads.configure()  # before PyTorch, which loads OpenMP
 
 from afd_fast import dropin
 from afd_fast.ops import NFTStats, NFTTerms, bt_loss, forward_noise, nft_loss, nft_terms

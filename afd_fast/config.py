@@ -112,6 +112,7 @@ class TrainConfig:
     global_std: divide advantages by the standard deviation over the batch (Table 3) rather than per prompt.
     shuffle_rewards: the control: advantages permuted across the batch.
     checkpoint_every: iterations between checkpoints.
+    logger: tensorboard (files in the run's folder), or wandb (Weights & Biases in addition; needs the extra [wandb]).
     """
 
     name: str = "demo"
@@ -128,6 +129,7 @@ class TrainConfig:
     global_std: bool = False
     shuffle_rewards: bool = False
     checkpoint_every: int = 50
+    logger: Literal["tensorboard", "wandb"] = "tensorboard"
     student: StudentConfig = StudentConfig()
     rollout: RolloutConfig = RolloutConfig(shift=1.0)
     loss: NFTRecipe = field(default_factory=lambda: nft_recipe("diffusionnft", beta=0.1, ref_coef=3e-3, adv_clip=5.0))
@@ -206,6 +208,11 @@ class TrainConfig:
             raise ConfigError(
                 f"rollout.sink_ema averages frames as they leave the cache: it needs update.history=detached, got "
                 f"{self.update.history}"
+            )
+        if rollout.context_noise and self.update.history != "detached":
+            raise ConfigError(
+                f'rollout.context_noise={rollout.context_noise} needs update.history="detached", whose history is the '
+                f"sampler's; got {self.update.history!r}"
             )
         if rollout.independent_first_frame:
             raise ConfigError("rollout.independent_first_frame is for generation: training works in whole chunks")
@@ -314,8 +321,8 @@ def _parse(text: str, kind: Any) -> Any:
 
 
 def with_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
-    """`config` with "key=value" strings applied; "student=NAME" and "discriminator=NAME" set the part's name, and
-    "loss=RECIPE" takes all of a recipe. ConfigError for an unknown key (with the nearest names) or a bad value."""
+    """`config` with "key=value" strings applied; "student=NAME" and "discriminator=NAME" set the part's name,
+    "loss=RECIPE" takes all of a recipe, and "rollout=PRESET" all of a public project's sampler. ConfigError for an unknown key (with the nearest names) or a bad value."""
     values: dict[str, Any] = {}
     for item in overrides:
         name, equals, text = item.partition("=")
@@ -326,6 +333,9 @@ def with_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
                 config = replace(config, loss=nft_recipe(cast(RecipeName, text)))
             except ValueError as error:
                 raise ConfigError(f"{item}: {error}") from error
+            continue
+        if name == "rollout":
+            values |= {f"rollout.{key}": value for key, value in RolloutConfig.preset(text).sampler().items()}
             continue
         if name in ("student", "discriminator"):
             name += ".name"

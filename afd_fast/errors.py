@@ -60,6 +60,7 @@ EXTRAS = {  # extra of pyproject.toml -> the modules that it brings
     "demo": _DEMO,
     "eval": _EVAL,
     "train": tuple(sorted({*_DEMO, *_EVAL, "httpx"})),
+    "wandb": ("wandb",),
 }
 
 

@@ -83,11 +83,15 @@ class Job:
     seed: int
 
 
-def jobs(prompts: Sequence[str], seed: int = 0) -> list[Job]:
-    """A job per prompt: `file_name`, and seed + i for prompt i. Empty prompts are left out; ConfigError without any."""
+def jobs(prompts: Sequence[str], seed: int = 0, seeds: Sequence[int] | None = None) -> list[Job]:
+    """A job per prompt: `file_name`, and seed + i for prompt i; with `seeds` one per prompt and seed, which ends the name.
+    Empty prompts are left out; ConfigError without any."""
     kept = [p.strip() for p in prompts if p.strip()]
     if not kept:
         raise ConfigError("no prompts")
+    if seeds is not None:
+        named = [(p, file_name(i, p)[:-4]) for i, p in enumerate(kept)]
+        return [Job(prompt, f"{name}-{s}.mp4", s) for prompt, name in named for s in seeds]
     return [Job(prompt, file_name(i, prompt), seed + i) for i, prompt in enumerate(kept)]
 
 
@@ -117,7 +121,7 @@ def generate(
     todo: Sequence[Job],
     out_dir: str | Path,
     options: GenerateOptions = GenerateOptions(),
-    config: RolloutConfig = RolloutConfig(),
+    config: RolloutConfig | None = None,
     *,
     write: Write = write_video,
     progress: Callable[[int, int], None] | None = None,
@@ -126,11 +130,13 @@ def generate(
 
     Args:
         networks: student, text encoder and VAE (`students.wan.family.load_networks`).
+        config: how to sample; None: as the student's checkpoint says.
         progress: called with (chunks done, chunks of all videos' batches).
 
     Raises ConfigError for frames that do not fill the chunks and for prompts that are too long, before anything is made,
     VideoError that names prompt and seed for a video with NaN, and what the student raises.
     """
+    config = config or RolloutConfig.of(networks.student.sampler)
     chunks_each, out_dir = chunk_count(options.frames, config), Path(out_dir)
     student, stats, done = networks.student, GenerateStats(), 0
     parts = [todo[first : first + options.batch] for first in range(0, len(todo), options.batch)]

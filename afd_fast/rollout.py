@@ -4,121 +4,20 @@
 Legend: B samples, C channels, F latent frames, f frames of a chunk, H x W latent pixels.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from afd_fast.errors import ConfigError, check_at_least, check_fields
-from afd_fast.reference.flow import shift_sigma
 from afd_fast.reference.transformer import split_blocks
+from afd_fast.sampler import RolloutConfig, Step, step_table
 from afd_fast.students.lora import merged_lora
 from afd_fast.students.student import Cache, Schedule, Student, StudentModule, Text, batch_of, texts_of_chunks
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]  # one, or one per sample
-
-
-def _check_steps(name: str, steps: tuple[float, ...]) -> None:
-    if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in itertools.pairwise(steps)):
-        raise ConfigError(f"{name} must fall from at most 1000 to above 0, got {steps}")
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """How to sample.
-
-    steps: unwarped denoising steps in 0..1000, falling.
-    shift: of the timestep schedule; 5.0 in Self-Forcing's configs, 8.0 in its demo: explicit on purpose.
-    chunk: latent frames generated together.
-    context_noise: t of the cache pass, 0..1000 (the frames themselves are not noised, as officially).
-    independent_first_frame: the first frame is a chunk by itself.
-    first_chunk_steps: other steps for the first chunk (Causal-Forcing++ `denoising_step_list_first_chunk`).
-    window: latent frames a chunk attends to; none: all.
-    sink: how many of the first frames are always among the window's.
-    rope: absolute, or relative: positions count from the start of the window, so that the sink stays near (LongLive's infinite
-        attention, Infinity-RoPE, FastVideo's relativistic, Reward-Forcing).
-    sink_ema: weight of the old sink where chunks that leave the window are averaged into it (Reward-Forcing: 0.999); none: a fixed sink.
-    fuse_cache_pass: run chunk i's cache pass together with chunk i + 1's first step, one longer forward.
-    merge_lora: merge LoRA layers into the weights for the rollout and restore them bit for bit after it.
-    graphs: record each forward once as a CUDA graph and replay it in later rollouts of the same shape.
-    """
-
-    steps: tuple[float, ...] = (1000, 750, 500, 250)
-    shift: float = 5.0
-    chunk: int = 3
-    context_noise: float = 0.0
-    independent_first_frame: bool = False
-    first_chunk_steps: tuple[float, ...] | None = None
-    window: int | None = None
-    sink: int = 0
-    rope: Literal["absolute", "relative"] = "absolute"
-    sink_ema: float | None = None
-    fuse_cache_pass: bool = False
-    merge_lora: bool = True
-    graphs: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        _check_steps("steps", self.steps)
-        if self.first_chunk_steps is not None:
-            _check_steps("first_chunk_steps", self.first_chunk_steps)
-        if not 0 <= self.context_noise <= 1000:
-            raise ConfigError(f"context_noise must lie in 0..1000, got {self.context_noise}")
-        if self.shift <= 0:
-            raise ConfigError(f"shift must be a positive number, got {self.shift}")
-        check_at_least(self, 1, "chunk")
-        if self.window is None and self.sink:
-            raise ConfigError(f"sink={self.sink} needs a window larger than it: set window")
-        if self.window is not None and not 0 <= self.sink < self.window:
-            raise ConfigError(f"sink={self.sink} must be at least 0 and below window={self.window}")
-        if self.rope == "relative" and self.window is None:
-            raise ConfigError("rope=relative counts positions from the start of the window: set window")
-        if self.sink_ema is not None:
-            if not 0 <= self.sink_ema <= 1:
-                raise ConfigError(f"sink_ema must lie in 0..1, got {self.sink_ema}")
-            whole = self.window is not None and self.window % self.chunk == 0 and not self.independent_first_frame
-            if self.rope != "relative" or self.sink != self.chunk or not whole:
-                raise ConfigError(
-                    f"sink_ema averages chunks into the sink: it needs rope=relative, a sink of one chunk ({self.chunk}) and a "
-                    f"window of whole chunks, without independent_first_frame; got rope={self.rope}, sink={self.sink}, "
-                    f"window={self.window}"
-                )
-        for steps in (self.steps, self.first_chunk_steps or self.steps):
-            sigmas = [step.sigma for step in step_table(steps, self.shift)]
-            if not all(a > b for a, b in itertools.pairwise([*sigmas, 0.0])):
-                raise ConfigError(
-                    f"shift={self.shift} gives the steps {steps} the noise levels {sigmas}: they must fall and stay above 0; "
-                    "set steps to different whole numbers from 1000 to 1, or shift closer to 1"
-                )
-
-    @property
-    def history(self) -> dict[str, Any]:
-        """What `new_cache` is told of a rollout's history; settings that many students lack, only where they are set."""
-        more = {"rope": self.rope, "sink_ema": self.sink_ema}
-        return {"window": self.window, "sink": self.sink} | {
-            k: v for k, v in more.items() if v not in ("absolute", None)
-        }
-
-
-class Step(NamedTuple):
-    """One denoising step: the network's t in 0..1000, and the noise level sigma in [0, 1]."""
-
-    t: float
-    sigma: float
-
-
-def step_table(steps: tuple[float, ...], shift: float) -> list[Step]:
-    """Every step on the shifted schedule, both rounded to float32 as in the official table
-    (1000 sigmas; steps are looked up by their integer part)."""
-    sigmas = shift_sigma(torch.linspace(1, 0, 1001, dtype=torch.float32)[:-1], shift)
-    times = sigmas * 1000
-    rows = [1000 - int(s) for s in steps]
-    return [Step(float(times[i]), float(sigmas[i])) if i < 1000 else Step(0.0, 0.0) for i in rows]
 
 
 class _Noise:
@@ -271,7 +170,7 @@ def stream(
     model: Student,
     text: Schedule,
     noise: Tensor,
-    config: RolloutConfig = RolloutConfig(),
+    config: RolloutConfig | None = None,
     *,
     generator: Generators | None = None,
     renoise: Tensor | None = None,
@@ -285,6 +184,7 @@ def stream(
     The first chunk comes after its own steps only: its cache pass runs when the next chunk is asked for, and
     the last chunk, whose cache nobody reads, has none.
     """
+    config = config or RolloutConfig.of(getattr(model, "sampler", {}))
     if noise.ndim != 5:
         raise ValueError(f"noise must be [B, C, F, H, W], got {tuple(noise.shape)}")
     given = 0 if initial_latent is None else initial_latent.shape[2]
@@ -308,8 +208,8 @@ def stream(
         raise ValueError(
             'recache="sink" rewrites a sink, and the rollout has none: recache=True rewrites all its window'
         )
-    steps = step_table(config.steps, config.shift)
-    first_steps = step_table(config.first_chunk_steps, config.shift) if config.first_chunk_steps else steps
+    steps = step_table(config.steps, config.shift, config.warp)
+    first_steps = step_table(config.first_chunk_steps or config.steps, config.shift, config.warp)
     source = _Noise(noise, generator, renoise)
     merge = _merged(model) if config.merge_lora and not grad_last_step else nullcontext()
     student = model
@@ -353,7 +253,7 @@ def rollout(
     model: Student,
     text: Schedule,
     noise: Tensor,
-    config: RolloutConfig = RolloutConfig(),
+    config: RolloutConfig | None = None,
     *,
     generator: Generators | None = None,
     renoise: Tensor | None = None,
@@ -368,6 +268,7 @@ def rollout(
         model: a causal student (`afd_fast.students.Student`).
         text: its `encode_text`, of batch B or 1. Or a schedule [(0, text), (21, text), ...]: each holds from the first chunk
             that starts at or after its frame of the result.
+        config: how to sample; None: as the student's checkpoint says (its `sampler`).
         generator: source of the noise between steps, drawn in the official order, so that a seed gives the
             official rollout; a list of B generators makes sample b independent of the rest of the batch.
         renoise: that noise itself, for exact comparisons, in the order drawn: [draws, B * f, C, H, W] (the

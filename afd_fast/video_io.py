@@ -128,6 +128,15 @@ def read_video(
     return video.div_(255)
 
 
+def format_of(file: str | Path) -> VideoFormat:
+    """Frames, size as shown and rate of a file. Raises VideoError as `read_video`."""
+    height, width = next(read_frames(file)).shape[1:]
+    with _open(file) as container:
+        stream, rate = container.streams.video[0], _rate(container)
+        seconds = (stream.duration or 0) * Fraction(stream.time_base or 0)
+        return VideoFormat(stream.frames or round(seconds * rate), height, width, float(rate))
+
+
 def check_file(file: str | Path, *, frames: int, size: tuple[int, int], fps: float) -> None:
     """Decode what `read_video` would take, in memory for a few frames, and keep nothing. Raises VideoError as it does."""
     for _ in read_frames(file, frames=frames, size=size, fps=fps):

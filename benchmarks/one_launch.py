@@ -41,7 +41,7 @@ def gradient(i: Inputs, grad: Tensor) -> Tensor:
     assert lib is not None, "cases.py asks for the library first"
     f = native._fill(i, grad)
     for field, size in (("loss", ()), ("totals", (len(Total),)), ("rows", (len(Row), samples))):
-        f.point(field, torch.zeros(size, device=i.v.device))
+        f.point(field, torch.zeros(size, device=i.v.device), torch.float32)
     terms = torch.zeros(samples, 3, dtype=torch.float64, device=i.v.device)
     stream = ctypes.c_void_p(torch.cuda.current_stream(i.v.device).cuda_stream)
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in (terms, _ticket(i.v.device)))

@@ -3,15 +3,14 @@
     python -m benchmarks.parity PROJECT CHECKOUT [--dtype float32|float64] [--case NAME]
 
 PROJECT and the commit that was compared: self_forcing 33593df, causal_forcing 1fc7bbc, longlive e52d9ef (branch v1.0),
-infinity_rope 63d7b84, reward_forcing 4317f5a. CHECKOUT is a folder with that repository. Runs on the CPU with a small CausalWan. What is theirs: the model, the cache, the wrapper, the schedule and the
+infinity_rope 63d7b84, reward_forcing 4317f5a; fastvideo 2f3d407, of which the self-attention runs, with its cache and positions,
+inside CausalWan and `rollout`. CHECKOUT is a folder with that repository. Runs on the CPU with a small CausalWan. What is theirs: the model, the cache, the wrapper, the schedule and the
 pipeline's loop. What is not: text encoder and VAE (stand-ins that pass embeddings and latents on), flash-attn (PyTorch's SDPA),
 and what is replaced in the source as it is read: the sizes that it holds as numbers (1560 tokens per frame, 12 heads of 128, 30
-layers), and RMSNorm's cast to float32, so that float64 is float64. Prints the largest difference of each case; ends with 1 if one exceeds 1e-5 in float32, 1e-9 in float64.
+layers), and casts to float32 in RMSNorm and FastVideo's RoPE, so that float64 is float64. Prints the largest difference of each case; ends with 1 if one exceeds 1e-5 in float32, 1e-9 in float64.
 """
 
-import importlib.util
 import sys
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -23,14 +22,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from afd_fast.reference.transformer import rms_norm
 from afd_fast.rollout import RolloutConfig, rollout
-from afd_fast.students import CausalWan, CausalWanConfig
-from benchmarks.peers import not_compiled, sdpa
+from afd_fast.students import CausalWan
+from benchmarks.checkouts import HEIGHT, SIZES, TOKENS, WIDTH, load, load_fastvideo
+from benchmarks.peers import sdpa
 from benchmarks.rows import Arguments
 
-HEIGHT, WIDTH = 4, 6  # latents; 6 tokens per frame
-TOKENS = HEIGHT * WIDTH // 4
-SIZES = CausalWanConfig.tiny()
 BOUNDS = {"float32": 1e-5, "float64": 1e-9}
 
 
@@ -88,78 +86,67 @@ CASES = {
         Case("window 9, sink 3, averaged", RolloutConfig(window=9, sink=3, rope="relative", sink_ema=0.999), frames=30),
         Case("window 12, sink 3, averaged", _windowed(rope="relative", sink_ema=0.999), frames=30),
     ],
+    "fastvideo": [
+        Case("absolute", RolloutConfig()),
+        Case("absolute, window 12, sink 3", ABSOLUTE, frames=30),
+        Case("relativistic, window 12, sink 3", INFINITE, frames=30),
+        Case("relativistic, window 9, sink 0", RolloutConfig(window=9, rope="relative"), frames=30),
+    ],
 }
 
 
-class Replaced:
-    """Imports modules of a checkout with the released sizes in their source replaced by the small ones."""
+class FastVideo:
+    """A student whose self-attention, cache and positions are FastVideo's; the rest of the model is ours."""
 
-    def __init__(self, checkout: Path) -> None:
-        self.checkout = checkout
-        heads, width = SIZES.num_heads, SIZES.dim // SIZES.num_heads
-        self.sizes = {
-            "12, 128]": f"{heads}, {width}]", ", 512, ": f", {SIZES.text_len}, ", "num_transformer_blocks = 30": f"num_transformer_blocks = {SIZES.num_layers}",
-            "self._norm(x.float())": "self._norm(x)",  # float32 stays, float64 is not rounded to it
-            "32760": str(21 * TOKENS), "4680": str(3 * TOKENS), "3120": str(2 * TOKENS), "1560": str(TOKENS),
-        }  # fmt: skip
+    def __init__(self, model: CausalWan, config: RolloutConfig, batch: int) -> None:
+        module: Any = sys.modules["fastvideo.models.dits.causal_wanvideo"]
+        self.model, self.window, heads = model, config.window, SIZES.num_heads
+        self.relative = config.rope == "relative"
+        self.layers = [
+            module.CausalWanSelfAttention(
+                SIZES.dim, heads, config.window or -1, config.sink,
+                rope_cache_policy="relativistic" if self.relative else "absolute",
+            )
+            for _ in range(SIZES.num_layers)
+        ]  # fmt: skip
+        shape = (
+            batch,
+            (config.window or module.GLOBAL_ATTN_COMPAT_MAX_LATENT_FRAMES) * TOKENS,
+            heads,
+            SIZES.dim // heads,
+        )
+        self.caches = [
+            {name: torch.zeros(shape, dtype=model.dtype) for name in ("k", "v")}
+            | {name: torch.zeros(1, dtype=torch.long) for name in ("global_end_index", "local_end_index")}
+            for _ in self.layers
+        ]
+        self.tables = module.get_rotary_pos_embed
+        for layer in self.layers:
+            layer.attn = sdpa
 
-    def package(self, name: str) -> None:
-        """An empty package, so that its __init__ does not import all of it."""
-        module = types.ModuleType(name)
-        module.__path__ = [str(self.checkout / name.replace(".", "/"))]
-        sys.modules[name] = module
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
-    def stand_in(self, name: str, **members: Any) -> None:
-        module = types.ModuleType(name)
-        module.__dict__.update(members)
-        sys.modules[name] = module
+    def new_cache(self, *_: Any, **__: Any) -> None:
+        """They are made with the student."""
 
-    def module(self, name: str) -> Any:
-        path = self.checkout / (name.replace(".", "/") + ".py")
-        source = path.read_text(encoding="utf-8")
-        for old, new in self.sizes.items():
-            source = source.replace(old, new)
-        module = types.ModuleType(name)
-        module.__file__, module.__package__ = str(path), name.rpartition(".")[0]
-        sys.modules[name] = module
-        exec(compile(source, str(path), "exec"), module.__dict__)
-        return module
+    def __call__(self, x: Tensor, t: Any, text: Any, *, cache: Any, start_frame: int = 0) -> Tensor:
+        d = SIZES.dim // SIZES.num_heads
+        first, frames = (0, self.window) if self.relative else (start_frame, x.shape[2])
+        sizes = [d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6)]
+        table = self.tables(
+            (frames, HEIGHT // 2, WIDTH // 2), SIZES.dim, SIZES.num_heads, sizes, dtype=torch.float64, rope_theta=10000,
+            start_frame=first,
+        )  # fmt: skip
 
+        def pattern(layer: int, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = (rms_norm(a, norm.weight) for a, norm in ((q, attn.norm_q), (k, attn.norm_k)))
+            return self.layers[layer](
+                *(a.unflatten(-1, (attn.heads, -1)) for a in (q, k, v)), table, None, kv_cache=self.caches[layer],
+                current_start=start_frame * TOKENS, frame_seqlen=TOKENS,
+            )  # fmt: skip
 
-def load(checkout: Path) -> Replaced:
-    """Everything that the pipelines import, theirs where it computes and stand-ins where it does not."""
-    theirs = Replaced(checkout)
-    for name in ("wan", "wan.modules", "utils", "pipeline", "demo_utils"):
-        theirs.package(name)
-    nothing: Any = object
-    memory = dict.fromkeys(
-        ("gpu", "get_cuda_free_memory_gb", "DynamicSwapInstaller", "move_model_to_device_with_memory_preservation", "log_gpu_memory"), None
-    )  # fmt: skip
-    for name in ("demo_utils.memory", "utils.memory"):
-        theirs.stand_in(name, **memory)
-    theirs.stand_in("utils.debug_option", DEBUG=False)
-    theirs.stand_in("wan.modules.tokenizers", HuggingfaceTokenizer=nothing)
-    theirs.stand_in("wan.modules.vae", _video_vae=nothing)
-    theirs.stand_in("wan.modules.t5", umt5_xxl=nothing)
-    if importlib.util.find_spec("einops") is None:
-        theirs.stand_in("einops", repeat=nothing)
-    compiled = torch.compile
-    torch.compile = not_compiled  # type: ignore[assignment]  # FlexAttention is compiled at import, and not used here
-    try:
-        attention = theirs.module("wan.modules.attention")
-        attention.attention = attention.flash_attention = sdpa
-        theirs.module("wan.modules.model")
-        theirs.module("wan.modules.causal_model")
-        if (checkout / "wan/modules/causal_model_infinity.py").exists():
-            theirs.module("wan.modules.causal_model_infinity")
-        theirs.module("utils.scheduler")
-        theirs.module("utils.wan_wrapper")
-        theirs.module("pipeline.causal_inference")
-        if (checkout / "pipeline/interactive_causal_inference.py").exists():
-            theirs.module("pipeline.interactive_causal_inference")
-    finally:
-        torch.compile = compiled
-    return theirs
+        return self.model._unpatchify(self.model._transform(self.model._patchify(x), t, text, pattern), x)
 
 
 class TextStandIn(torch.nn.Module):
@@ -214,6 +201,9 @@ class Prepared(NamedTuple):
 def official(case: Case, given: Prepared) -> Tensor:
     """Latents [B, C, F, H, W] of their pipeline."""
     ours, noise, texts, draws = given
+    if "fastvideo" in sys.modules:
+        student = FastVideo(ours, case.config, case.batch)
+        return rollout(student, ours.encode_text(texts[0][None]), noise, case.config, renoise=draws)
     config, modules = case.config, sys.modules
     with torch.device("meta"):
         model = modules[f"wan.modules.{case.model}"].CausalWanModel(
@@ -286,7 +276,7 @@ def main() -> None:
     parser.add_argument("--case", help="only this one")
     parser.add_argument("--record", type=Path, help="write their last chunks here, as tests/golden/rollouts has them")
     args = parser.parsed()
-    load(args.checkout)
+    (load_fastvideo if args.project == "fastvideo" else load)(args.checkout)
     failed, recorded = False, {}
     for case in CASES[args.project]:
         if args.case in (None, case.name):

@@ -28,7 +28,7 @@ def run(out, folder_teacher, *more, processes=1):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     start = ["-m"] if processes == 1 else torchrun
     return subprocess.Popen(
-        [sys.executable, *start, "afd_fast", "demo", *TWO, "--teacher", f"folder:{folder_teacher}", "--out", out, *more],
+        [sys.executable, *start, "afd_fast", "train", "demo", *TWO, f"teacher=folder:{folder_teacher}", "--out", out, *more],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

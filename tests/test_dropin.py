@@ -191,3 +191,35 @@ def test_noise_from_a_seed_needs_no_noise_tensor(d):
     kept = nft_loss(v, x0, d.r, d.t, x_t=x_t, v_old=old, recipe="diffusionnft")
     regenerated = nft_loss(v, x0, d.r, d.t, seed=11, v_old=old, recipe="diffusionnft")
     torch.testing.assert_close(regenerated, kept, rtol=1e-6, atol=0)
+
+
+COMPILED = {
+    "diffusionnft": lambda d: dropin.diffusionnft(*d.nft, d.r, beta=BETA, kl_beta=KL, adv_clip_max=CLIP),
+    "edit_r1": lambda d: dropin.edit_r1(*d.nft, d.r, d.mask, beta=BETA, kl_beta=KL, adv_clip_max=CLIP),
+    "unirl": lambda d: dropin.unirl(
+        d.v, d.old, d.x0, d.xt, d.t, d.r, d.r, beta=BETA, adv_clip_max=CLIP, use_adaptive_weight=False
+    ),
+    "rlinf": lambda d: dropin.rlinf(
+        d.v,
+        d.old,
+        d.x0,
+        d.xt,
+        d.t,
+        d.r,
+        d.mask,
+        {"nft_target_space": "x0", "nft_loss_form": "mse"},
+        noise_level=torch.zeros(3),
+    ),
+}
+
+
+@pytest.mark.parametrize("trainer", COMPILED)
+def test_inside_a_compiled_step(d, trainer):
+    """Trainers compile their step; the graph may break at the call."""
+    call = COMPILED[trainer]
+    step = torch.compile(lambda: (lambda loss, terms: (2 * loss, terms))(*call(d)), backend="aot_eager")
+    (loss, terms), (expected, numbers) = step(), call(d)
+    torch.testing.assert_close(loss, 2 * expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(terms, numbers, rtol=1e-12, atol=1e-15)
+    (grad,), (exact,) = (torch.autograd.grad(x, d.v) for x in (loss, 2 * expected))
+    torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-15)

@@ -11,7 +11,7 @@ from afd_kernels.layout import Row, Slot, Source, Total
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import afd_fast
-from afd_fast.ops import layout, native
+from afd_fast.ops import layout, native, nft
 from afd_fast.ops import nft_operators as ops
 from afd_fast.ops._register import is_wide
 from afd_fast.ops.noise import wrap_seed
@@ -398,6 +398,48 @@ def test_float16_is_native_and_rounds_exactly():
         found = afd_fast.forward_noise(torch.zeros_like(x, dtype=torch.float16), torch.ones(1), noise=x)
         real = ~x.isnan()
         assert torch.equal(found[real], x.half()[real]) and found[~real].isnan().all()
+
+
+@pytest.mark.skipif(native.library() is None, reason="the C++ library is not built")
+def test_float16_instructions_round_as_the_portable_code():
+    """A mask takes the code for any type, which converts by integer arithmetic; without one, F16C does where it is there."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    v = every[every.isfinite()].view(2, -1)
+    recipe = afd_fast.nft_recipe("diffusionnft", weighting="none", sample_reduction="sum", ref_coef=0.5)
+    inputs = dict(v=v.clone().requires_grad_(), x0=v.roll(1, 1), v_old=v.roll(7, 1), v_ref=v.roll(333, 1),
+                  r=torch.tensor([0.9, 0.2]), t=torch.tensor([0.3, 0.8]), noise=v.flip(1), recipe=recipe)  # fmt: skip
+    kinds = set()
+    for scale in (1.0, 2.0**-14, 2.0**-34):
+        loss, grad = run(inputs, scale)
+        portable_loss, portable = run(inputs, scale, element_mask=torch.ones_like(v, dtype=torch.bool))
+        assert torch.equal(grad, portable)
+        torch.testing.assert_close(loss, portable_loss, rtol=1e-6, atol=0)
+        small = (grad != 0) & (grad.abs() < 2**-14)
+        kinds |= {name for name, some in (("inf", grad.isinf()), ("subnormal", small), ("0", grad == 0)) if some.any()}
+    assert kinds == {"inf", "subnormal", "0"}
+
+
+@pytest.mark.parametrize("recipe", ["afd", "astrolabe"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_last_grad_output_is_written_ahead(backend, recipe, dtype, monkeypatch):
+    """With a loss scale that stays, backward sweeps no more; the numbers are those of a sweep for it."""
+    swept, sweep = [], ops._gradient if backend == "reference" or dtype == torch.float64 else native.nft_gradient
+    owner = ops if sweep is ops._gradient else native
+    monkeypatch.setattr(owner, sweep.__name__, lambda *args: (swept.append(args), sweep(*args))[1])
+    monkeypatch.setattr(nft._NFTLoss, "expected", 1.0)
+    inputs, grads, counts = make((2, 5000), dtype), [], []
+    for scale in (8.0, 8.0, 3.0, 3.0, 1.0):
+        swept.clear()
+        grads.append(run(inputs, scale, recipe=recipe)[1])
+        counts.append(len(swept))
+    ahead = int(owner is ops)  # the reference computes the gradient in forward by the same function
+    assert [n - ahead for n in counts] == [1, 0, 1, 0, 1]
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[2], grads[3])
+    torch.testing.assert_close(grads[0], 8 * grads[4])
+    run(inputs, 8.0, recipe=recipe)
+    out = torch.empty_like(inputs["v"], requires_grad=False)
+    afd_fast.nft_loss(**inputs, recipe=recipe, out=out)
+    assert torch.equal(out, grads[4])  # a lent buffer gets the gradient for grad_output 1
 
 
 def test_seed_wraps_to_64_bits():

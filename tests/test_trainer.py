@@ -1,5 +1,6 @@
 """Real runs of the command: kill -9 and resume, SIGINT, a full disk, bad input, a folder of mp4 files."""
 
+import io
 import json
 import os
 import re
@@ -18,11 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from afd_fast.cli.main import main
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.discriminators.toy import ToyDiscriminator
-from afd_fast.errors import CheckpointError, ConfigError, TrainingError
+from afd_fast.errors import CheckpointError, ConfigError, MissingExtra, TrainingError
 from afd_fast.reports.run import write_report
 from afd_fast.students.lora import trainable
 from afd_fast.students.toy import shipped
 from afd_fast.training import checkpoint, lock, run_folder, train
+from afd_fast.training.progress import progress
 from afd_fast.training.watch import Watch
 from tests.runs import QUIET, changed, toy_run, trainer
 
@@ -63,7 +65,7 @@ def same(a, b):
 
 def test_kill_9_and_resume_ends_at_the_same_bits(tmp_path, folder_teacher):
     """Also SIGINT: three ways to the same six iterations."""
-    run = lambda out, *more: command("demo", *TINY, "--teacher", f"folder:{folder_teacher}", "--out", out, *more)
+    run = lambda out, *more: command("train", "demo", *TINY, f"teacher=folder:{folder_teacher}", "--out", out, *more)
     straight = run(tmp_path / "straight")
     killed = run(tmp_path / "killed")
     wait_for_rows(tmp_path / "killed" / "metrics.jsonl", 3)
@@ -253,7 +255,8 @@ def test_disc_lr_auto_applies_the_remedy_within_bounds_and_is_kept(tiny_config, 
     [
         (["demo", "student_lr=1"], "did you mean 'update.lr'"),
         (["train", "demmo"], "did you mean 'demo'"),
-        (["demo", "--teacher", "folder:/nowhere"], "neither manifest"),
+        (["demo", "--teacher", "folder:/nowhere"], "afd-fast distill --videos /nowhere"),
+        (["train", "demo", "teacher=folder:/nowhere"], "neither manifest"),
         (["demo", "--teacher", "oracle"], '"physics" or "folder:PATH"'),
         (["report", "/nowhere"], "no finished run"),
     ],
@@ -303,10 +306,56 @@ def test_ten_minutes_of_pretraining_start_only_where_they_can_be_kept(tmp_path, 
 
 def test_empty_prompt_list(tmp_path):
     (tmp_path / "manifest.csv").write_text("prompt,video\n")
-    process = command("demo", "--teacher", f"folder:{tmp_path}", "--out", tmp_path / "run")
+    process = command("train", "demo", f"teacher=folder:{tmp_path}", "--out", tmp_path / "run")
     output = process.communicate()[0]
     assert process.returncode == 2 and "manifest is empty" in output
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_wandb_is_named_when_it_is_missing(tmp_path, tiny_config, monkeypatch):
+    """Before the folder is made."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingExtra, match=r"needs the extra \[wandb\]: pip install 'afd-fast\[wandb\]'"):
+        train(changed(tiny_config, logger="wandb"), out=tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_offline_gets_curves_and_videos(tmp_path, tiny_config, few_prompts, monkeypatch):
+    """The run's own file of Weights & Biases, read back, and the same id when it continues."""
+    pytest.importorskip("wandb", reason="needs the extra [wandb]")
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = changed(tiny_config, logger="wandb")
+    train(config, out=tmp_path / "run", console=QUIET)
+    mark = (tmp_path / "run/wandb-id.txt").read_text()
+    (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    assert mark in file.name
+    store, seen = DataStore(), {}
+    store.open_for_scan(str(file))
+    while data := store.scan_data():
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            seen.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    assert len(seen["train/reward"]) == 4 and len(seen["held_out/frechet"]) == 3
+    train(changed(config, iterations=5), out=tmp_path / "run", resume=True, console=QUIET)
+    assert (tmp_path / "run/wandb-id.txt").read_text() == mark
+
+
+def test_80_columns_keep_count_percentage_and_time():
+    """And the line of an evaluation."""
+    screen = io.StringIO()
+    console = Console(file=screen, width=80, force_terminal=True, color_system=None)
+    with progress(console) as bars:
+        bars.add_task(
+            "a run with a name that is longer than the column for it", total=3000, completed=1200, note="loss 1.23 " * 9
+        )
+        bars.add_task("fetching teacher videos", total=512)
+    lines = [line for line in re.sub(r"\x1b\[[\d;?]*\w", "", screen.getvalue()).splitlines() if "1200/3000" in line]
+    assert lines and all(" 40%" in x and len(re.findall(r"[\d-]:[\d-]{2}:[\d-]{2}", x)) == 2 for x in lines), lines
+    assert all("loss" in x and len(x) <= 80 for x in lines)
 
 
 def test_env_names_versions():

@@ -1,7 +1,9 @@
 """The paper's recipe end to end on a causal Wan student small enough for here: command, files, resume, export."""
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +69,19 @@ def test_paper_recipe_trains_resumes_and_exports(tmp_path, teacher):
     assert again.wait() == 0, again.stdout.read()
     state = lambda out: checkpoint.load(checkpoint.latest(out / "checkpoints"))["state"]
     assert same(state(tmp_path / "whole"), state(stopped))
+
+
+def test_the_documented_example_trains(tmp_path, teacher):
+    """On fewer and shorter videos, to save time: a loss at every iteration, and a student that differs from the base."""
+    text = (Path(__file__).parent.parent / "docs/training.md").read_text().replace("\\\n", " ")
+    (line,) = [line for line in text.splitlines() if line.startswith("afd-fast train") and "student=tiny" in line]
+    words = [word for word in line.partition("#")[0].split()[1:] if not word.startswith("teacher=")]
+    done = command(*words, teacher, "iterations=2", "--out", tmp_path / "run")
+    said = done.communicate()[0]
+    assert done.returncode == 0 and "report: " in said and "The student did not change" not in said, said
+    assert all("loss" in row for row in read_rows(tmp_path / "run/metrics.jsonl"))
+    rows = json.loads((tmp_path / "run/result.json").read_text())["rows"]
+    assert abs(rows["student"]["dynamic"] - rows["base"]["dynamic"]) > 5e-4  # as the table shows it
 
 
 def test_adapters_are_float32_on_a_bfloat16_student():

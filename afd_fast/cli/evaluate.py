@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from afd_fast.cli import sampling as cli
 from afd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,15 +21,12 @@ if TYPE_CHECKING:
     from afd_fast.evaluation.folder import Clip
     from afd_fast.evaluation.intervals import Score
     from afd_fast.evaluation.scores import Difference
-    from afd_fast.generate import GenerateOptions
-    from afd_fast.rollout import RolloutConfig
     from afd_fast.students.wan.family import Networks
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = Console(emoji=False)
 
 Folder = Annotated[Path, typer.Argument(help="the evaluation's folder", show_default=False)]
-FPS = 16.0  # of a Wan video; VBench's dynamic degree takes every round(fps / 8)-th frame
 
 
 @app.command()
@@ -47,9 +45,18 @@ def export(
         typer.Option(help="videos per prompt; default 5 for VBench (25 for its flickering prompts), else 1"),
     ] = None,
     base: Annotated[str | None, typer.Option(help="diffusers repository of text encoder and VAE")] = None,
-    frames: Annotated[int, typer.Option(help="latent frames; 21 are 81 frames of video")] = 21,
-    shift: float = 5.0,
-    chunk: int = 3,
+    preset: cli.Preset = None,
+    size: cli.Size = None,
+    frames: cli.Frames = None,
+    steps: cli.Steps = None,
+    first_chunk_steps: cli.FirstSteps = None,
+    shift: cli.Shift = None,
+    warp: cli.Warp = None,
+    chunk: cli.Chunk = None,
+    window: cli.Window = None,
+    sink: cli.Sink = None,
+    lora: cli.Lora = None,
+    fps: cli.Fps = None,
     batch: int = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
 ) -> None:
@@ -57,8 +64,6 @@ def export(
     from afd_fast.evaluation import folder
     from afd_fast.evaluation import vbench as suite
     from afd_fast.files.durable import settle
-    from afd_fast.generate import chunk_count
-    from afd_fast.rollout import RolloutConfig
     from afd_fast.students.wan.family import BASE, load_networks
 
     if (vbench is None) == (prompts is None):
@@ -69,25 +74,25 @@ def export(
     elif prompts is not None:
         n = 1 if n is None else n
         clips = _listed(prompts, n, seed)
-    sampler = RolloutConfig(shift=shift, chunk=chunk)
     settings: folder.Settings = {"n": n, "student": student}
     networks = None
     if student is not None:
-        chunk_count(frames, sampler)
-        options = _size(student, frames, batch)
-        settings |= {"base": base or BASE, "frames": frames, "shift": shift, "chunk": chunk, "fps": FPS}
+        found = cli.sampling(
+            student, base, preset, size, frames, fps, batch, lora, steps=steps, first_chunk_steps=first_chunk_steps,
+            shift=shift, warp=warp, chunk=chunk, window=window, sink=sink,
+        )  # fmt: skip
+        settings |= {"base": base or BASE} | found.settings()
         folder.verify(out, clips, settings)
         if not (out / "export.json").exists() or folder.missing(out, clips):
-            networks = load_networks(
-                student, base, seed
-            )  # a wrong checkpoint leaves no folder that blocks the right one
+            # a wrong checkpoint leaves no folder that blocks the right one
+            networks = load_networks(student, base, seed, lora=found.lora or None)
     folder.start(out, clips, settings)
     if vbench is not None and not (out / suite.SUITE).exists():
         shutil.copyfile(vbench, out / "suite.part")
         settle(out / "suite.part", out / suite.SUITE)
     todo = folder.missing(out, clips)
     if networks is not None and todo:
-        _generate(out, todo, networks, options, sampler)
+        _generate(out, todo, networks, found)
         todo = folder.missing(out, clips)
     console.print(
         f"{len(clips) - len(todo)} of {len(clips)} videos are in {escape(str(out / 'videos'))}; names: manifest.csv"
@@ -107,17 +112,7 @@ def _listed(prompts: Path, n: int, seed: int) -> "list[Clip]":
     return [Clip(name, prompt, seed + i) for i, (prompt, name) in enumerate(names)]
 
 
-def _size(student: str, frames: int, batch: int) -> "GenerateOptions":
-    from afd_fast.generate import GenerateOptions
-    from afd_fast.students.wan.family import SIZE, TINY_SIZE
-
-    size = TINY_SIZE if student == "tiny" else SIZE
-    return GenerateOptions(frames, size.height, size.width, FPS, batch)
-
-
-def _generate(
-    out: Path, clips: "list[Clip]", networks: "Networks", options: "GenerateOptions", sampler: "RolloutConfig"
-) -> None:
+def _generate(out: Path, clips: "list[Clip]", networks: "Networks", found: cli.Sampling) -> None:
     """Make clips; a file appears in OUT/videos only when it is whole."""
     from afd_fast.generate import Job, generate
     from afd_fast.video_io import write_video
@@ -133,8 +128,8 @@ def _generate(
             networks,
             todo,
             out / "videos",
-            options,
-            sampler,
+            found.options,
+            found.config,
             write=write,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )

@@ -13,12 +13,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from afd_fast.cli import missing
+from afd_fast.cli import sampling as cli
+from afd_fast.cli.common import Keys, Out, Overwrite, Resume, Seed, check_writable, console
+from afd_fast.cli.common import run as train_run
+from afd_fast.cli.distill import distill
+from afd_fast.cli.doctor import doctor
 from afd_fast.cli.evaluate import app as evaluation
 from afd_fast.errors import AFDError, ConfigError, MissingExtra
 
 if TYPE_CHECKING:
     from afd_fast.config import TrainConfig
-    from afd_fast.students import Family
     from afd_fast.training.compare import Variants
 
 app = typer.Typer(
@@ -29,16 +33,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(evaluation, name="eval")
-console = Console(emoji=False)  # a path may hold ":x:"
-
-Out = Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run folder if it exists")]
-Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the folder")]
-Seed = Annotated[int, typer.Option(min=0, max=2**62)]
-Keys = Annotated[
-    list[str] | None,
-    typer.Argument(help="key=value overrides of the configuration (see `afd-fast keys`)", show_default=False),
-]
+app.command()(distill)
+app.command()(doctor)
 
 
 def _version(asked: bool) -> None:
@@ -58,33 +54,13 @@ def common(
     """Adversarial Flow Distillation: train, roll out, evaluate and estimate causal video students."""
 
 
-def _run(
-    config: "TrainConfig", out: Path | None, overwrite: bool, resume: bool, family: "Family | None" = None
-) -> None:
-    from afd_fast.reports.run import console_table, write_report
-    from afd_fast.training import train
-
-    out = out or Path("runs") / config.name
-    result = train(config, family, out, resume, overwrite=overwrite, console=console)
-    if result is None:  # not rank 0
-        return
-    console.print(console_table(result))
-    last = result["rows"]["student"]
-    if "reward_physics_correlation" in last:
-        console.print(
-            f"within prompts, discriminator score and physics score correlate at {last['reward_physics_correlation']:.2f}; "
-            f"discriminator accuracy on held-out prompts {last['held_out_accuracy']:.2f}"
-        )
-    console.print(f"{result['seconds']:.0f} s; report: {escape(str(write_report(out)))}")
-
-
 @app.command()
 def demo(
     overrides: Keys = None,
     teacher: Annotated[
         str | None,
         typer.Option(
-            help='"physics", "folder:PATH" with manifest.csv|jsonl and mp4 files, or "api:FILE" (docs/teachers.md)'
+            help='"physics", "physics:dusk", or "api:FILE" (docs/teachers.md); your own videos: afd-fast distill'
         ),
     ] = None,
     from_scratch: Annotated[
@@ -102,6 +78,11 @@ def demo(
     from afd_fast.training import runs
 
     config = with_overrides(runs.demo(), overrides or [])
+    if teacher is not None and teacher.startswith("folder:"):
+        raise ConfigError(
+            f"the demo's student knows bouncing balls of 16x16 pixels: give your own videos to afd-fast distill --videos "
+            f"{teacher.partition(':')[2] or 'DIR'}"
+        )
     if teacher is not None:
         name = config.name if teacher == "physics" else f"{config.name}-{Path(teacher.partition(':')[2]).stem}"
         config = replace(config, teacher=teacher, name=name)
@@ -115,10 +96,10 @@ def demo(
         check_folder(out, config, overwrite=overwrite, resume=resume)
         weights = out.with_name(f"{out.name}.base.safetensors")
         if not weights.exists():
-            _check_writable(weights)
+            check_writable(weights)
             shipped.make(console, weights)
         family = toy.of_student(shipped.load(weights))
-    _run(config, out, overwrite, resume, family)
+    train_run(config, out, overwrite, resume, family)
 
 
 @app.command()
@@ -141,7 +122,7 @@ def train(
     if help_keys:
         return console.print(_key_table(config))
     if not dry_run:
-        return _run(config, out, overwrite, resume)
+        return train_run(config, out, overwrite, resume)
     from tempfile import TemporaryDirectory
 
     from afd_fast.config import to_dict
@@ -189,11 +170,12 @@ Jobs = Annotated[int, typer.Option(help="runs at the same time; each gets its sh
 
 
 def _compare(run: str, overrides: list[str] | None, variants: "Variants", seeds: int, out: Path, jobs: int) -> None:
-    from afd_fast.reports.comparison import console_table, write_report
+    from afd_fast.reports.comparison import console_table, verdict, write_report
     from afd_fast.training.compare import compare
 
     comparison = compare(run, overrides or [], variants, seeds, out, jobs=jobs, console=console)
     console.print(console_table(comparison))
+    console.print(escape(verdict(comparison)), highlight=False)
     console.print(f"report: {escape(str(write_report(out)))}")
 
 
@@ -274,15 +256,8 @@ def pretrain(
         raise ConfigError(f"{out} exists; choose another --out")
     if frames < 3 or frames % 3:
         raise ConfigError(f"--frames must be a multiple of 3, got {frames}")
-    _check_writable(out)
+    check_writable(out)
     shipped.make(console, out, seed=seed, frames=frames)
-
-
-def _check_writable(path: Path) -> None:
-    """OSError now, not after the ten minutes that make the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    path.unlink()
 
 
 @app.command()
@@ -292,42 +267,55 @@ def rollout(
     student: Annotated[str | None, typer.Option(help="checkpoint: .pt, .safetensors, folder or repository")] = None,
     config: Annotated[str, typer.Option(help='"wan", or "tiny": random weights, to try the command anywhere')] = "wan",
     base: Annotated[str | None, typer.Option(help="diffusers repository of text encoder and VAE")] = None,
-    frames: Annotated[int, typer.Option(help="latent frames; 21 are 81 frames of video")] = 21,
-    shift: float = 5.0,
-    chunk: int = 3,
+    preset: cli.Preset = None,
+    size: cli.Size = None,
+    frames: cli.Frames = None,
+    steps: cli.Steps = None,
+    first_chunk_steps: cli.FirstSteps = None,
+    shift: cli.Shift = None,
+    warp: cli.Warp = None,
+    chunk: cli.Chunk = None,
+    window: cli.Window = None,
+    sink: cli.Sink = None,
+    lora: cli.Lora = None,
+    fps: cli.Fps = None,
+    preview: Annotated[
+        Path | None,
+        typer.Option(help="weights of TAEHV's format (taew2_1.pth): fast pixels that only resemble the VAE's"),
+    ] = None,
     batch: int = 1,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="of the first prompt; prompt i has seed + i")] = 0,
+    seeds: Annotated[str | None, typer.Option(help="such as 0,1,2: a video of every prompt with each of them")] = None,
     graphs: Annotated[bool, typer.Option("--graphs", help="replay forwards as CUDA graphs")] = False,
 ) -> None:
-    """Generate a video for every prompt with a causal Wan student."""
+    """Generate a video for every prompt with a causal Wan student: as its checkpoint says, as a --preset says, or as set."""
     import torch
     from rich.progress import Progress
 
     from afd_fast.files.text import read_prompts
-    from afd_fast.generate import GenerateOptions, chunk_count, generate, jobs
-    from afd_fast.rollout import RolloutConfig
-    from afd_fast.students.wan.family import SIZE, TINY_SIZE, load_networks
+    from afd_fast.generate import generate, jobs
+    from afd_fast.students.wan.family import load_networks
 
     if graphs and not torch.cuda.is_available():
         raise ConfigError("--graphs records CUDA graphs, and there is no CUDA device here: leave it out")
     if config not in ("wan", "tiny") or (config == "wan") != (student is not None):
         raise ConfigError("give either --student CHECKPOINT or --config tiny")
-    lines = read_prompts(prompts)
+    todo = jobs(read_prompts(prompts), seed, None if seeds is None else cli.numbers_of_seeds(seeds))
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
-    sampler = RolloutConfig(shift=shift, chunk=chunk, graphs=graphs)
-    size = SIZE if student else TINY_SIZE
-    options = GenerateOptions(frames, size.height, size.width, batch=batch)
-    chunk_count(frames, sampler)
-    networks = load_networks(student or "tiny", base, seed)
+    found = cli.sampling(
+        student or "tiny", base, preset, size, frames, fps, batch, lora, steps=steps, first_chunk_steps=first_chunk_steps,
+        shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, graphs=graphs or None,
+    )  # fmt: skip
+    networks = load_networks(student or "tiny", base, seed, lora=found.lora or None, preview=preview)
     with Progress(console=console) as progress:
         task = progress.add_task("chunks", total=None)
         stats = generate(
             networks,
-            jobs(lines, seed),
+            todo,
             out,
-            options,
-            sampler,
+            found.options,
+            found.config,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     console.print(stats.line())
@@ -352,11 +340,11 @@ def report(
 @app.command()
 def env() -> None:
     """Print versions, devices and which implementation serves every operator."""
-    from afd_fast import ops
+    from afd_fast import ops, threads
     from afd_fast.training.run_folder import environment
 
     table = Table(show_header=False)
-    for key, value in environment().items():
+    for key, value in (environment() | threads.facts()).items():
         table.add_row(key, escape(str(value)))
     for name, where in ops.backends().items():
         table.add_row(f"operator {name}", where)

@@ -17,12 +17,12 @@ from afd_fast.video_io import VideoFormat
 class DiscriminatorConfig(Objective):
     """Which discriminator, and how it is trained; with the fields of `Objective`.
 
-    name: toy (a few convolutions), another registered one, or a folder or repository of VideoAlign's VideoReward.
+    name: toy (a few convolutions), pixel (toy at the videos' full size), another registered one, or a folder or repository of VideoAlign's VideoReward.
     lr: learning rate of AdamW.
     lr_auto: double the learning rate where the discriminator is stale and halve it where it overpowers (Figure 5).
     steps: discriminator updates per iteration.
     warmup: iterations that train the discriminator alone before the first student update.
-    width: channels of the toy discriminator; none: 48.
+    width: channels of the toy or pixel discriminator; none: 48.
     lora_rank: rank of VideoReward's adapters; none: 64.
     device: where it lives, such as cuda:1; none: with the student.
     """
@@ -67,13 +67,22 @@ def _toy(config: DiscriminatorConfig, video: VideoFormat) -> Discriminator:
     return toy_discriminator(video, config.width or 48)
 
 
+def _pixel(config: DiscriminatorConfig, video: VideoFormat) -> Discriminator:
+    from afd_fast.discriminators.toy import pixel_discriminator
+
+    return pixel_discriminator(video, config.width or 48)
+
+
 def _video_reward(config: DiscriminatorConfig, video: VideoFormat) -> Discriminator:
     from afd_fast.discriminators.videoalign.checkpoints import load_video_reward
 
     return load_video_reward(config.name, lora_rank=config.lora_rank or 64)
 
 
-DISCRIMINATORS: dict[str, DiscriminatorEntry] = {"toy": DiscriminatorEntry(_toy, ("width",))}
+DISCRIMINATORS: dict[str, DiscriminatorEntry] = {
+    "toy": DiscriminatorEntry(_toy, ("width",)),
+    "pixel": DiscriminatorEntry(_pixel, ("width",)),
+}
 VIDEO_REWARD = DiscriminatorEntry(_video_reward, ("lora_rank",))
 
 

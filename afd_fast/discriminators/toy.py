@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd_fast.discriminators.discriminator import Clips, Discriminator, check_counts
+from afd_fast.errors import ConfigError
 from afd_fast.students.toy.model import ToyConfig
 from afd_fast.students.toy.text import PromptEmbedding, tokenize
 from afd_fast.video_io import VideoFormat
@@ -68,5 +69,16 @@ def toy_discriminator(video: VideoFormat, width: int) -> ToyDiscriminator:
     default size."""
     default = ToyConfig()
     if max(video.height, video.width) > 32:
+        if video.frames < default.frames or min(video.height, video.width) < default.height:
+            raise ConfigError(
+                f"the discriminator 'toy' needs videos of {default.frames} frames and {default.height}x{default.width} pixels or more, "
+                f"got {video.frames} of {video.height}x{video.width}: make them longer or larger, or set discriminator=pixel"
+            )
         return ToyDiscriminator(default, width)
-    return ToyDiscriminator(replace(default, frames=video.frames, height=video.height, width=video.width), width)
+    return pixel_discriminator(video, width)
+
+
+def pixel_discriminator(video: VideoFormat, width: int) -> ToyDiscriminator:
+    """The discriminator of the videos' own size."""
+    size = {"frames": video.frames, "height": video.height, "width": video.width}
+    return ToyDiscriminator(replace(ToyConfig(), **size), width)

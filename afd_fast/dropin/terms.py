@@ -6,19 +6,25 @@ Legend: B samples.
 import functools
 
 import torch
+from afd_kernels.layout import Row
 from torch import Tensor
 from typing_extensions import Unpack
 
-from afd_fast.ops import NFTStats
+from afd_fast.ops.nft_operators import STATISTICS, Sums
 from afd_fast.reference.recipes import NFTRecipe, RecipeFields, RecipeName, nft_recipe
 
+PRIOR, OLD_PRIOR = int(Row.PRIOR), int(Row.OLD_PRIOR)  # torch.compile takes no IntEnum as an index
 Terms = dict[str, Tensor]  # the trainer's name -> a detached scalar, on the device of the loss
 
 
-@functools.lru_cache(64)
+_kept_recipe = functools.lru_cache(64)(nft_recipe)
+
+
 def recipe(name: RecipeName, **settings: Unpack[RecipeFields]) -> NFTRecipe:
     """`nft_recipe`, made once per choice of settings."""
-    return nft_recipe(name, **settings)
+    if torch.compiler.is_compiling():  # which warns of caches, and makes it once anyway
+        return nft_recipe(name, **settings)
+    return _kept_recipe(name, **settings)
 
 
 def per_sample(name: str, x: Tensor, v: Tensor) -> Tensor:
@@ -32,21 +38,22 @@ def per_sample(name: str, x: Tensor, v: Tensor) -> Tensor:
     return x.detach().reshape(-1)
 
 
-def measured(loss: Tensor, stats: NFTStats, scale: float, mask: Tensor | None = None) -> Terms:
+def measured(sums: Sums, scale: float, mask: Tensor | None = None) -> Terms:
     """Every number that a trainer logs, under one name each; scale: what multiplies the policy loss.
 
     mask [B]: samples that the mean of `old_kl` runs over, as the trainer's KL; the others run over all.
     """
-    policy, prior = stats.policy_loss, stats.prior_loss
-    averages = (stats.x0_square, stats.old_deviation, stats.prior, stats.old_prior, stats.pos_loss, stats.neg_loss)
-    x0, drift, prior_all, old_kl, positive, negative = torch.stack(averages).mean(1).unbind()
-    x0_max, drift_max = torch.stack([stats.x0_square_max, stats.old_deviation_max]).amax(1).unbind()
+    loss, totals, rows = sums
+    policy, prior, _, r = totals.unbind()
+    average, most = (dict(zip(STATISTICS, x.unbind())) for x in (rows.mean(1), rows.amax(1)))
+    old_kl = average["old_prior"]
     if mask is not None:
-        old_kl = (stats.old_prior * mask).sum() / mask.sum().clamp(min=1)
+        old_kl = (rows[OLD_PRIOR] * mask).sum() / mask.sum().clamp(min=1)
     return {
-        "total": loss.detach(), "policy": policy, "unweighted": policy / scale, "kl": prior, "kl_all": prior_all,
-        "old_kl": old_kl, "x0": x0, "x0_max": x0_max, "drift": drift, "drift_max": drift_max, "positive": positive,
-        "negative": negative, "r": stats.r_mean,
+        "total": loss.detach(), "policy": policy, "unweighted": policy / scale, "kl": prior, "kl_all": average["prior"],
+        "kl_each": rows[PRIOR], "old_kl": old_kl, "x0": average["x0_square"], "x0_max": most["x0_square_max"],
+        "drift": average["old_deviation"], "drift_max": most["old_deviation_max"], "positive": average["pos_loss"],
+        "negative": average["neg_loss"], "r": r,
     }  # fmt: skip
 
 

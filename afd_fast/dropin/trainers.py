@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from afd_kernels.layout import Row
 from torch import Tensor
 
 from afd_fast.dropin.terms import Terms, measured, per_sample, recipe, renamed
-from afd_fast.ops import nft_loss
-from afd_fast.reference.nft import NFTStats
-from afd_fast.reference.recipes import NFTRecipe
+from afd_fast.ops.nft import nft_sums
+from afd_fast.reference.nft_inputs import NFTInputs
+from afd_fast.reference.recipes import NFTRecipe, Weighting
 from afd_fast.reference.transforms import readable
 
+POS_LOSS, NEG_LOSS, OLD_DEVIATION = int(Row.POS_LOSS), int(Row.NEG_LOSS), int(Row.OLD_DEVIATION)  # for torch.compile
 LOGGED = dict(  # by DiffusionNFT and the trainers derived from it
     x0_norm="x0", x0_norm_max="x0_max", old_deviate="drift", old_deviate_max="drift_max", policy_loss="total",
     unweighted_policy_loss="unweighted", kl_div_loss="kl", kl_div="kl_all", old_kl_div="old_kl", total_loss="total",
@@ -25,13 +27,13 @@ LOGGED = dict(  # by DiffusionNFT and the trainers derived from it
 
 
 def _loss(
-    v: Tensor, old: Tensor, ref: Tensor | None, x0: Tensor, xt: Tensor, t: Tensor, r: Tensor, recipe: NFTRecipe,
-    sample_mask: Tensor | None = None, ref_mask: Tensor | None = None,
-) -> tuple[Tensor, NFTStats]:  # fmt: skip
-    return nft_loss(
-        v, x0, per_sample("r", r, v), t, x_t=xt, v_old=old, v_ref=ref, sample_mask=sample_mask, ref_mask=ref_mask,
-        recipe=recipe, return_stats=True,
-    )  # fmt: skip
+    v: Tensor, old: Tensor, ref: Tensor | None, x0: Tensor, xt: Tensor | None, t: Tensor | float, r: Tensor,
+    recipe: NFTRecipe, sample_mask: Tensor | None = None, ref_mask: Tensor | None = None,
+) -> tuple[Tensor, Terms]:  # fmt: skip
+    given: NFTInputs = {"x_t": xt, "v_old": old, "v_ref": ref, "sample_mask": sample_mask, "ref_mask": ref_mask}
+    sums = nft_sums(v, x0, per_sample("r", r, v), t, given, recipe)
+    scale = recipe.clip_range[1] if recipe.scale == "adv_clip" else 1.0
+    return sums[0], measured(sums, scale, sample_mask)
 
 
 def _logged(true_policy_loss: bool) -> dict[str, str]:
@@ -51,11 +53,11 @@ def diffusionnft(
         true_policy_loss: log the policy loss as policy_loss. The file logs the total there, because it adds the KL in
             place, and so does the default.
     """
-    loss, stats = _loss(
+    loss, found = _loss(
         forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
         recipe("diffusionnft", beta=beta, ref_coef=kl_beta, adv_clip=adv_clip_max),
     )  # fmt: skip
-    return loss, renamed(measured(loss, stats, adv_clip_max), **_logged(true_policy_loss))
+    return loss, renamed(found, **_logged(true_policy_loss))
 
 
 def gardo(
@@ -67,12 +69,12 @@ def gardo(
 
     Args: as `diffusionnft`, and reward_std: [B] or [B, 1].
     """
-    loss, stats = _loss(
+    loss, found = _loss(
         forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
         recipe("gardo", beta=beta, ref_coef=kl_beta, adv_clip=adv_clip_max),
         ref_mask=per_sample("reward_std", reward_std, x0) > 0,
     )  # fmt: skip
-    return loss, renamed(measured(loss, stats, adv_clip_max), **_logged(true_policy_loss))
+    return loss, renamed(found, **_logged(true_policy_loss))
 
 
 def edit_r1(
@@ -86,11 +88,10 @@ def edit_r1(
         0 where there is none.
     """
     valid = per_sample("valid_mask", valid_mask, x0) != 0
-    loss, stats = _loss(
+    loss, found = _loss(
         forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
         recipe("edit_r1", beta=beta, ref_coef=kl_beta, adv_clip=adv_clip_max), sample_mask=valid,
     )  # fmt: skip
-    found = measured(loss, stats, adv_clip_max, valid)
     return loss, renamed(found, **_logged(true_policy_loss) | {"kl_div": "kl"})
 
 
@@ -103,12 +104,12 @@ def fastvideo(
     Args: as `diffusionnft` with latents [B, F, C, H, W] or [B, C, F, H, W]; self._nft_beta, self._kl_beta, self._adv_clip_max.
     Returns: as all; terms["total_loss"] is the loss with its graph, on which the trainer's loop calls backward.
     """
-    loss, stats = _loss(
+    loss, found = _loss(
         forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
         recipe("fastvideo", beta=nft_beta, ref_coef=kl_beta, adv_clip=adv_clip_max),
     )  # fmt: skip
     terms = renamed(
-        measured(loss, stats, adv_clip_max), policy_loss="policy", unweighted_policy_loss="unweighted",
+        found, policy_loss="policy", unweighted_policy_loss="unweighted",
         kl_div_loss="kl", old_deviate="drift", old_kl_div="old_kl", x0_norm="x0",
     )  # fmt: skip
     return loss, {"total_loss": loss} | terms
@@ -123,12 +124,12 @@ def cosmos_rl(
     Args: as `diffusionnft`; r: [B] or [B, 1], one value per sample. The trainer's lines broadcast a [B, 1] r to [B, B], by
         which every sample gets the mean r of the batch; here each keeps its r.
     """
-    loss, stats = _loss(
+    loss, found = _loss(
         forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
         recipe("cosmos_rl", beta=nft_beta, ref_coef=kl_beta, adv_clip=advantage_high),
     )  # fmt: skip
     return loss, renamed(
-        measured(loss, stats, advantage_high), loss_contrib="total", policy_loss_contrib="policy",
+        found, loss_contrib="total", policy_loss_contrib="policy",
         unweighted_policy_loss_contrib="unweighted", kl_loss_contrib="kl", x0_norm="x0", x0_norm_max="x0_max",
         old_deviation="drift", old_deviation_max="drift_max", old_kl="old_kl",
     )  # fmt: skip
@@ -145,13 +146,13 @@ def verl_omni(
         of which a sample takes the mean. Settings: those of config.diffusion_loss.
     """
     r = reward_prob.flatten(1).mean(1) if isinstance(reward_prob, Tensor) and reward_prob.ndim > 1 else reward_prob
-    loss, stats = _loss(
+    loss, found = _loss(
         forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r.to(x0.device, x0.dtype),
         recipe("verl_omni", beta=mix_beta, ref_coef=ref_kl_coef, adv_clip=adv_clip_max, weight_floor=adaptive_weight_min),
     )  # fmt: skip
     names = dict(policy_loss="policy", positive_loss="positive", negative_loss="negative", ref_kl_loss="kl",
                  old_deviate="drift", reward_prob_mean="r", total_loss="total")  # fmt: skip
-    return loss, renamed(measured(loss, stats, adv_clip_max), **{f"actor/{name}": x for name, x in names.items()})
+    return loss, renamed(found, **{f"actor/{name}": x for name, x in names.items()})
 
 
 def flow_factory(
@@ -165,14 +166,12 @@ def flow_factory(
     Returns: as all; the terms kl_div [B] and kl_loss are there with ref_v_pred only.
     """
     low, high = (float(end) for end in adv_clip_range)
-    loss, stats = _loss(
+    loss, found = _loss(
         new_v_pred, old_v_pred, ref_v_pred, clean_latents, noised_latents, sigma_broadcast, r,
         recipe("flow_factory", beta=nft_beta, ref_coef=kl_beta, adv_clip=(low, high)),
     )  # fmt: skip
-    terms = renamed(
-        measured(loss, stats, high), policy_loss="policy", unweighted_policy_loss="unweighted", loss="total"
-    )
-    return loss, terms if ref_v_pred is None else terms | {"kl_div": stats.prior, "kl_loss": kl_beta * stats.prior_loss}
+    terms = renamed(found, policy_loss="policy", unweighted_policy_loss="unweighted", loss="total")
+    return loss, terms if ref_v_pred is None else terms | {"kl_div": found["kl_each"], "kl_loss": kl_beta * found["kl"]}
 
 
 def unirl(
@@ -183,15 +182,14 @@ def unirl(
 
     Args: as `diffusionnft`; t_exp: [B, 1, ...], the same for every sample. adv: [B], the advantages, which are logged.
     """
-    weighting = "adaptive" if use_adaptive_weight else "none"
-    loss, stats = _loss(
+    weighting: Weighting = "adaptive" if use_adaptive_weight else "none"
+    loss, found = _loss(
         new_pred, old_pred, None, x0, xt, t_exp, r,
         recipe("unirl", beta=beta, adv_clip=adv_clip_max, weighting=weighting),
     )  # fmt: skip
-    found = measured(loss, stats, adv_clip_max)
     with torch.no_grad():
-        found |= {"advantage": adv.mean(), "spread": adv.std() if len(adv) > 1 else adv.new_zeros(())}
-        found["t"] = t_exp.flatten()[0]
+        spread, average = torch.std_mean(adv) if len(adv) > 1 else (adv.new_zeros(()), adv.mean())
+        found |= {"advantage": average, "spread": spread, "t": t_exp.flatten()[0]}
     return loss, renamed(
         found, policy_loss="unweighted", pos_loss_mean="positive", neg_loss_mean="negative", r_mean="r",
         advantage_mean="advantage", advantage_std="spread", prediction_deviation="drift", x0_norm="x0", t_value="t",
@@ -210,12 +208,10 @@ def astrolabe(
         beta: config.beta. kl_beta: config.train.beta.
     """
     chosen = None if reward_std is None else per_sample("reward_std", reward_std, batch_latents_x0) > 0
-    loss, stats = nft_loss(
-        forward_pred_x0, batch_latents_x0, per_sample("r", r, forward_pred_x0), 1.0, v_old=old_pred,
-        v_ref=ref_pred_x0, ref_mask=chosen, return_stats=True,
-        recipe=recipe("astrolabe", beta=beta, ref_coef=kl_beta, space="clean", ref_space="v"),
+    loss, found = _loss(
+        forward_pred_x0, old_pred, ref_pred_x0, batch_latents_x0, None, 1.0, r,
+        recipe("astrolabe", beta=beta, ref_coef=kl_beta, space="clean", ref_space="v"), ref_mask=chosen,
     )  # fmt: skip
-    found = measured(loss, stats, 1.0)
     names = dict(total_loss="total", policy_loss="policy", kl_loss="kl", x0_norm="x0", old_deviate="drift",
                  old_kl_div="old_kl")  # fmt: skip
     return loss, renamed(found, **names | ({} if chosen is None else {"kl_div": "kl_all"}))
@@ -248,7 +244,7 @@ def rlinf(
     if not isinstance(weight, (int, float)):
         raise ValueError(f"nft_weight_scale={weight!r}: one number is served here: keep the trainer's own lines")
     noise = torch.as_tensor(noise_level)
-    if readable(noise) and bool((noise != 0).any()):
+    if readable(noise) and bool(noise.any()):
         raise ValueError(
             "a noise level above 0 is not served here, only a deterministic sampler: keep the trainer's own lines"
         )
@@ -257,30 +253,32 @@ def rlinf(
     r, keep = _aligned("advantages", advantages, each), _aligned("loss_mask", loss_mask, each) != 0
     t = t_bc.expand(*each, *t_bc.shape[axes:])
     v, old, clean, noised, t = (x.flatten(0, axes - 1) for x in (v_theta, v_old, x0, x_t, t))
-    loss, stats = nft_loss(
-        v, clean, r, t, x_t=noised, v_old=old, sample_mask=keep, return_stats=True,
-        recipe=recipe("diffusionnft", beta=float(setting("nft_beta", 1.0)),
-                      adv_clip=float(setting("adv_clip_max", 1.0)) * weight,
-                      sample_reduction=setting("nft_energy_reduction", "mean"),
-                      weighting="none" if setting("nft_weight_mode", "auto") == "constant" else "adaptive"),
+    loss, _, rows = nft_sums(
+        v, clean, r, t, {"x_t": noised, "v_old": old, "sample_mask": keep},
+        recipe("diffusionnft", beta=float(setting("nft_beta", 1.0)),
+               adv_clip=float(setting("adv_clip_max", 1.0)) * weight,
+               sample_reduction=setting("nft_energy_reduction", "mean"),
+               weighting="none" if setting("nft_weight_mode", "auto") == "constant" else "adaptive"),
     )  # fmt: skip
     with torch.no_grad():
-        positive, negative = weight * stats.pos_loss, weight * stats.neg_loss
-        good, bad = ((r > 0.5) & keep).to(positive.dtype), ((r < 0.5) & keep).to(positive.dtype)
-        drift = (stats.old_deviation * noised[0].numel()).sqrt()
+        energies = rows[POS_LOSS : NEG_LOSS + 1]  # [2, B], of the positive and the negative branch
+        chosen = torch.stack((r > 0.5, r < 0.5)) & keep
+        of_chosen = (energies * chosen).sum(1) / chosen.sum(1).clamp(min=1)
+        positive, negative, good, bad = (weight * torch.cat((energies.mean(1), of_chosen))).unbind()
+        drift = (rows[OLD_DEVIATION] * noised[0].numel()).sqrt()
         return loss, {
             "actor/nft_loss": loss.detach(), "actor/delta_v_norm": drift.mean(),
-            "actor/clip_frac": torch.zeros_like(stats.r_mean), "actor/E_pos_mean": positive.mean(),
-            "actor/E_neg_mean": negative.mean(),
-            "actor/E_pos_mean_pos_only": (positive * good).sum() / good.sum().clamp(min=1),
-            "actor/E_neg_mean_neg_only": (negative * bad).sum() / bad.sum().clamp(min=1),
-            "actor/delta_E_mean": (positive - negative).mean(),
+            "actor/clip_frac": torch.zeros_like(positive), "actor/E_pos_mean": positive, "actor/E_neg_mean": negative,
+            "actor/E_pos_mean_pos_only": good, "actor/E_neg_mean_neg_only": bad,
+            "actor/delta_E_mean": positive - negative,
         }  # fmt: skip
 
 
 def _aligned(name: str, x: Tensor, each: tuple[int, ...]) -> Tensor:
     """A value per sample or per frame -> one per entry of `each` [B] or [B, F], flat. ValueError for another number."""
-    x = x.detach().reshape(each[0], -1)
+    if x.shape == each:
+        return x.reshape(-1)
+    x = x.reshape(each[0], -1)
     if len(each) == 1:
         return x[:, 0]
     if x.shape[1] not in (1, each[1]):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.config import TrainConfig, with_overrides
-from afd_fast.discriminators.config import new_discriminator
+from afd_fast.discriminators.config import DISCRIMINATORS, new_discriminator
 from afd_fast.errors import ConfigError, extra
 from afd_fast.estimate import formulas
 from afd_fast.estimate.formulas import GPUS, Student, Work, total
@@ -199,7 +199,7 @@ def measure(config: TrainConfig) -> Measured:
 
 def judged(config: TrainConfig, family: Family) -> Judge:
     """The configuration's discriminator on a shard."""
-    judge = toy_judge if config.discriminator.name == "toy" else reward_judge
+    judge = toy_judge if config.discriminator.name in DISCRIMINATORS else reward_judge
     return judge(config, family, samples(config)[0])
 
 

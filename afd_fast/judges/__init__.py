@@ -28,16 +28,21 @@ def _physics_fault(videos: np.ndarray, prompts: list[str]) -> np.ndarray:
     return physics.physics_residual(_unit(videos), prompts)
 
 
+def _dynamic(videos: np.ndarray, prompts: list[str]) -> np.ndarray:
+    return clips.dynamic(videos)
+
+
 class Judge(NamedTuple):
     """Takes finished clips as they are stored, 8 bits a value: float clips of full size do not fit a host's memory.
 
     scores: (clips [N, 3, F, H, W], prompts [N], teacher clips of the same prompts) -> scores.
-    headline: the scores that the terminal shows. fault: per clip [N], how far it is from what its prompt asks for, if
-    the judge knows; lower is better. free_reference: whether the teacher makes more clips for nothing."""
+    headline: the scores that the terminal shows. by_clip: the first of them, per clip [N]. fault: whether that is how far
+    a clip is from what its prompt asks for. free_reference: whether the teacher makes more clips for nothing."""
 
     scores: Callable[[np.ndarray, Sequence[str], np.ndarray], Scores]
     headline: tuple[str, ...]
-    fault: Callable[[np.ndarray, list[str]], np.ndarray] | None = None
+    by_clip: Callable[[np.ndarray, list[str]], np.ndarray]
+    fault: bool = False
     free_reference: bool = False
 
     def __call__(self, videos: Tensor, prompts: Sequence[str], reference: Tensor) -> Scores:
@@ -45,6 +50,6 @@ class Judge(NamedTuple):
 
 
 JUDGES = {
-    "physics": Judge(_physics, ("residual_px", "frechet", "general"), _physics_fault, free_reference=True),
-    "clips": Judge(_clips, ("dynamic", "frechet")),
+    "physics": Judge(_physics, ("residual_px", "frechet", "general"), _physics_fault, fault=True, free_reference=True),
+    "clips": Judge(_clips, ("dynamic", "frechet"), _dynamic),
 }

@@ -43,3 +43,8 @@ def evaluate(clips: np.ndarray, reference: np.ndarray) -> dict[str, float]:
         "contrast": float(np.sqrt(np.mean([m.variance for m in mine]) + means.var())),
         "frechet": frechet(*sides) if enough else float("nan"),
     }
+
+
+def dynamic(clips: np.ndarray) -> np.ndarray:
+    """Of every clip [N, 3, F, H, W] uint8 the mean absolute change between frames, percent of the range: [N]."""
+    return 100 * np.array([_measured(x).change for x in clips])

@@ -81,15 +81,16 @@ class _Filled:
         self.c = call
         self.alive: list[Tensor] = []
 
-    def point(self, field: str, x: Tensor | None, dtype: torch.dtype | None = None) -> None:
+    def point(self, field: str, x: Tensor | None, dtype: torch.dtype) -> None:
         if x is not None:
-            x = (x if dtype is None else x.to(dtype)).contiguous()
+            x = (x if x.dtype == dtype else x.to(dtype)).contiguous()
             self.alive.append(x)
             setattr(self.c, field, x.data_ptr())
 
     def rows(self, field: str, stem: str, x: Tensor | None, contiguous: bool = False) -> None:
         if x is not None:
-            x = x.contiguous() if contiguous else contiguous_rows(x)
+            if not x.is_contiguous():
+                x = x.contiguous() if contiguous else contiguous_rows(x)
             self.alive.append(x)
             setattr(self.c, field, x.data_ptr())
             setattr(self.c, stem + "_stride", x.stride(0))
@@ -114,10 +115,11 @@ def forward_noise(x0: Tensor, t: Tensor, noise: Tensor | None, seed: int | None,
 
 
 def _check_sizes(shape: torch.Size, *tensors: Tensor | None) -> None:
-    if any(x is not None and x.shape != shape for x in tensors):
-        raise ValueError(
-            f"expected tensors of shape {tuple(shape)}, got {[tuple(x.shape) for x in tensors if x is not None]}"
-        )
+    for x in tensors:
+        if x is not None and x.shape != shape:
+            raise ValueError(
+                f"expected tensors of shape {tuple(shape)}, got {[tuple(x.shape) for x in tensors if x is not None]}"
+            )
 
 
 def _check_levels(samples: int, inner: int, t: Tensor, sigma: Tensor | None = None) -> None:
@@ -158,11 +160,12 @@ def _constants(key: str) -> _Call:
 def _fill(i: Inputs, grad: Tensor | None) -> _Filled:
     """The call of one operator; scale 1."""
     _check(i, grad)
-    f = _Filled(_Call.from_buffer_copy(_constants(i.recipe)))
-    c, packed = f.c, i.cu_seqlens is not None
-    for field, stem, x in (("v", "v", i.v), ("x0", "x0", i.x0), ("y", "y", i.x0 if i.source is Source.CLEAN else i.noise if i.x_t is None else i.x_t),
-                           ("v_old", "old", i.v_old), ("v_ref", "ref", i.v_ref), ("grad", "grad", grad)):  # fmt: skip
-        f.rows(field, stem, x, contiguous=packed)
+    f, source, packed = _Filled(_Call.from_buffer_copy(_constants(i.recipe))), i.source, i.cu_seqlens is not None
+    c, y = f.c, i.x0 if source is Source.CLEAN else i.noise if i.x_t is None else i.x_t
+    for field, stem, x in (("v", "v", i.v), ("x0", "x0", i.x0), ("y", "y", y), ("v_old", "old", i.v_old),
+                           ("v_ref", "ref", i.v_ref), ("grad", "grad", grad)):  # fmt: skip
+        if x is not None:
+            f.rows(field, stem, x, packed)
     c.mask_stride = i.v[0].numel()
     if i.element_mask is not None and i.element_mask.is_floating_point():
         f.point("weight", i.element_mask, torch.float32)
@@ -170,27 +173,29 @@ def _fill(i: Inputs, grad: Tensor | None) -> _Filled:
         f.point("mask", i.element_mask, torch.uint8)
     for field, x in (("t", i.t), ("sigma", i.sigma), ("r", i.r), ("valid", i.sample_mask), ("chosen", i.ref_mask),
                      ("each", i.each), ("policy_weight", i.policy_weight), ("prior_weight", i.prior_weight)):  # fmt: skip
-        f.point(field, x, torch.float32)
+        if x is not None:
+            f.point(field, x, torch.float32)
     f.point("cu", i.cu_seqlens, torch.int64)
-    c.samples, c.count, c.frames = i.r.shape[0], i.v[0].numel(), i.t.shape[1]
+    c.samples, c.count, c.frames = i.r.shape[0], c.mask_stride, i.t.shape[1]
     c.inner = c.count * i.v.shape[0] if packed else i.inner
-    c.seed, c.source = i.seed or 0, i.source
+    c.seed, c.source = i.seed or 0, source
     c.stats, c.threads = i.stats, torch.get_num_threads()
     return f
 
 
-def nft_loss(i: Inputs, grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, totals, rows), and the gradient for grad_output 1 into `grad`."""
+def nft_loss(i: Inputs, grad: Tensor | None, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, totals, rows), and the gradient for grad_output = scale into `grad`."""
     f = _fill(i, grad)
+    f.c.scale = f.c.prior_scale = scale
     samples = i.r.shape[0]
     f32 = torch.float32  # whatever the default dtype is: the library writes 4 bytes per value
     loss, totals = torch.empty((), dtype=f32), torch.empty(len(Total), dtype=f32)
     rows = torch.zeros(ROWS, samples, dtype=f32)
     tiles = i.v.numel() // TILE + samples if i.cu_seqlens is not None else samples * -(-i.v[0].numel() // TILE)
     for field, x in (("loss", loss), ("totals", totals), ("rows", rows)):
-        f.point(field, x)
-    f.point("sums", torch.empty(len(Slot), samples, dtype=torch.float64))
-    f.point("part", torch.empty(tiles, len(Slot), dtype=torch.float64))
+        f.point(field, x, f32)
+    f.point("sums", torch.empty(len(Slot), samples, dtype=torch.float64), torch.float64)
+    f.point("part", torch.empty(tiles, len(Slot), dtype=torch.float64), torch.float64)
     _loaded().afd_nft_loss(ctypes.byref(f.c))
     return loss, totals, rows
 

@@ -45,14 +45,13 @@ def _one_by_one(function: type[Function], info: Any, in_dims: tuple[int | None, 
     return [torch.stack(outputs) for outputs in zip(*(c if isinstance(c, tuple) else (c,) for c in calls))]
 
 
-def _is_saved(x: Any) -> bool:
-    """Whether autograd keeps x. It refuses what was made under torch.inference_mode, which nothing can change or track."""
-    return isinstance(x, Tensor) and (torch.compiler.is_compiling() or not x.is_inference())
-
-
 def _keep(ctx: Any, rows: Tensor, args: Sequence[Any]) -> None:
-    """Have ctx hold an operator's arguments and rows for backward."""
-    saved = [x if _is_saved(x) else None for x in args]
+    """Have ctx hold an operator's arguments and rows for backward.
+
+    Autograd refuses what was made under torch.inference_mode; nothing can change or track that, so it is held as it is.
+    """
+    compiling = torch.compiler.is_compiling()
+    saved = [x if isinstance(x, Tensor) and (compiling or not x.is_inference()) else None for x in args]
     ctx.save_for_backward(rows, *saved)
     ctx.plain = [x if kept is None else None for x, kept in zip(args, saved)]
 
@@ -64,19 +63,22 @@ def _kept(ctx: Any) -> list[Any]:
 
 
 class _NFTLoss(Function):
-    """(loss, totals, rows) of (buffer, *Inputs). Into the buffer, if there is one, goes the gradient in the same call."""
+    """(loss, totals, rows) of (buffer, scale, *Inputs). Into the buffer, if there is one, goes the gradient for grad_output =
+    scale in the same call."""
+
+    expected = 1.0  # the last grad_output on a CPU: a loss scale or 1 / accumulation stays the same for many steps
 
     @staticmethod
-    def forward(buffer: Tensor | None, *args: Any) -> operators.Sums:
+    def forward(buffer: Tensor | None, scale: float, *args: Any) -> operators.Sums:
         if buffer is None:
             return operators.loss(*args)
         if not buffer.is_inference():
             increment_version(buffer)  # an earlier loss that still needs this buffer will notice
-        return operators.loss_with_grad(*args, buffer)
+        return operators.loss_with_grad(*args, buffer, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: operators.Sums) -> None:
-        ctx.grad, *args = inputs
+        ctx.grad, ctx.scale, *args = inputs
         ctx.version = _version(ctx.grad)
         _, totals, rows = output
         _keep(ctx, rows, args)
@@ -86,7 +88,7 @@ class _NFTLoss(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         if grad_output is None:  # nobody used the loss
-            return (None,) * (len(ctx.plain) + 1)
+            return (None,) * (len(ctx.plain) + 2)
         rows, *args = _kept(ctx)
         grad, ctx.grad = ctx.grad, None  # handed over once; a second backward computes a new one
         if _version(grad) != ctx.version and grad is not None:
@@ -94,21 +96,37 @@ class _NFTLoss(Function):
                 "afd_fast.nft_loss: its out= buffer was written after the forward pass. Give every loss a separate buffer "
                 "until its backward has run"
             )
-        grad_output = grad_output.expand(2)  # of policy and prior
+        pair = grad_output.expand(2)  # of policy and prior
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True, or torch.func
-            grad = _NFTGradient.apply(grad_output, rows, *args)
+            grad = _NFTGradient.apply(pair, rows, *args)
         else:
             with torch.no_grad():
                 if grad is None:
-                    grad = operators.backward(grad_output, rows, *args)
+                    grad = operators.backward(pair, rows, *args)
                 else:
-                    operators.redo(grad_output, rows, *args, grad)
-        return None, grad, *[None] * (len(args) - 1)
+                    operators.redo(pair, rows, *args, grad, ctx.scale)
+                    if grad.device.type == "cpu":
+                        _NFTLoss.expected = grad_output.item()
+        return None, None, grad, *[None] * (len(args) - 1)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[operators.Sums, tuple[int, int, int]]:
         loss, totals, rows = _one_by_one(_NFTLoss, info, in_dims, args)
         return (loss, totals, rows), (0, 0, 0)
+
+
+class _EagerNFTLoss(Function):
+    """_NFTLoss of (v, buffer, scale, Inputs) outside torch.compile and torch.func: a third of the time for the same."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, buffer: Tensor | None, scale: float, inputs: Inputs) -> operators.Sums:
+        output = _NFTLoss.forward(buffer, scale, *inputs)
+        _NFTLoss.setup_context(ctx, (buffer, scale, *inputs), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        return _NFTLoss.backward(ctx, *grad_outputs)[2], None, None, None
 
 
 class _NFTTerms(Function):
@@ -287,29 +305,41 @@ def nft_loss(
 
     Returns: a scalar in float32 (float64 for float64 v), and the stats.
     Internals are float32 (float64), rounded once where the gradient is stored; grad_output enters before that.
-    Recipes without adaptive weights write the gradient in the forward sweep, and again only where grad_output is
-    not 1. Nothing synchronises a GPU: there an r or t outside [0, 1] gives a NaN loss and gradient, whose cause check_nan=True, or
+    Recipes without adaptive weights write the gradient in the forward sweep, and again only where grad_output is not 1 (on a
+    CPU: not the last one). Nothing synchronises a GPU: there an r or t outside [0, 1] gives a NaN loss and gradient, whose cause check_nan=True, or
     CUDA_LAUNCH_BLOCKING=1 in the environment, names. On a CPU r, t and cu_seqlens are always checked.
     torch.func: grad, vjp, jacrev and vmap work (vmap calls the operator once per entry of the mapped axis). Forward mode
     and second derivatives raise; `afd_fast.reference.nft.nft_loss` has both.
     Raises: TypeError, ValueError: as `NFTRecipe`, `forward_noise`, and for r outside [0, 1] or of another shape.
     """
-    recipe = as_recipe(recipe)
     inputs: NFTInputs = {
         "noise": noise, "seed": seed, "x_t": x_t, "v_old": v_old, "v_ref": v_ref, "sigma": sigma,
         "sample_mask": sample_mask, "ref_mask": ref_mask, "element_mask": element_mask, "policy_weight": policy_weight,
         "prior_weight": prior_weight, "cu_seqlens": cu_seqlens, "frame_dim": frame_dim, "check_nan": check_nan,
     }  # fmt: skip
-    checks.check_nft(v, x0, r, inputs)
-    checks.check_recipe(recipe, r, inputs)
-    check_out(out, v, (x0, r, t, *inputs.values()))
+    recipe = as_recipe(recipe)
     if not _is_fused(recipe):
         if out is not None:
             raise ValueError(
                 "out= is for losses that the sweeps compute: drift_clip and weight_grad run in plain PyTorch"
             )
         return reference.nft_loss(v, x0, r, t, recipe=recipe, return_stats=return_stats, **inputs)
-    call = _call(v, x0, r, t, inputs, recipe, return_stats, out)
+    loss, totals, rows = nft_sums(v, x0, r, t, inputs, recipe, return_stats, out)
+    return (loss, _stats(totals, rows)) if return_stats else loss
+
+
+def nft_sums(
+    v: Tensor, x0: Tensor, r: Tensor, t: Tensor | float, inputs: NFTInputs, recipe: NFTRecipe, stats: bool = True,
+    out: Tensor | None = None,
+) -> operators.Sums:  # fmt: skip
+    """The loss, and what `NFTStats` is made of: totals [4] in the order of `Total`, rows [15, B] in that of `Row`.
+
+    Arguments as `nft_loss`. For recipes that the sweeps compute.
+    """
+    checks.check_nft(v, x0, r, inputs)
+    checks.check_recipe(recipe, r, inputs)
+    check_out(out, v, (x0, r, t, *inputs.values()))
+    call = _call(v, x0, r, t, inputs, recipe, stats, out)
     compiling, transformed = torch.compiler.is_compiling(), under_func()
     if compiling and transformed:  # dynamo would trace past the autograd.Function, to a gradient of zero
         raise RuntimeError(
@@ -317,10 +347,13 @@ def nft_loss(
             "use afd_fast.reference.nft.nft_loss"
         )
     out, one_sweep = call.out, recipe.weighting == "none" and recipe.form == "mse"
-    if out is None and one_sweep and not compiling and not transformed and torch.is_grad_enabled() and v.requires_grad:
-        out = operators.empty_gradient(call.inputs.v)  # inside torch.func and torch.compile it would go unused
-    loss, totals, rows = _NFTLoss.apply(out, *call.inputs)
-    return (loss, _stats(totals, rows)) if return_stats else loss
+    if compiling or transformed:  # a buffer would go unused
+        return _NFTLoss.apply(out, 1.0, *call.inputs)
+    scale = 1.0
+    if out is None and one_sweep and torch.is_grad_enabled() and v.requires_grad:
+        out = operators.empty_gradient(call.inputs.v)
+        scale = _NFTLoss.expected if out.device.type == "cpu" else 1.0
+    return _EagerNFTLoss.apply(call.inputs.v, out, scale, call.inputs)
 
 
 def nft_terms(

@@ -90,11 +90,18 @@ def _cpu_loss(*args: Any) -> Sums:
     return native.nft_loss(i, None) if _is_native(i) else _sums(i)
 
 
+def _with_buffer(args: tuple[Any, ...]) -> tuple[Inputs, Tensor, float]:
+    """(inputs, grad, scale); PyTorch leaves out a scale that is the schema's default."""
+    count = len(Inputs._fields)
+    grad, scale = args[count], args[count + 1] if len(args) > count + 1 else 1.0
+    return Inputs(*args[:count]), grad, scale
+
+
 def _cpu_loss_with_grad(*args: Any) -> Sums:
-    i, grad = Inputs(*args[:-1]), args[-1]
+    i, grad, scale = _with_buffer(args)
     if _is_native(i):
-        return native.nft_loss(i, grad)
-    grad.copy_(_gradient((1.0, 1.0), i))
+        return native.nft_loss(i, grad, scale)
+    grad.copy_(_gradient((scale, scale), i))
     return _sums(i)
 
 
@@ -108,8 +115,8 @@ def _cpu_backward(grad_output: Tensor, rows: Tensor, *args: Any) -> Tensor:
 
 
 def _cpu_redo(grad_output: Tensor, rows: Tensor, *args: Any) -> None:
-    i, grad = Inputs(*args[:-1]), args[-1]
-    if _pair(grad_output) == (1.0, 1.0):
+    i, grad, scale = _with_buffer(args)
+    if _pair(grad_output) == (scale, scale):
         return
     if _is_native(i):
         native.nft_gradient(grad_output, rows, i, grad)
@@ -136,15 +143,15 @@ def _fake_redo(*args: Any) -> None:
 
 
 loss = operator(f"nft_loss({SCHEMA}) -> (Tensor, Tensor, Tensor)", cpu=_cpu_loss, cuda="nft:nft_loss", fake=_fake_loss)
-loss_with_grad = operator(
-    f"nft_loss_with_grad({SCHEMA}, Tensor(a!) grad) -> (Tensor, Tensor, Tensor)",
+loss_with_grad = operator(  # grad: for grad_output = scale, which is 1 on a GPU
+    f"nft_loss_with_grad({SCHEMA}, Tensor(a!) grad, float scale=1.0) -> (Tensor, Tensor, Tensor)",
     cpu=_cpu_loss_with_grad, cuda="nft:nft_loss_with_grad", fake=_fake_loss,
 )  # fmt: skip
 backward = operator(
     f"nft_loss_backward(Tensor grad_output, Tensor rows, {SCHEMA}) -> Tensor",
     cpu=_cpu_backward, cuda="nft:nft_loss_backward", fake=_fake_backward,
 )  # fmt: skip
-redo = operator(  # grad holds the gradient for grad_output 1; rewrites it where grad_output is another number
-    f"nft_loss_redo(Tensor grad_output, Tensor rows, {SCHEMA}, Tensor(a!) grad) -> ()",
+redo = operator(  # grad holds the gradient for grad_output = scale; rewrites it where grad_output is another number
+    f"nft_loss_redo(Tensor grad_output, Tensor rows, {SCHEMA}, Tensor(a!) grad, float scale=1.0) -> ()",
     cpu=_cpu_redo, cuda="nft:nft_loss_redo", fake=_fake_redo,
 )  # fmt: skip

@@ -175,7 +175,7 @@ def check_target(t: Tensor, x_t: Tensor | None, recipe: NFTRecipe) -> None:
 
 def as_weights(mask: Tensor) -> Tensor:
     """The mask itself where it is floating point, then it holds weights; else booleans."""
-    return mask if mask.is_floating_point() else mask != 0
+    return mask if mask.is_floating_point() or mask.dtype == torch.bool else mask != 0
 
 
 def expand_mask(mask: Tensor, like: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from afd_fast.errors import ConfigError, extra
 from afd_fast.files.text import read_json
-from afd_fast.reports.run import METHODS, read_samples
+from afd_fast.reports.run import KINDS, open_samples
+from afd_fast.reports.scores import METHODS
 
 with extra("train"):
     from PIL import Image, ImageDraw, ImageFont
@@ -24,8 +25,10 @@ def write_picture(run: Path, path: Path, prompts: int = 6, fps: float = 6.0) -> 
     if path.suffix not in (".webp", ".gif"):
         raise ConfigError(f"{path} is no animated picture: expected a name that ends in .webp or .gif")
     method = METHODS[read_json(run / "result.json")["config"]["method"]]
-    said, clips = read_samples(run)
-    said, (frames, height, width) = said[:prompts], clips["student"].shape[-3:]
+    with open_samples(run) as samples:
+        said = samples.prompts[:prompts]
+        clips = {kind: [samples.clip(kind, 0, p) for p in range(len(said))] for kind in KINDS}
+    frames, height, width = clips["student"][0].shape[1:]
     scale = PANEL / max(height, width)
     scale = math.floor(scale) if scale >= 1 else scale
     wide, high = round(width * scale), round(height * scale)
@@ -39,7 +42,7 @@ def write_picture(run: Path, path: Path, prompts: int = 6, fps: float = 6.0) -> 
             top = row * (high + GAP)
             pen.text((0, top + high / 2), {"student": method}.get(name, name), INK, font, anchor="lm")
             for column in range(len(said)):
-                pixels = Image.fromarray(clip[0, column, :, frame].permute(1, 2, 0).numpy())
+                pixels = Image.fromarray(clip[column][:, frame].permute(1, 2, 0).numpy())
                 resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
                 image.paste(pixels.resize((wide, high), resampling), (LABEL + column * (wide + GAP), top))
         for column, prompt in enumerate(said):

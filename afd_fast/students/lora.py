@@ -7,7 +7,7 @@ Legend: W [out, in] a linear's weight, A [rank, in], B [out, rank]; W' = W + sca
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -86,6 +86,41 @@ def merged_lora(model: nn.Module) -> Iterator[nn.Module]:
             layer._disable_adapters = False
 
 
+class Product(NamedTuple):
+    """An adapter's addition to one linear layer: scale B A."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def merge_products(state: dict[str, Tensor], adapters: Sequence[Mapping[str, Product]]) -> dict[str, Tensor]:
+    """A state dict with adapters added, layer by layer; each weight is rounded once. Raises ValueError for a layer that the
+    state lacks and for sizes that do not fit."""
+    merged = dict(state)
+    flat = {
+        f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}": key for key in state if key.endswith(".weight")
+    }
+    layers: dict[str, list[Product]] = {}
+    for adapter in adapters:
+        for name, product in adapter.items():
+            key = flat.get(name, f"{name}.weight")
+            if key not in state:
+                raise ValueError(f"the LoRA adapts {name}, which the base weights do not have")
+            if tuple(state[key].shape) != (product.b.shape[0], product.a.shape[1]):
+                raise ValueError(f"LoRA of {name} does not fit its weight {tuple(state[key].shape)}")
+            layers.setdefault(key, []).append(product)
+    for key, products in layers.items():
+        weight = state[key]
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for a, b, scale in products:
+            total = merge_weight(total, a, b, scale)
+        merged[key] = total.to(weight.dtype)
+    scales = sorted({product.scale for products in layers.values() for product in products})
+    log.info("merged LoRA into %d linears with scales %s", len(layers), ", ".join(f"{s:g}" for s in scales))
+    return merged
+
+
 def merge_lora_state(state: dict[str, Tensor], lora: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """A state dict with a PEFT LoRA state dict merged in.
 
@@ -98,18 +133,10 @@ def merge_lora_state(state: dict[str, Tensor], lora: dict[str, Tensor], scale: f
         if not found or tail[:1] not in ("A", "B") or not tail.endswith("weight"):
             raise ValueError(f"not a LoRA weight: {key}")
         pairs.setdefault(name, {})[tail[0]] = value
-    merged = dict(state)
     for name, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise ValueError(f"{name} has lora_{next(iter(pair))} only")
-        if f"{name}.weight" not in state:
-            raise ValueError(f"the LoRA adapts {name}, which the base weights do not have")
-        weight = state[f"{name}.weight"]
-        if tuple(weight.shape) != (pair["B"].shape[0], pair["A"].shape[1]):
-            raise ValueError(f"LoRA of {name} does not fit its weight {tuple(weight.shape)}")
-        merged[f"{name}.weight"] = merge_weight(weight, pair["A"], pair["B"], scale)
-    log.info("merged LoRA into %d linears with scale %g", len(pairs), scale)
-    return merged
+    return merge_products(state, [{name: Product(pair["A"], pair["B"], scale) for name, pair in pairs.items()}])
 
 
 class Adapter(NamedTuple):

@@ -13,16 +13,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from afd_fast.errors import ConfigError, check_at_least, check_fields, extra
+from afd_fast.errors import ConfigError, check_at_least, check_fields
+from afd_fast.files.tensors import save_tensors
 from afd_fast.video_io import VideoFormat
-
-with extra("train"):
-    from safetensors.torch import save_file
 
 Context = Any  # what a family's text encoder returns for B prompts: a tensor [B, ...] or a list of B tensors
 Text = Any  # what `Student.encode_text` returns: a tensor, or a list, tuple, dict or dataclass of tensors
@@ -118,7 +117,12 @@ class ShardPlan(NamedTuple):
 
 
 class StudentModule(nn.Module):
-    """Base class of students that are trained. A subclass defines `encode_text`, `new_cache` and `forward`."""
+    """Base class of students that are trained. A subclass defines `encode_text`, `new_cache` and `forward`.
+
+    sampler: fields of `rollout.RolloutConfig` with which its checkpoint is to be sampled; empty where it does not say.
+    """
+
+    sampler: Mapping[str, Any] = MappingProxyType({})
 
     def encode_text(self, context: Context) -> Text:
         raise NotImplementedError
@@ -161,7 +165,7 @@ def check_student(student: nn.Module) -> None:
     """ConfigError that names the methods a student lacks."""
     if not isinstance(student, nn.Module):
         raise ConfigError(f"a student must be a torch.nn.Module, got {type(student).__name__}")
-    kind, defaults = type(student), {*vars(StudentModule).values(), nn.Module.forward}
+    kind, defaults = type(student), {nn.Module.forward, *filter(callable, vars(StudentModule).values())}
     missing = [name for name in REQUIRED if getattr(kind, name, nn.Module.forward) in defaults]
     missing += [name for name in OPTIONAL if not callable(getattr(kind, name, None))]
     if missing:
@@ -205,7 +209,7 @@ Save = Callable[[TrainedWeights, Facts, Path], None]
 
 def save_weights(weights: TrainedWeights, about: Facts, folder: Path) -> None:
     """student.safetensors in the run's folder, the settings in its header."""
-    save_file(weights.merged, folder / "student.safetensors", {"run": json.dumps(about)})
+    save_tensors(weights.merged, folder / "student.safetensors", {"run": json.dumps(about)})
 
 
 @dataclass
@@ -267,8 +271,9 @@ def placing(setting: str, device: str | None) -> Iterator[None]:
 class StudentConfig:
     """Which student, how large its videos are, and how much of it is trained.
 
-    name: toy, toy_long, tiny (a random CausalWan, to try things), another registered family, or a checkpoint of a causal Wan.
-    base: diffusers repository of a Wan student's text encoder and VAE; none: Wan2.1-T2V-1.3B.
+    name: toy, toy_long, tiny (a random CausalWan, to try things), pixel (made by afd-fast distill), another registered family, or a
+        checkpoint of a causal Wan.
+    base: diffusers repository of a Wan student's text encoder and VAE; none: Wan2.1-T2V-1.3B. The file of a pixel student's weights.
     frames: latent frames of a Wan student's videos; none: 21, which are 81 frames of video.
     height: latent rows of a Wan student's videos; none: 60, which are 480 pixels.
     width: latent columns of a Wan student's videos; none: 104, which are 832 pixels.
@@ -316,7 +321,8 @@ WAN = FamilyEntry(
     windows=True,
 )
 _TOY = FamilyEntry("afd_fast.students.toy.family:toy_family", chunk=3)
-FAMILIES: dict[str, FamilyEntry] = {"toy": _TOY, "toy_long": _TOY, "tiny": WAN}
+_PIXEL = FamilyEntry("afd_fast.students.toy.pixel:pixel_family", keys=("base",), chunk=3)
+FAMILIES: dict[str, FamilyEntry] = {"toy": _TOY, "toy_long": _TOY, "tiny": WAN, "pixel": _PIXEL}
 
 
 def register_family(name: str, entry: FamilyEntry) -> None:

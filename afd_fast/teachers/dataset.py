@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
-from afd_fast.teachers import api, physics
-from afd_fast.teachers.cache import CachedTeacher
+from afd_fast.teachers import physics
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.teacher import TEACHERS, Request, Teacher, hold_out
 from afd_fast.video_io import VideoFormat, checked, deliver, to_uint8
@@ -115,11 +114,13 @@ def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
     if kind in TEACHERS:
         return TEACHERS[kind](rest, video, cache)
     if kind == "physics" and rest in ("", *physics.LOOKS):
-        return CachedTeacher(physics.PhysicsTeacher(video.frames, look=rest or "day"), cache)
+        return physics.PhysicsTeacher(video.frames, look=rest or "day")  # makes a video faster than a file is read
     size = (video.height, video.width)
     if kind == "folder" and rest:
         return FolderTeacher(rest, frames=video.frames, size=size, fps=video.fps)
     if kind == "api" and rest:
+        from afd_fast.teachers import api  # httpx takes a tenth of the command's start
+
         return api.from_file(rest, frames=video.frames, size=size, fps=video.fps)
     known = "".join(f' or "{name}:..."' for name in TEACHERS)
     raise ConfigError(f'teacher must be "physics" or "folder:PATH" or "api:FILE"{known}, got {spec!r}')

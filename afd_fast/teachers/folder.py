@@ -12,7 +12,7 @@ from afd_fast.errors import ConfigError, VideoError
 from afd_fast.files.tables import inside, read_csv
 from afd_fast.files.text import read_text
 from afd_fast.teachers.teacher import TeacherBase
-from afd_fast.video_io import check_file, read_video
+from afd_fast.video_io import VideoFormat, check_file, format_of, read_video
 
 
 class Entry(NamedTuple):
@@ -53,6 +53,26 @@ def _json_lines(path: Path) -> list[Any]:
     return rows
 
 
+class Found(NamedTuple):
+    """A row of a manifest and its file: what it holds, or why it cannot be used."""
+
+    prompt: str
+    video: str
+    format: VideoFormat | None
+    problem: str = ""
+
+
+def survey(folder: Path) -> list[Found]:
+    """Every row of a folder's manifest with the format of its file. ConfigError where there is no manifest."""
+    found = []
+    for prompt, video in read_manifest(folder):
+        try:
+            found.append(Found(prompt, video, format_of(inside(folder, video))))
+        except (VideoError, ConfigError) as error:
+            found.append(Found(prompt, video, None, str(error)))
+    return found
+
+
 class FolderTeacher(TeacherBase):
     """Videos of a folder, brought to frames x size at fps. `seed` picks among a prompt's videos.
 
@@ -64,6 +84,7 @@ class FolderTeacher(TeacherBase):
         folder = Path(folder)
         self.name, self.fps = f"folder:{folder}", fps
         self._problems: list[str] = []
+        self.left_out: dict[str, str] = {}  # the manifest's name of a file -> why
         self.frames, self.size = frames, size
         self._videos: dict[str, list[Path]] = defaultdict(list)
         for prompt, file in read_manifest(folder):
@@ -73,6 +94,7 @@ class FolderTeacher(TeacherBase):
                 self._videos[prompt].append(path)
             except (VideoError, ConfigError) as error:
                 self._problems.append(str(error))
+                self.left_out[file] = str(error)
         self.prompts = [p for p, videos in self._videos.items() if videos]
         if not self.prompts:
             raise ConfigError(f"{folder}: no usable video. " + "; ".join(self._problems or ["the manifest is empty"]))

@@ -41,8 +41,8 @@ def write_folder(
     crf: int = 12, done: Callable[[], None] = nothing,
 ) -> Path:  # fmt: skip
     """Ask any callable (prompt, seed) -> [3, F, H, W] in [0, 1] for seeds 0 .. per_prompt - 1 of every prompt and write
-    mp4 files and manifest.csv: what `--teacher folder:PATH` takes. Files that are there are kept, so it can be stopped
-    and started again; done() after each. Run it before training: teacher and student then never share a GPU.
+    mp4 files and manifest.csv: what `afd-fast distill --videos` and `teacher=folder:PATH` take. Files that are there are
+    kept, so it can be stopped and started again; done() after each. Run it before training: teacher and student then never share a GPU.
     ConfigError without prompts, and for a folder with another manifest; VideoError that names prompt and seed for a video
     with NaN or values outside [0, 1], before its file is written."""
     folder, prompts = Path(folder), list(dict.fromkeys(prompts))

@@ -15,17 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from afd_fast import threads
 from afd_fast.config import TrainConfig, to_dict, with_overrides, with_values
 from afd_fast.errors import ConfigError, Interrupted, TrainingError, extra
 from afd_fast.files.text import read_json
 from afd_fast.training import runs as named
 from afd_fast.training.lock import COMPARISON, check_unused, locked
 from afd_fast.training.methods import METHODS
+from afd_fast.training.progress import progress
 from afd_fast.training.run_folder import check_folder, finished, write_json
 from afd_fast.training.trainer import on_stop_signal
 
 with extra("train"):
-    import rich.progress as show
     from rich.console import Console
 
 POLL = 0.5  # seconds
@@ -124,10 +125,9 @@ def _start(run: str, folder: Path, config: TrainConfig, jobs: int) -> "subproces
     how = "--resume" if (folder / "config.json").exists() else "--overwrite"
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "afd_fast", "train", run, *overrides, "--out", str(folder), how]
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
     with log_of(folder).open("ab") as log:
         return subprocess.Popen(
-            command, stdout=log, stderr=log, env={"OMP_NUM_THREADS": threads} | os.environ, start_new_session=True
+            command, stdout=log, stderr=log, env=os.environ | threads.share(jobs), start_new_session=True
         )
 
 
@@ -136,29 +136,28 @@ def run_all(run: str, planned: dict[Path, TrainConfig], *, jobs: int, console: C
     Interrupted after Ctrl-C or SIGTERM, once every child has saved itself."""
     waiting = [folder for folder, config in planned.items() if not finished(folder, config)]
     running: dict[Path, subprocess.Popen] = {}
-    columns = (show.TextColumn("{task.description}", markup=False), show.BarColumn(), show.MofNCompleteColumn(), show.TimeElapsedColumn(), show.TimeRemainingColumn())  # fmt: skip
     asked = []  # a signal in the middle of starting a child must not lose it
-    with on_stop_signal(lambda *_: asked.append(True)), show.Progress(*columns, console=console) as progress:
-        whole = progress.add_task("runs", total=len(planned), completed=len(planned) - len(waiting))
+    with on_stop_signal(lambda *_: asked.append(True)), progress(console) as bar:
+        whole = bar.add_task("runs", total=len(planned), completed=len(planned) - len(waiting))
         bars = {}
         try:
             while (waiting or running) and not asked:
                 while waiting and len(running) < jobs:
                     folder = waiting.pop(0)
                     running[folder] = _start(run, folder, planned[folder], jobs)
-                    bars[folder] = progress.add_task(folder.name, total=planned[folder].iterations)
+                    bars[folder] = bar.add_task(folder.name, total=planned[folder].iterations)
                 time.sleep(POLL)
                 for folder, child in list(running.items()):
                     log = folder / "metrics.jsonl"
-                    progress.update(bars[folder], completed=log.read_bytes().count(b"\n") if log.exists() else 0)
+                    bar.update(bars[folder], completed=log.read_bytes().count(b"\n") if log.exists() else 0)
                     if child.poll() is None:
                         continue
                     del running[folder]
                     if child.returncode:
                         last = log_of(folder).read_text(errors="replace").strip().splitlines()[-1:]
                         raise TrainingError(f"{folder.name} failed: {' '.join(last)} (see {log_of(folder)})")
-                    progress.remove_task(bars[folder])
-                    progress.advance(whole)
+                    bar.remove_task(bars[folder])
+                    bar.advance(whole)
         finally:
             for child in running.values():
                 child.send_signal(signal.SIGINT)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afd_fast.errors import extra
+from afd_fast.files.tensors import save_tensors
 from afd_fast.judges import JUDGES, Scores
 from afd_fast.students.lora import merged_lora
 from afd_fast.students.student import TrainedWeights
@@ -25,9 +25,6 @@ from afd_fast.training.rollouts import clip, sample_policy
 from afd_fast.training.run import Run
 from afd_fast.training.state import generator
 from afd_fast.video_io import to_uint8
-
-with extra("train"):
-    from safetensors.torch import save_file
 
 REFERENCE_SEEDS, TEACHER_ROW_SEEDS = 10_000, 20_000  # apart from the training clips' 0, 1, 2 ...
 REFERENCE_CLIPS = 32  # teacher clips per held-out prompt behind the Frechet distance, where they are free
@@ -52,6 +49,7 @@ class Evaluator:
         self.familiar = data.teacher.familiar(data.held_out)
         self.references = self._references(track) if run.ranks.lead else None
         self.sample: Tensor | None = None  # [3, F, H, W] uint8 of the last evaluation
+        self.by_prompt: list[float] = []  # and its first headline score, a mean for each held-out prompt
 
     def _references(self, track: Track) -> References:
         if not self.judge.free_reference:
@@ -100,6 +98,8 @@ class Evaluator:
             return {}
         self.sample = torch.cat(list(clips[: min(SAMPLE_COLUMNS, len(held))]), -1)  # next to each other
         prompts = held * count
+        measured = self.judge.by_clip(clips.numpy(), prompts)
+        self.by_prompt = measured.reshape(count, len(held)).mean(0).tolist()
         row: Scores = {
             "step": 0 if base else self.run.state.step,
             **self.judge(clips, prompts, self.references.held_out),
@@ -108,11 +108,11 @@ class Evaluator:
             scores = self.judge(familiar, self.familiar * count, self.references.familiar)
             row |= {f"first_{key}": scores[key] for key in ("residual_px", "general", "background")}
         if METHODS[self.run.config.method].uses_discriminator and not base:
-            row |= self._of_discriminator(clips, prompts)
+            row |= self._of_discriminator(clips, prompts, measured)
         return row
 
     @torch.no_grad()
-    def _of_discriminator(self, clips: Tensor, prompts: list[str]) -> Scores:
+    def _of_discriminator(self, clips: Tensor, prompts: list[str], measured: np.ndarray) -> Scores:
         """Accuracy on held-out pairs, correlation with the judge within prompts, and the scores of the model that the
         discriminator was before training."""
         run, held = self.run, self.data.held_out
@@ -130,9 +130,8 @@ class Evaluator:
         row: Scores = {"held_out_accuracy": (of_teacher > scores).float().mean().item()}
         for name in before[0]:
             row[f"reference_{name}"] = torch.cat([found[name] for found in before]).mean().item()
-        if self.judge.fault is not None and run.config.evaluation.rollouts > 1:
-            fault = self.judge.fault(clips.numpy(), prompts)
-            tables = [a.reshape(-1, len(held)) for a in (scores.numpy(), -fault)]
+        if self.judge.fault and run.config.evaluation.rollouts > 1:
+            tables = [a.reshape(-1, len(held)) for a in (scores.numpy(), -measured)]
             centred = [(a - a.mean(0)).ravel() for a in tables]
             row["reward_physics_correlation"] = float(np.corrcoef(*centred)[0, 1])
         return row
@@ -177,4 +176,4 @@ class Evaluator:
         ]
         clips = {"base": base, "student": student, "teacher": torch.stack(teacher)}
         about = {"prompts": json.dumps(prompts), "fps": json.dumps(self.run.family.video.fps)}
-        save_file({name: x.contiguous() for name, x in clips.items()}, path, about)
+        save_tensors({name: x.contiguous() for name, x in clips.items()}, path, about)

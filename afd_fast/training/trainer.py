@@ -6,6 +6,7 @@ and at the end result.json, samples.safetensors and the trained student.
 """
 
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -34,14 +35,15 @@ from afd_fast.training.evaluate import Evaluator
 from afd_fast.training.journal import Journal
 from afd_fast.training.lock import check_unused, locked
 from afd_fast.training.loop import train_step
+from afd_fast.training.progress import progress
 from afd_fast.training.resume import check_teacher, reopen, restore
 from afd_fast.training.run import Metrics, Run
 from afd_fast.training.run_folder import check_folder, environment, finished, make_folder, read_rows, write_json
 from afd_fast.training.state import new_state
+from afd_fast.training.wandb_run import check_wandb
 from afd_fast.training.watch import Watch
 
 with extra("train"):
-    import rich.progress as bars
     from rich.console import Console
     from rich.markup import escape
     from safetensors import SafetensorError
@@ -88,25 +90,24 @@ class Trainer:
         self.shards = ranks.share(config.shards)
         self.plan = batch_plan(config)
         self.lockstep = config.fsdp and ranks.world > 1  # the student runs only when it runs on every rank
-        self.progress = bars.Progress(
-            bars.TextColumn("{task.description}", markup=False), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(),
-            bars.TimeRemainingColumn(), bars.TextColumn("{task.fields[note]}", markup=False), console=console,
-        )  # fmt: skip
+        self.progress = progress(console)
         with self.progress:
             with ranks.lead_first():  # the others then find every video in the cache
                 self.data: TeacherVideos = collect(teacher, config.teacher_clips, config.codec_crf, self._track)
             check_prompts(teacher, self.plan)  # some may have been refused
             with ranks.led():
                 self.evaluator = Evaluator(run, self.data, self._track)
+        for done in list(self.progress.task_ids):
+            self.progress.remove_task(done)
         for problem in self.data.problems:
             console.print(f"[yellow]left out:[/] {escape(problem)}")
         ranks.wait()  # a rank may take much longer than another to read the videos
         self.watch = Watch(run, console)
-        self.journal = Journal(out, console, lead=ranks.lead)
+        self.journal = Journal(out, console, config, lead=ranks.lead)
         self._stop = False
 
     def _track(self, items: Sequence[Any], description: str) -> Iterable[Any]:
-        task = self.progress.add_task(description, total=len(items), note="")
+        task = self.progress.add_task(description, total=len(items))
         for item in items:
             yield item
             self.progress.advance(task)
@@ -148,7 +149,7 @@ class Trainer:
 
     def _iterate(self, started: float, on_step: Callable[[Metrics], None] | None) -> None:
         config, state, ranks = self.run.config, self.run.state, self.run.ranks
-        task = self.progress.add_task(config.name, total=config.iterations, completed=state.step, note="")
+        task = self.progress.add_task(config.name, total=config.iterations, completed=state.step)
         while state.step < config.iterations:
             metrics = train_step(self.run, self.data.batch(self.plan, state.step, self.shards))
             self._check(metrics)
@@ -220,10 +221,11 @@ class Trainer:
             row = self.evaluator.evaluate(base=base) if self.run.ranks.lead or self.lockstep else {}
             if not self.run.ranks.lead:
                 return
-            self.journal.evaluation(row, self.evaluator.sample, self.run.family.video.fps)
-            shown = ", ".join(f"{k} {row[k]:.3f}" for k in self.evaluator.judge.headline)
+            self.journal.evaluation(row, self.evaluator.by_prompt, self.evaluator.sample, self.run.family.video.fps)
+            values = {key: row[key] for key in self.evaluator.judge.headline if math.isfinite(row[key])}
             if "held_out_accuracy" in row:
-                shown += f", held-out accuracy {row['held_out_accuracy']:.2f}"
+                values["accuracy"] = row["held_out_accuracy"]  # of the discriminator, on held-out prompts
+            shown = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
             self.console.print(f"iteration {int(row['step']):4d}: {shown}")
 
     def _finish(self, seconds: float) -> RunResult | None:
@@ -237,6 +239,7 @@ class Trainer:
         config, evaluations = self.run.config, read_rows(self.journal.evaluations)
         held = len(self.data.held_out)
         rows = {"base": evaluations[0], "student": evaluations[-1], "teacher": self.evaluator.teacher_row()}
+        rows = {name: {k: v for k, v in row.items() if k != "by_prompt"} for name, row in rows.items()}
         result = RunResult(
             rows=rows,
             prompts={"train": len(self.data.train_prompts), "held_out": held},
@@ -274,6 +277,11 @@ def new_run(
         )
     if family.chunk != config.rollout.chunk:
         raise ConfigError(f"rollout.chunk={config.rollout.chunk}, but the family's chunk is {family.chunk}")
+    for key, value in family.student.sampler.items():
+        if (here := getattr(config.rollout, key, None)) != value:
+            logging.getLogger("afd_fast").warning(
+                "the student's checkpoint says %s=%s, the run has rollout.%s=%s", key, value, key, here
+            )
     check_settings(family.student, called_methods(config))
     if config.rollout.graphs and family.device.type != "cuda":
         raise ConfigError(f"rollout.graphs records CUDA graphs, and the student is on {family.device}: leave it out")
@@ -359,6 +367,8 @@ def train(
             if resume and (result := finished(folder, config)) is not None:
                 return cast(RunResult, result) if ranks.lead else None
         console = console if console is not None and ranks.lead else Console(quiet=not ranks.lead)
+        if config.logger == "wandb":
+            check_wandb()
         run = new_run(config, family, discriminator, ranks)
         found = teacher_of(run, teacher, folder.parent / "teacher-cache")
         with ranks.lead_first():

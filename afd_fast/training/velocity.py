@@ -1,7 +1,7 @@
 """The student's velocity for training, and the loss's gradient, chunk by chunk: the KV-detached update.
 
-A no-grad pass at t = 0 writes each clean chunk's keys and values to a cache; the noised chunk after it runs with
-gradient over that detached history. That is exactly the sampling function, with dense attention only, and only the
+A no-grad pass at t = `context_noise` writes each clean chunk's keys and values to a cache; the noised chunk after it runs
+with gradient over that detached history. That is exactly the sampling function, with dense attention only, and only the
 cache grows with the number of chunks (with a window not even that). t [B, F] is one noise level per chunk.
 
 `velocity` keeps every chunk's graph, `nft_backward` one chunk's at a time. For comparison, `velocity` also computes the
@@ -29,19 +29,21 @@ from afd_fast.students.student import StudentModule, Text, map_tensors
 class Chunking:
     """How a student walks through F latent frames: `chunk` at a time, attending to a `window` with a `sink` (None: all),
     whose positions and averaging are `more` keywords of `new_cache`.
-    active: the frames that are trained; earlier ones only fill the cache, later ones are not touched. None: all."""
+    active: the frames that are trained; earlier ones only fill the cache, later ones are not touched. None: all.
+    context_noise: t in 0..1000 of the clean chunks' pass, as in sampling."""
 
     chunk: int
     window: int | None = None
     sink: int = 0
     active: range | None = None
+    context_noise: float = 0.0
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, chunk: int, sampler: RolloutConfig, active: range | None = None) -> "Chunking":
         """As a sampler walks."""
         history = dict(sampler.history)
-        return cls(chunk, history.pop("window"), history.pop("sink"), active, history)
+        return cls(chunk, history.pop("window"), history.pop("sink"), active, sampler.context_noise, history)
 
     @property
     def history(self) -> dict[str, Any]:
@@ -149,7 +151,8 @@ def chunk_velocities(
             yield ChunkVelocity(part, model(x_t[:, :, part], t[:, part] * 1000, text, cache=cache, start_frame=start))
         if part.stop < active.stop:
             with torch.no_grad():
-                model(clean[:, :, part], torch.zeros_like(t[:, part]), text, cache=cache, start_frame=start)
+                past = torch.full_like(t[:, part], chunking.context_noise)
+                model(clean[:, :, part], past, text, cache=cache, start_frame=start)
 
 
 def velocity(

@@ -5,7 +5,7 @@
 
 #include "afd_core.h"
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 // Not under AddressSanitizer: the resolvers of clones run before it starts.
@@ -15,6 +15,16 @@
 #define CLONES
 #endif
 #define INLINE static inline __attribute__((always_inline))
+
+// F16C converts eight numbers at once. It is no clone: without it, the code for any type takes float16.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define AFD_F16C
+#define F16_CODE __attribute__((target("avx2,f16c")))
+static const bool f16_code = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+#else
+#define F16_CODE
+static const bool f16_code = true;
+#endif
 
 enum { W = 8 };  // 256-bit vectors: AVX2 holds them, AVX-512 gains nothing at memory speed
 typedef float F __attribute__((vector_size(32)));
@@ -51,15 +61,33 @@ INLINE U to_f16(F f) {
   return pick(bits < 113u << 23, small, pick(bits >= 143u << 23, large, normal)) | (u >> 16 & 0x8000);
 }
 
-// To a type of 16 bits, as a float again.
-template <bool CAREFUL>
-INLINE F rounded(F f, int type) { return type == AFD_BF16 ? (F)round_bf16<CAREFUL>(f) : from_f16(to_f16(f)); }
+#ifdef AFD_F16C
+INLINE F wide_f16(H h) { return __builtin_ia32_vcvtph2ps256((__v8hi)h); }
+INLINE H narrow_f16(F f) { return (H)__builtin_ia32_vcvtps2ph256(f, 0); }  // to nearest even
+#else
+INLINE F wide_f16(H h) { return from_f16(__builtin_convertvector(h, U)); }
+INLINE H narrow_f16(F f) { return __builtin_convertvector(to_f16(f), H); }
+#endif
 
-// Sixteen elements. SPLIT: the even ones and the odd ones, what a load of 16-bit numbers gives for a shift and a mask.
+// To a type of 16 bits, as a float again.
+template <bool SPLIT, bool CAREFUL>
+INLINE F rounded(F f, int type) {
+  if (type == AFD_BF16) return (F)round_bf16<CAREFUL>(f);
+  return SPLIT ? from_f16(to_f16(f)) : wide_f16(narrow_f16(f));
+}
+
+// Sixteen elements. SPLIT: the even ones and the odd ones, what a load of bfloat16 gives for a shift and a mask; else the
+// first eight and the last.
 struct Pair { F x[2]; };
 
 template <bool SPLIT>
 INLINE Pair load(const void* p, int type, int64_t i) {
+  if (!SPLIT && type == AFD_F16) {
+    H a, b;
+    memcpy(&a, (const uint16_t*)p + i, sizeof a);
+    memcpy(&b, (const uint16_t*)p + i + W, sizeof b);
+    return {wide_f16(a), wide_f16(b)};
+  }
   if (SPLIT && type == AFD_BF16) {
     U u;
     memcpy(&u, (const uint16_t*)p + i, sizeof u);
@@ -95,6 +123,11 @@ INLINE void write(void* p, const void* from, int bytes) {
 
 template <bool SPLIT, bool STREAM = false, bool CAREFUL = true>
 INLINE void store(void* p, int type, int64_t i, Pair f) {
+  if (!SPLIT && type == AFD_F16) {
+    H both[2] = {narrow_f16(f.x[0]), narrow_f16(f.x[1])};
+    write<STREAM>((uint16_t*)p + i, both, sizeof both);
+    return;
+  }
   if (SPLIT && type == AFD_BF16) {
     U u = round_bf16<CAREFUL>(f.x[0]) >> 16 | round_bf16<CAREFUL>(f.x[1]);
     write<STREAM>((uint16_t*)p + i, &u, sizeof u);
@@ -141,18 +174,22 @@ struct Run {  // elements with one t and sigma
 
 INLINE F larger(F a, F b) { return (F)pick(a > b, (U)a, (U)b); }
 
-// TYPE: what all tensors are (y may be float32 among 16-bit ones), or ANY; then masks are possible too. OLD: whether there is
+// TYPE: what all tensors are (x0 and y may be float32 among 16-bit ones), or ANY; then masks are possible too. OLD: whether there is
 // a v_old. SUMS: none, those of the loss, or with the statistics. SAME_F32: float32 with the sums in ANY's order.
 enum { ANY = -1, SAME_F32 = 3, STEP = 2 * W, LOSS = 1, STATS = 2 };
 template <int TYPE, bool OLD, bool GRAD, int SUMS>
 INLINE void step(const AfdCall& c, Run& u, int64_t i) {
-  constexpr bool SPLIT = TYPE != AFD_F32;
+  constexpr bool SPLIT = TYPE != AFD_F32 && TYPE != AFD_F16, HALF = TYPE == AFD_BF16 || TYPE == AFD_F16;
   auto type = [](int of) { return TYPE == ANY ? of : TYPE == SAME_F32 ? (int)AFD_F32 : TYPE; };
-  Pair V = load<SPLIT>(u.v, type(c.v_type), i), X = load<SPLIT>(u.x0, type(c.x0_type), i), R = V, G;
-  Pair Y = load<SPLIT>(u.y, SPLIT && TYPE != SAME_F32 ? u.y_type : 0, i), O = OLD ? load<SPLIT>(u.old, type(c.old_type), i) : V;
+  auto state = [&](int of) { return HALF && of == AFD_F32 ? of : type(of); };  // x0 and y may be float32 among 16-bit numbers
+  Pair V = load<SPLIT>(u.v, type(c.v_type), i), X = load<SPLIT>(u.x0, state(c.x0_type), i), R = V, G;
+  Pair Y = load<SPLIT>(u.y, state(u.y_type), i), O = OLD ? load<SPLIT>(u.old, type(c.old_type), i) : V;
   if (u.ref) R = load<SPLIT>(u.ref, type(c.ref_type), i);
-  for (const char* p : {u.v, u.x0, u.y, u.ref})  // without: 1.2 of a copy, with: 1.0 (two cores, 32 Mi elements)
-    if ((TYPE == AFD_BF16 || TYPE == AFD_F16) && p) __builtin_prefetch(p + 2 * i + 768);
+  auto ahead = [&](const char* p, int of) {  // 0.8 of the time without (one core, 2 Mi elements of float32)
+    if (TYPE != ANY && p) __builtin_prefetch(at(p, of, i) + 2048);
+  };
+  ahead(u.v, type(c.v_type)); ahead(u.x0, state(c.x0_type)); ahead(u.y, state(u.y_type)); ahead(u.ref, type(c.ref_type));
+  if (OLD) ahead(u.old, type(c.old_type));
   U bytes = {};
   Pair M = {}, E = {};
   if (TYPE == ANY && u.mask) {
@@ -177,7 +214,7 @@ INLINE void step(const AfdCall& c, Run& u, int64_t i) {
     if (c.x0_space) {
       if (c.source != AFD_XT) {
         y = (1.0f - u.t) * x0 + u.t * y;
-        if (type(c.x0_type) != AFD_F32) y = rounded<TYPE == ANY>(y, type(c.x0_type));  // as the network saw it
+        if (state(c.x0_type) != AFD_F32) y = rounded<SPLIT, TYPE == ANY>(y, state(c.x0_type));  // as the network saw it
       }
       w = y - x0;
     } else {
@@ -247,8 +284,13 @@ INLINE void run(const AfdCall& given, const Run& start, double* part) {
 }
 
 typedef void Runner(const AfdCall&, const Run&, double*);
+#define CODE_AFD_F32 CLONES
+#define CODE_AFD_BF16 CLONES
+#define CODE_AFD_F16 F16_CODE
+#define CODE_SAME_F32 CLONES
+#define CODE_ANY CLONES
 #define RUNNER(NAME, TYPE, OLD, GRAD, SUMS) \
-  CLONES static void NAME(const AfdCall& c, const Run& u, double* p) { run<TYPE, OLD, GRAD, SUMS>(c, u, p); }
+  CODE_##TYPE static void NAME(const AfdCall& c, const Run& u, double* p) { run<TYPE, OLD, GRAD, SUMS>(c, u, p); }
 #define RUNNERS(NAME, TYPE, OLD)             \
   RUNNER(NAME##_sums, TYPE, OLD, 0, LOSS)    \
   RUNNER(NAME##_grad, TYPE, OLD, 1, 0)       \
@@ -273,9 +315,9 @@ STATS_RUNNERS(any_old_stats, ANY, true)
 
 static Runner* choose(const AfdCall& c, bool grad, bool sums) {
   int type = c.v_type;
-  bool same = c.x0_type == type && (!c.v_old || c.old_type == type) && (!c.v_ref || c.ref_type == type) &&
-              (!grad || c.grad_type == type) &&
-              (c.source == AFD_SEED || c.y_type == type || (type != AFD_F32 && c.y_type == AFD_F32));
+  auto state = [&](int of) { return of == type || of == AFD_F32; };
+  bool same = state(c.x0_type) && (!c.v_old || c.old_type == type) && (!c.v_ref || c.ref_type == type) &&
+              (!grad || c.grad_type == type) && (c.source == AFD_SEED || state(c.y_type)) && (type != AFD_F16 || f16_code);
   enum { MIXED = 3 };
   static Runner* const* const plain[][2] = {{f32_new, f32_old}, {bf16_new, bf16_old}, {any_new, f16_old}, {any_new, any_old}};
   static Runner* const* const stats[][2] = {{any_new_stats, f32_old_stats}, {any_new_stats, bf16_old_stats},

@@ -6,16 +6,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from afd_fast.errors import extra
+from afd_fast.files.tensors import save_tensors
 from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
 from afd_fast.students.toy import shipped
 from afd_fast.students.toy.model import ToyStudent, decode_video, encode_video
 from afd_fast.students.toy.text import tokenize
 from afd_fast.teachers import physics
 from afd_fast.video_io import VideoFormat
-
-with extra("demo"):
-    from safetensors.torch import save_file
 
 LORA_TARGETS = ("qkv", "proj", "up", "down")
 
@@ -35,16 +32,16 @@ def toy_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
     return of_student(shipped.load(name=config.name).to(config.device or "cpu"))
 
 
-def of_student(student: ToyStudent) -> Family:
-    """The family around any ToyStudent."""
+def of_student(student: ToyStudent, *, fps: float = physics.FPS) -> Family:
+    """The family around any ToyStudent. fps: of its videos."""
     c = student.config
 
     def text(prompts: list[str]) -> Tensor:
         return tokenize(prompts, c.text_len)
 
     def save(weights: TrainedWeights, about: Facts, folder: Path) -> None:
-        header = {"config": json.dumps(asdict(c)), "run": json.dumps(about)}
-        save_file(weights.merged, folder / "student.safetensors", header)
+        header = {"config": json.dumps(asdict(c)), "fps": json.dumps(fps), "run": json.dumps(about)}
+        save_tensors(weights.merged, folder / "student.safetensors", header)
 
     return Family(
         name="toy",
@@ -53,7 +50,7 @@ def of_student(student: ToyStudent) -> Family:
         vae=PixelVAE(),
         latents=LatentFormat(3, c.frames, c.height, c.width),
         chunk=c.chunk,
-        video=VideoFormat(c.frames, c.height, c.width, physics.FPS),
+        video=VideoFormat(c.frames, c.height, c.width, fps),
         lora_targets=LORA_TARGETS,
         save=save,
     )

@@ -3,6 +3,7 @@ weak gravity and dead bounces. In four steps it samples about as well as in sixt
 
 import copy
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,20 +33,35 @@ def pretrain(
     torch.manual_seed(seed)
     data, prompts = wrong_world_clips(clips, seed, frames)
     ids = tokenize(prompts)
-    model = ToyStudent(ToyConfig(frames=frames))
+
+    def draw() -> Batch:
+        pick = torch.randint(0, clips, (batch,))
+        return Batch(encode_video(data[pick].float() / 255), ids[pick])
+
+    return fit(ToyStudent(ToyConfig(frames=frames)), draw, steps, lr=lr, report=report)
+
+
+class Batch(NamedTuple):
+    """Clips as latents [B, 3, F, H, W] and the word ids [B, L] of their prompts."""
+
+    latents: torch.Tensor
+    ids: torch.Tensor
+
+
+def fit(model: ToyStudent, draw: Callable[[], Batch], steps: int, *, lr: float, report: Report) -> ToyStudent:
+    """Rectified-flow training with teacher forcing on the batches that `draw` makes. Returns the averaged student."""
     average = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-2)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, step / 100) * (0.5 * (1 + np.cos(np.pi * step / steps)) + 0.02)
-        pick = torch.randint(0, clips, (batch,))
-        x0 = encode_video(data[pick].float() / 255)
-        t = torch.sigmoid(torch.randn(batch, model.chunks, dtype=torch.float32) * 1.2 + 0.3).repeat_interleave(
+        x0, ids = draw()
+        t = torch.sigmoid(torch.randn(len(x0), model.chunks, dtype=torch.float32) * 1.2 + 0.3).repeat_interleave(
             model.config.chunk, 1
         )
         x_t = forward_noise(x0, t, noise=torch.randn_like(x0), frame_dim=2)
         clean = x0 + 0.03 * torch.randn_like(x0)  # histories will be the student's own, not perfect
-        v = model.forward_teacher_forcing(x_t, t * 1000, model.encode_text(ids[pick]), clean)
+        v = model.forward_teacher_forcing(x_t, t * 1000, model.encode_text(ids), clean)
         sigma = t[:, None, :, None, None]
         error = x0_from_velocity(x_t, v, sigma) - x0
         loss = (error.square() / sigma.clamp(min=0.08) ** 2).mean()

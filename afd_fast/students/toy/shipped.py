@@ -6,6 +6,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from afd_fast.errors import extra
+from afd_fast.files.tensors import save_tensors
 from afd_fast.students.files import loading
 from afd_fast.students.toy import pretrain
 from afd_fast.students.toy.model import ToyConfig, ToyStudent
@@ -16,7 +17,6 @@ with extra("demo"):
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
 STEPS = 3000
 SHIPPED = {"toy": "base_student.safetensors", "toy_long": "base_student_long.safetensors"}
@@ -50,6 +50,6 @@ def make(console: Console, out: Path, *, seed: int = 0, frames: int = FRAMES) ->
         "seed": str(seed),
         "loss": f"{sum(losses[-200:]) / 200:.4f}",  # mean of the last 200 steps
     }
-    save_file(student.state_dict(), out, about)
+    save_tensors(student.state_dict(), out, about)
     console.print(f"{escape(str(out))}: loss {about['loss']}")
     return student

