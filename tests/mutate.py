@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,6 +180,21 @@ def cases() -> Iterator[Inputs]:
     yield draw.inputs((3, 70), afd, "x_t", sample_mask=some, ref_mask=others)
     yield draw.inputs((2, 70), nft_recipe("afd", ref_coef=0.3, batch_reduction="mean"), "x_t", sample_mask=mask(0, 0))
     yield draw.inputs((2, 70), nft_recipe("diffusionnft", weight_floor=1.3), "x_t", element_mask=torch.zeros(2, 70) > 0)
+    by_r = nft_recipe("diffusionnft", ref_coef=0.3, ref_weight="r")
+    for recipe in (by_r, gardo, nft_recipe("afd", ref_coef=0.3)):
+        yield draw.inputs((2, 70), recipe, "noise", each=draw.uniform(2, 70), element_mask=draw.uniform(2, 70) * (draw.uniform(2, 70) > 0.3),
+                          policy_weight=draw.levels(2), prior_weight=draw.levels(2))  # fmt: skip
+    yield draw.inputs(
+        (2, 70), by_r, "x_t", each=draw.uniform(2, 70), v_ref=None, element_mask=draw.uniform(2, 70) > 0.4
+    )
+    dpo = nft_recipe("diffusionnft", ref_coef=0.3, form="dpo", dpo_beta=0.7)
+    yield draw.inputs((3, 70), dpo, "x_t", policy_weight=draw.levels(3))
+    yield draw.inputs((3, 70), replace(dpo, weighting="none"), "x_t", v_old=None)
+    batch = nft_recipe("diffusionnft", ref_coef=0.3, ref_reduction="batch", shared_weight=True)
+    yield draw.inputs(
+        (3, 70), batch, "x_t", sample_mask=draw.levels(3), ref_mask=others, element_mask=draw.uniform(3, 70) > 0.4
+    )
+    yield draw.inputs((2, 70), replace(batch, sample_reduction="sum"), "x_t", stats=False)
 
 
 class NoiseCase(NamedTuple):
@@ -197,6 +213,7 @@ class LossCase(NamedTuple):
     inputs: Inputs
     sums: ops.Sums
     gradient: Tensor  # float32
+    scaled: Tensor  # for grad_output = SCALES
 
 
 def noise_cases() -> Iterator[NoiseCase]:
@@ -210,7 +227,11 @@ def noise_cases() -> Iterator[NoiseCase]:
 
 
 NOISE = list(noise_cases())
-LOSS = [LossCase(i, ops._sums(i), ops._gradient((1.0, 1.0), i._replace(v=i.v.float()))) for i in cases()]
+SCALES = (3.0, 2.0)  # of policy and prior
+LOSS = [
+    LossCase(i, ops._sums(i), *(ops._gradient(scales, i._replace(v=i.v.float())) for scales in ((1.0, 1.0), SCALES)))
+    for i in sorted(cases(), key=lambda i: i.v.numel())  # most mutants die in a small one
+]
 PART = torch.randn(len(Slot), 2 * 2500, generator=torch.Generator().manual_seed(1))
 
 
@@ -237,8 +258,11 @@ def check_reduce(kernels: Kernels) -> None:
     torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)
 
 
-def check_sums(found: ops.Sums, expected: ops.Sums) -> None:
+def check_sums(found: ops.Sums, expected: ops.Sums, stats: bool) -> None:
     loss, totals, rows = found
+    if not stats:
+        torch.testing.assert_close(loss, expected[0], rtol=2e-6, atol=1e-9)
+        return
     torch.testing.assert_close(loss, expected[0], rtol=2e-6, atol=1e-9)
     torch.testing.assert_close(totals, expected[1], rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(rows[:COEFFICIENTS], expected[2][:COEFFICIENTS], rtol=2e-6, atol=1e-7)
@@ -257,27 +281,51 @@ def check_loss(kernels: Kernels, case: LossCase) -> None:
         both = nft.nft_loss_with_grad(*i, grad)
     report.check(written_once=["grad_ptr"])
     for sums in (found, both):
-        check_sums(sums, case.sums)
+        check_sums(sums, case.sums, i.stats)
     rows = found[2]
     with sanitize() as report:
-        alone = nft.nft_loss_backward(torch.tensor(3.0), rows, *i)
+        alone = nft.nft_loss_backward(torch.tensor(SCALES), rows, *i)
     report.check(names, ["grad_ptr"])
-    bound = (torch.finfo(i.v.dtype).eps * 0.51 + 2e-6) * exact.abs().max()
-    assert (grad - exact).abs().max() <= bound and (alone / 3 - exact).abs().max() <= bound * 1.1
+    bound = torch.finfo(i.v.dtype).eps * 0.51 + 2e-6
+    for gradient, expected in ((grad, exact), (alone, case.scaled)):
+        assert (gradient - expected).abs().max() <= bound * expected.abs().max()
     with sanitize() as report:
-        nft.nft_loss_redo(torch.tensor(1.0), rows, *i, grad)
+        nft.nft_loss_redo(torch.ones(1).expand(2), rows, *i, grad)
     assert not report.regions["grad_ptr"].writes.any() and not report.regions["v_ptr"].reads.any()
-    with sanitize() as report:
-        nft.nft_loss_redo(torch.tensor(3.0), rows, *i, grad)
-    report.check()
+    for scales in ((1.0, 2.0), (2.0, 1.0), SCALES):
+        with sanitize() as report:
+            nft.nft_loss_redo(torch.tensor(scales), rows, *i, grad)
+        report.check(written_once=["grad_ptr"])
     assert torch.equal(grad, alone)
 
 
+def check_ranges(kernels: Kernels) -> None:
+    """An r, or a t that the finish looks at, outside [0, 1] gives NaN; the ends do not."""
+    draw = Draw()
+    i = draw.inputs((2, 1100), nft_recipe("afd", ref_coef=0.3, batch_reduction="mean"), "noise", frames=1100, inner=1)
+    late = i.t.clone()
+    late[1, 900] = 1.5
+    below = torch.tensor([0.3, -0.1])
+    for change, wrong in (({}, False), ({"r": torch.tensor([0.0, 1.0])}, False), ({"t": i.t.round()}, False),
+                          ({"r": below}, True), ({"r": 1 - below}, True), ({"t": late}, True), ({"t": -late}, True),
+                          ({"each": draw.uniform(2, 1100)}, False), ({"each": draw.uniform(2, 1100).round()}, False),
+                          ({"each": late}, True), ({"each": 1 - late}, True)):  # fmt: skip
+        loss, _, rows = kernels.nft.nft_loss(*i._replace(**change))
+        assert bool(loss.isnan()) == wrong, change
+        if wrong and "each" not in change:
+            assert rows[COEFFICIENTS].isnan().any()
+
+
 def suite(kernels: Kernels) -> None:
+    """Everything, what is quick first: most mutants die in it."""
+    quick = [loss for loss in LOSS if loss.inputs.v.numel() < 2000]
+    for loss in quick:
+        check_loss(kernels, loss)
+    check_reduce(kernels)
+    check_ranges(kernels)
     for noise in NOISE:
         check_noise(kernels, noise)
-    check_reduce(kernels)
-    for loss in LOSS:
+    for loss in LOSS[len(quick) :]:
         check_loss(kernels, loss)
 
 

@@ -265,7 +265,7 @@ def test_graphs_equal_the_model_and_are_used_again():
     for round_, batch in enumerate((1, 1, 2, 1, 2)):
         text, x, noise = text_of(model, batch, seed=round_), latents(model, batch, seed=round_), draws(model, batch)
         expected = rollout(model, text, x, renoise=noise)
-        for _ in range(2):
+        for _ in range(3):  # as it is, recorded, replayed
             same(rollout(graphed, text, x, renoise=noise), expected)
         with torch.no_grad():
             for p in trainable(model).values():
@@ -275,9 +275,25 @@ def test_graphs_equal_the_model_and_are_used_again():
 def test_the_rollouts_graphs_of_two_students():
     for model in (first := student(), student()):
         text, x, noise = text_of(model), latents(model), draws(model)
-        same(rollout(model, text, x, RolloutConfig(graphs=True), renoise=noise), rollout(model, text, x, renoise=noise))
+        for _ in range(2):
+            same(
+                rollout(model, text, x, RolloutConfig(graphs=True), renoise=noise),
+                rollout(model, text, x, renoise=noise),
+            )
     text, x, noise = text_of(first, seed=3), latents(first, seed=3), draws(first)
     same(rollout(first, text, x, RolloutConfig(graphs=True), renoise=noise), rollout(first, text, x, renoise=noise))
+
+
+@pytest.mark.parametrize("more", [{}, {"rope": "relative"}, {"rope": "relative", "sink_ema": 0.9}], ids=str)
+def test_a_windowed_streams_graphs(more):
+    """A ring that goes round replays its few recordings, with RoPE tables and the sink's keys brought up to date between."""
+    model = student()
+    config = RolloutConfig(steps=(1000, 500), window=9, sink=3, **more)
+    text, x, noise = text_of(model), latents(model, frames=30), draws(model, frames=30)
+    graphed = GraphedStudent(model)
+    for _ in range(2):
+        same(rollout(graphed, text, x, config, renoise=noise), rollout(model, text, x, config, renoise=noise))
+    assert len(graphed._graphs) == 4 * 3  # two places while it fills, two after; two steps and the cache pass
 
 
 # -- VAE -----------------------------------------------------------------------------------------------------------

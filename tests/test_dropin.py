@@ -157,7 +157,7 @@ ALGORITHM = dict(
     ({"nft_loss_form": "dpo"}, "nft_loss_form='dpo' is not served here"), ({"nft_clip_ratio": 0.1}, "nft_clip_ratio=0.1"),
     ({"nft_weight_mode": "inv_t2"}, "nft_weight_mode='inv_t2'"), ({"nft_target_space": "xnext"}, "nft_target_space='xnext'"),
     ({"nft_weight_scale": [1.0, 2.0]}, "one number is served"), ({"noise_level": 0.7}, "a noise level above 0"),
-    ({"loss_mask": torch.ones(3, 2)}, "loss_mask must have 1 or 4 values per sample, got 2"),
+    ({"loss_mask": torch.ones(3, 2)}, r"loss_mask must have one value per sample or one per frame \(4\), got 2"),
 ])  # fmt: skip
 def test_rlinf_refuses_what_it_does_not_compute(d, change, message):
     args = {"loss_mask": torch.ones(3, 1), "noise_level": 0.0}
@@ -223,3 +223,31 @@ def test_inside_a_compiled_step(d, trainer):
     torch.testing.assert_close(terms, numbers, rtol=1e-12, atol=1e-15)
     (grad,), (exact,) = (torch.autograd.grad(x, d.v) for x in (loss, 2 * expected))
     torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name,change,message", [
+    ("diffusionnft", {"old_prediction": None}, "diffusionnft: old_prediction must be a tensor, got NoneType"),
+    ("diffusionnft", {"ref_forward_prediction": None}, "diffusionnft: ref_forward_prediction must be a tensor"),
+    ("gardo", {"forward_prediction": [1.0]}, "gardo: forward_prediction must be a tensor, got list"),
+    ("gardo", {"kl_beta": None}, "gardo: kl_beta must be a number, got None"),
+    ("diffusionnft", {"beta": "0.1"}, "diffusionnft: beta must be a number, got '0.1'"),
+    ("verl_omni", {"reward_prob": None}, "verl_omni: reward_prob must be a tensor, got NoneType"),
+    ("unirl", {"adv": [1.0, 2.0, 3.0]}, "unirl: adv must be a tensor, got list"),
+    ("astrolabe", {"ref_pred_x0": None}, "astrolabe: ref_pred_x0 must be a tensor"),
+    ("flow_factory", {"adv_clip_range": 5.0}, r"flow_factory: adv_clip_range must be \(low, high\), got 5.0"),
+    ("flow_factory", {"adv_clip_range": (5.0,)}, "adv_clip_range must be"),
+    ("rlinf", {"algorithm": None}, "rlinf: algorithm must be a mapping .* got a NoneType"),
+    ("rlinf", {"noise_level": None}, "noise_level a tensor or a number, got a NoneType"),
+    ("rlinf", {"advantages": [0.5, 0.5, 0.5]}, "rlinf: advantages must be a tensor, got list"),
+])  # fmt: skip
+def test_wrong_arguments_have_the_trainers_names(d, name, change, message):
+    """A prediction of the old or the reference policy that is None would leave out its part of the loss in silence."""
+    call = getattr(dropin, name)
+    known = {
+        "x0": d.x0, "xt": d.xt, "x_t": d.xt, "r": d.r, "adv": d.r, "advantages": d.r, "reward_prob": d.r, "reward_std": d.r,
+        "loss_mask": d.mask, "algorithm": {}, "adv_clip_range": (-CLIP, CLIP), "use_adaptive_weight": True,
+    }  # fmt: skip
+    required = [p for p in inspect.signature(call).parameters.values() if p.default is p.empty]
+    given = {p.name: known.get(p.name, 0.1 if p.annotation is float else d.x0) for p in required}
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(**given | change)

@@ -60,13 +60,20 @@ def toy_case(overrides):
 
 
 @pytest.mark.parametrize("make", [wan_case, toy_case])
-@pytest.mark.parametrize("overrides", [["update.v_old=ema"], ["update.v_old=self", "rollout.steps=1000,500"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["update.v_old=ema"],
+        ["update.v_old=self", "rollout.steps=1000,500"],
+        ["update.v_old=self", "rollout.steps=1000,500", "rollout.first_chunk_steps=1000,750,250"],
+    ],
+)
 def test_rollout(make, overrides):
     config, made, formula = make(overrides)
     run = Run(config, new_state(config, made))
     average = config.update.v_old == "ema"
     call = lambda: sample_policy(run, PROMPTS, generator(0, 0, "test"), average)
-    assert formula.rollout(2, len(config.rollout.steps), 4).flops == counted(call)
+    assert formula.rollout(2, config.rollout, 4).flops == counted(call)
 
 
 @pytest.mark.parametrize("make", [wan_case, toy_case])
@@ -106,7 +113,7 @@ def test_the_13b_student(monkeypatch):
     config = RolloutConfig(steps=(1000, 500))
     sample = lambda: rollout(student, student.encode_text(words), x, config, renoise=renoise)
     with torch.no_grad():
-        assert s.rollout(1, 2, 256).flops == counted(sample)
+        assert s.rollout(1, config, 256).flops == counted(sample)
     monkeypatch.setattr(flops, "ATTENTION_BACKWARD", 2.0)  # on meta it is not a flash kernel: no scores to recompute
     backward = flops.total(s.backward(1, index, 256) for index in range(2)) + s.encode(1, 256, backward=True)
     expected = s.encode(1, 256) + s.velocity(1, 256) + backward

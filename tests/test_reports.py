@@ -192,8 +192,8 @@ def result_of(rows, prompts=8):
          "AFD is better than the base student: physics residual 1.200 → 0.500, teacher 0.100 (-0.665, 95 % interval -0.6"),
         (rows_of(PHYSICS, residual_px=(1.2, 1.5, 0.1)), [1.2] * 8, [1.5 + 0.01 * i for i in range(8)], "AFD is worse than"),
         (rows_of(PHYSICS, residual_px=(1.2, 1.19, 0.1)), [1.0] * 8, [0.5, 1.5] * 4, "No change can be told: physics residual"),
-        (rows_of(CLIPS, dynamic=(5.0, 3.0, 1.0)), [5.0] * 8, [3.0 + 0.01 * i for i in range(8)], "AFD is better than the base"),
-        (rows_of(CLIPS, dynamic=(5.0, 7.0, 1.0)), [5.0] * 8, [7.0 + 0.01 * i for i in range(8)], "AFD is worse than the base"),
+        (rows_of(CLIPS, dynamic=(5.0, 3.0, 1.0)), [5.0] * 8, [3.0 + 0.01 * i for i in range(8)], "AFD moved towards the teacher: dynamic"),
+        (rows_of(CLIPS, dynamic=(5.0, 7.0, 1.0)), [5.0] * 8, [7.0 + 0.01 * i for i in range(8)], "AFD moved away from the teacher: dynamic"),
         (rows_of(CLIPS, dynamic=(5.0, 5.0, 1.0)), [5.0], [5.0], "The student did not change: after 40 iterations every score"),
     ],
 )  # fmt: skip

@@ -78,7 +78,8 @@ def test_clips_are_as_long_as_the_teachers_and_see_the_frames_before():
 @pytest.mark.parametrize("v_old", ["self", "ema"])
 def test_gradient_is_that_of_the_active_clips_with_rewards_of_their_own(monkeypatch, v_old):
     recipe = nft_recipe({"self": "afd", "ema": "diffusionnft"}[v_old], beta=0.1, ref_coef=0.1)
-    config = changed(CONFIG, update__v_old=v_old, loss=recipe)
+    rope = {"self": "absolute", "ema": "relative"}[v_old]
+    config = changed(CONFIG, update__v_old=v_old, loss=recipe, rollout__rope=rope)
     run = make_run(config, double=True)
     state, student = run.state, run.family.student
     if v_old == "ema":

@@ -4,6 +4,10 @@ Legend: B samples.
 """
 
 import functools
+import inspect
+import numbers
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from afd_kernels.layout import Row
@@ -13,6 +17,8 @@ from typing_extensions import Unpack
 from afd_fast.ops.nft_operators import STATISTICS, Sums
 from afd_fast.reference.recipes import NFTRecipe, RecipeFields, RecipeName, nft_recipe
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
 PRIOR, OLD_PRIOR = int(Row.PRIOR), int(Row.OLD_PRIOR)  # torch.compile takes no IntEnum as an index
 Terms = dict[str, Tensor]  # the trainer's name -> a detached scalar, on the device of the loss
 
@@ -25,6 +31,24 @@ def recipe(name: RecipeName, **settings: Unpack[RecipeFields]) -> NFTRecipe:
     if torch.compiler.is_compiling():  # which warns of caches, and makes it once anyway
         return nft_recipe(name, **settings)
     return _kept_recipe(name, **settings)
+
+
+def checked(function: Callable[P, Result]) -> Callable[P, Result]:
+    """The function, with a TypeError for an argument that is no tensor or no number, under the trainer's name for it."""
+    kinds = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
+    names = tuple(kinds)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+        for name, x in (*zip(names, args), *kwargs.items()):
+            kind = kinds.get(name)
+            if kind is Tensor and not isinstance(x, Tensor):
+                raise TypeError(f"{function.__name__}: {name} must be a tensor, got {type(x).__name__}")
+            if kind is float and not isinstance(x, (float, numbers.Real, Tensor)):
+                raise TypeError(f"{function.__name__}: {name} must be a number, got {x!r}")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def per_sample(name: str, x: Tensor, v: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ predictions); the terms are detached scalars on its device, and nothing synchron
 Every function raises ValueError or TypeError as `afd_fast.nft_loss` does, and for an r or a mask with several values per sample.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from afd_kernels.layout import Row
 from torch import Tensor
 
-from afd_fast.dropin.terms import Terms, measured, per_sample, recipe, renamed
+from afd_fast.dropin.terms import Terms, checked, measured, per_sample, recipe, renamed
 from afd_fast.ops.nft import nft_sums
 from afd_fast.reference.nft_inputs import NFTInputs
 from afd_fast.reference.recipes import NFTRecipe, Weighting
@@ -40,6 +40,7 @@ def _logged(true_policy_loss: bool) -> dict[str, str]:
     return LOGGED | ({"policy_loss": "policy"} if true_policy_loss else {})
 
 
+@checked
 def diffusionnft(
     forward_prediction: Tensor, old_prediction: Tensor, ref_forward_prediction: Tensor, x0: Tensor, xt: Tensor,
     t_expanded: Tensor, r: Tensor, *, beta: float, kl_beta: float, adv_clip_max: float, true_policy_loss: bool = False,
@@ -60,6 +61,7 @@ def diffusionnft(
     return loss, renamed(found, **_logged(true_policy_loss))
 
 
+@checked
 def gardo(
     forward_prediction: Tensor, old_prediction: Tensor, ref_forward_prediction: Tensor, x0: Tensor, xt: Tensor,
     t_expanded: Tensor, r: Tensor, reward_std: Tensor, *, beta: float, kl_beta: float, adv_clip_max: float,
@@ -77,6 +79,7 @@ def gardo(
     return loss, renamed(found, **_logged(true_policy_loss))
 
 
+@checked
 def edit_r1(
     forward_prediction: Tensor, old_prediction: Tensor, ref_forward_prediction: Tensor, x0: Tensor, xt: Tensor,
     t_expanded: Tensor, r: Tensor, valid_mask: Tensor, *, beta: float, kl_beta: float, adv_clip_max: float,
@@ -95,6 +98,7 @@ def edit_r1(
     return loss, renamed(found, **_logged(true_policy_loss) | {"kl_div": "kl"})
 
 
+@checked
 def fastvideo(
     forward_prediction: Tensor, old_prediction: Tensor, ref_forward_prediction: Tensor, x0: Tensor, xt: Tensor,
     t_expanded: Tensor, r: Tensor, *, nft_beta: float, kl_beta: float, adv_clip_max: float,
@@ -115,6 +119,7 @@ def fastvideo(
     return loss, {"total_loss": loss} | terms
 
 
+@checked
 def cosmos_rl(
     forward_prediction: Tensor, old_prediction: Tensor, ref_forward_prediction: Tensor, x0: Tensor, xt: Tensor,
     t_expanded: Tensor, r: Tensor, *, nft_beta: float, kl_beta: float, advantage_high: float,
@@ -135,6 +140,7 @@ def cosmos_rl(
     )  # fmt: skip
 
 
+@checked
 def verl_omni(
     forward_prediction: Tensor, old_prediction: Tensor, ref_forward_prediction: Tensor, x0: Tensor, xt: Tensor,
     t_expanded: Tensor, reward_prob: Tensor, *, mix_beta: float, ref_kl_coef: float, adv_clip_max: float,
@@ -145,7 +151,7 @@ def verl_omni(
     Args: as `diffusionnft` with packed latents [B, S, D]; t_expanded: [B, 1, 1] or like x0. reward_prob: [B, ...] in [0, 1],
         of which a sample takes the mean. Settings: those of config.diffusion_loss.
     """
-    r = reward_prob.flatten(1).mean(1) if isinstance(reward_prob, Tensor) and reward_prob.ndim > 1 else reward_prob
+    r = reward_prob.flatten(1).mean(1) if reward_prob.ndim > 1 else reward_prob
     loss, found = _loss(
         forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r.to(x0.device, x0.dtype),
         recipe("verl_omni", beta=mix_beta, ref_coef=ref_kl_coef, adv_clip=adv_clip_max, weight_floor=adaptive_weight_min),
@@ -155,9 +161,10 @@ def verl_omni(
     return loss, renamed(found, **{f"actor/{name}": x for name, x in names.items()})
 
 
+@checked
 def flow_factory(
     new_v_pred: Tensor, old_v_pred: Tensor, ref_v_pred: Tensor | None, clean_latents: Tensor, noised_latents: Tensor,
-    sigma_broadcast: Tensor, r: Tensor, *, nft_beta: float, kl_beta: float, adv_clip_range: tuple[float, float],
+    sigma_broadcast: Tensor, r: Tensor, *, nft_beta: float, kl_beta: float, adv_clip_range: Sequence[float],
 ) -> tuple[Tensor, Terms]:  # fmt: skip
     """X-GenGroup/Flow-Factory, src/flow_factory/trainers/nft.py.
 
@@ -165,15 +172,18 @@ def flow_factory(
         sigma_broadcast: [B, 1, 1, 1] in [0, 1]. r: [B] or [B, 1, 1, 1].
     Returns: as all; the terms kl_div [B] and kl_loss are there with ref_v_pred only.
     """
-    low, high = (float(end) for end in adv_clip_range)
+    if not isinstance(adv_clip_range, Sequence) or len(adv_clip_range) != 2:
+        raise ValueError(f"flow_factory: adv_clip_range must be (low, high), got {adv_clip_range!r}")
+    low, high = adv_clip_range
     loss, found = _loss(
         new_v_pred, old_v_pred, ref_v_pred, clean_latents, noised_latents, sigma_broadcast, r,
-        recipe("flow_factory", beta=nft_beta, ref_coef=kl_beta, adv_clip=(low, high)),
+        recipe("flow_factory", beta=nft_beta, ref_coef=kl_beta, adv_clip=(float(low), float(high))),
     )  # fmt: skip
     terms = renamed(found, policy_loss="policy", unweighted_policy_loss="unweighted", loss="total")
     return loss, terms if ref_v_pred is None else terms | {"kl_div": found["kl_each"], "kl_loss": kl_beta * found["kl"]}
 
 
+@checked
 def unirl(
     new_pred: Tensor, old_pred: Tensor, x0: Tensor, xt: Tensor, t_exp: Tensor, r: Tensor, adv: Tensor, *, beta: float,
     adv_clip_max: float, use_adaptive_weight: bool,
@@ -196,6 +206,7 @@ def unirl(
     )  # fmt: skip
 
 
+@checked
 def astrolabe(
     forward_pred_x0: Tensor, old_pred: Tensor, ref_pred_x0: Tensor, batch_latents_x0: Tensor, r: Tensor,
     reward_std: Tensor | None = None, *, beta: float, kl_beta: float,
@@ -217,6 +228,7 @@ def astrolabe(
     return loss, renamed(found, **names | ({} if chosen is None else {"kl_div": "kl_all"}))
 
 
+@checked
 def rlinf(
     v_theta: Tensor, v_old: Tensor, x0: Tensor, x_t: Tensor, t_bc: Tensor, advantages: Tensor, loss_mask: Tensor,
     algorithm: Mapping[str, Any], *, noise_level: Tensor | float = 0.0,
@@ -231,7 +243,10 @@ def rlinf(
     Raises: ValueError for a setting that the trainer has and this call has not: nft_loss_form "dpo", nft_clip_ratio, other
         weights than adaptive and constant, the target "xnext", two weight scales, a stochastic sampler.
     """
-    setting = lambda name, default: algorithm.get(name, default)
+    if not isinstance(algorithm, Mapping) or not isinstance(noise_level, (Tensor, int, float)):
+        given = type(noise_level if isinstance(algorithm, Mapping) else algorithm).__name__
+        raise TypeError(f"rlinf: algorithm must be a mapping and noise_level a tensor or a number, got a {given}")
+    setting = algorithm.get
     for name, default, known in (
         ("nft_target_space", "xnext", ("x0",)), ("nft_loss_form", "dpo", ("mse",)), ("nft_clip_ratio", None, (None,)),
         ("nft_weight_mode", "auto", ("auto", "adaptive", "constant")),
@@ -255,7 +270,7 @@ def rlinf(
     v, old, clean, noised, t = (x.flatten(0, axes - 1) for x in (v_theta, v_old, x0, x_t, t))
     loss, _, rows = nft_sums(
         v, clean, r, t, {"x_t": noised, "v_old": old, "sample_mask": keep},
-        recipe("diffusionnft", beta=float(setting("nft_beta", 1.0)),
+        recipe("diffusionnft", beta=setting("nft_beta", 1.0),
                adv_clip=float(setting("adv_clip_max", 1.0)) * weight,
                sample_reduction=setting("nft_energy_reduction", "mean"),
                weighting="none" if setting("nft_weight_mode", "auto") == "constant" else "adaptive"),
@@ -282,5 +297,5 @@ def _aligned(name: str, x: Tensor, each: tuple[int, ...]) -> Tensor:
     if len(each) == 1:
         return x[:, 0]
     if x.shape[1] not in (1, each[1]):
-        raise ValueError(f"{name} must have 1 or {each[1]} values per sample, got {x.shape[1]}")
+        raise ValueError(f"{name} must have one value per sample or one per frame ({each[1]}), got {x.shape[1]}")
     return x.expand(each).reshape(-1)

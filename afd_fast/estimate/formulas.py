@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from afd_fast.config import TrainConfig
+from afd_fast.sampler import RolloutConfig
 from afd_fast.students.toy.model import ToyConfig
 from afd_fast.students.wan.layers import PATCH, CausalWanConfig
 
@@ -204,11 +205,12 @@ class Student:
         linears = self.stack.linears + (self.text_linears if self.text_adapted else ())
         return self.stack.layers * total(product(o, rank, i, 4) for i, o in linears)
 
-    def rollout(self, b: int, steps: int, rank: int) -> Work:
+    def rollout(self, b: int, config: RolloutConfig, rank: int) -> Work:
         """Denoising steps and the cache pass of every chunk but the last, adapters merged; the prompt is encoded before."""
-        passes = [steps + (index + 1 < self.chunks) for index in range(self.chunks)]
-        times = 0 if self.tabled else None
-        tables = self.plain(steps + (self.chunks > 1), self.time) if self.tabled else Work()
+        first = config.first_chunk_steps or config.steps
+        passes = [len(config.steps if index else first) + (index + 1 < self.chunks) for index in range(self.chunks)]
+        times, known = 0 if self.tabled else None, len({*config.steps, *first}) if self.chunks > 1 else len(first)
+        tables = self.plain(known + (self.chunks > 1), self.time) if self.tabled else Work()
         run = total(n * self.forward(b, index, times=times) for index, n in enumerate(passes))
         return self.encode(b, rank) + self.merge(rank) + tables + run
 

@@ -271,12 +271,12 @@ def estimate(config: TrainConfig) -> Estimate:
     family, s = net.family, net.formulas
     judge = judged(config, family)
     text = formulas.text_encoder(config.prompts_per_step // shards, s.text_len) if net.real else Work()
-    trained, steps = sum(p.numel() for p in trainable(family.student).values()), len(config.rollout.steps)
+    trained, sampler = sum(p.numel() for p in trainable(family.student).values()), config.rollout
     whole = student_traffic(family, b)
     graph = whole if rows == b else student_traffic(family, rows)
     phases = {
         "prompts": shards * text,
-        "rollout": shards * (s.rollout(b, steps, config.student.lora_rank) + whole.rollout(steps)),
+        "rollout": shards * (s.rollout(b, sampler, config.student.lora_rank) + whole.rollout(sampler)),
         "decode": shards * b * measured.decode,
         "discriminator": config.discriminator.steps * (shards * judge.update + Work(bytes=OPTIMISER * judge.trained)),
         "score": shards * judge.score,

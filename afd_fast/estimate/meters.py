@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from afd_fast.estimate.formulas import Work, work
+from afd_fast.sampler import RolloutConfig
 from afd_fast.students import CausalWan
 from afd_fast.students.lora import disabled
 from afd_fast.students.student import Family, StudentModule
@@ -161,9 +162,11 @@ class Traffic:
     backward: int
     more: int
 
-    def rollout(self, steps: int) -> Work:
+    def rollout(self, config: RolloutConfig) -> Work:
         """Denoising steps and the cache pass of every chunk but the last."""
-        return Work(light=(self.chunks * (steps + 1) - 1) * self.plain)
+        first = config.first_chunk_steps or config.steps
+        passes = self.chunks * (len(config.steps) + 1) - 1 + len(first) - len(config.steps)
+        return Work(light=passes * self.plain)
 
     def velocity(self, pass_: int) -> Work:
         """Every noised chunk and the clean ones before the last, without a gradient."""

@@ -19,10 +19,20 @@ class _Measured(NamedTuple):
     variance: float
 
 
+def _pixels(clip: np.ndarray) -> np.ndarray:
+    """A clip uint8 in [0, 1]."""
+    return (clip.astype(np.float32) / np.float32(255)).astype(np.float64)
+
+
+def _change(x: np.ndarray) -> np.ndarray:
+    """Mean absolute change between the frames of a clip [3, F, H, W]: [F - 1]."""
+    return np.abs(np.diff(x, axis=1)).mean((0, 2, 3))
+
+
 def _measured(clip: np.ndarray) -> _Measured:
     """Of a clip [3, F, H, W]."""
-    x = (clip.astype(np.float32) / np.float32(255)).astype(np.float64)
-    change = np.abs(np.diff(x, axis=1)).mean((0, 2, 3))  # [F - 1]
+    x = _pixels(clip)
+    change = _change(x)
     features = np.concatenate([x.mean((2, 3)).ravel(), change])
     return _Measured(features, float(change.mean()), float(x.mean()), float(x.var()))
 
@@ -47,4 +57,4 @@ def evaluate(clips: np.ndarray, reference: np.ndarray) -> dict[str, float]:
 
 def dynamic(clips: np.ndarray) -> np.ndarray:
     """Of every clip [N, 3, F, H, W] uint8 the mean absolute change between frames, percent of the range: [N]."""
-    return 100 * np.array([_measured(x).change for x in clips])
+    return 100 * np.array([_change(_pixels(x)).mean() for x in clips])

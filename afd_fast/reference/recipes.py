@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Literal, TypedDict
 
+import torch
 from typing_extensions import Unpack
 
 from afd_fast.errors import check_fields
@@ -191,8 +192,10 @@ def nft_recipe(name: RecipeName, **overrides: Unpack[RecipeFields]) -> NFTRecipe
     return replace(RECIPES[name], **overrides) if overrides else RECIPES[name]
 
 
-# torch.compile calls it once, while it traces; the decorator torch.compiler.assume_constant_result would import Dynamo
-nft_recipe._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# torch.compile calls it once, while it traces; the decorator torch.compiler.assume_constant_result would import Dynamo.
+# PyTorch 2.6 fails at that; unmarked, its graph breaks here.
+if torch.__version__ >= "2.7":
+    nft_recipe._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def as_recipe(recipe: RecipeName | NFTRecipe) -> NFTRecipe:

@@ -156,6 +156,8 @@ def verdict(result: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]])
     if low <= 0 <= high:
         return f"No change can be told: {name} {values} ({interval})."
     good = gain(key, base[key], student[key], teacher.get(key, math.nan)) > 0
+    if SCORES[key][1] == "teacher":  # which alone does not make a better video
+        return f"{method} moved {'towards' if good else 'away from'} the teacher: {name} {values} ({interval})."
     return f"{method} is {'better' if good else 'worse'} than the base student: {name} {values} ({interval})."
 
 

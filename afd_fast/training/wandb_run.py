@@ -12,11 +12,16 @@ from afd_fast.errors import ConfigError, extra
 from afd_fast.students.files import first_line
 from afd_fast.video_io import gif
 
+REMEDY = "run `wandb login`, or set WANDB_MODE=offline and `wandb sync` the folder later"
+
 
 def check_wandb() -> None:
-    """MissingExtra where the package is not installed."""
+    """MissingExtra where the package is not installed, ConfigError where it has no account to send to. Nothing is sent."""
     with extra("wandb"):
-        import wandb  # noqa: F401
+        import wandb
+
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+        raise ConfigError(f"logger=wandb has no API key: {REMEDY}")
 
 
 class WandbRun:
@@ -37,9 +42,7 @@ class WandbRun:
                 config=dict(config), settings=settings,
             )  # fmt: skip
         except (wandb.Error, OSError) as error:
-            raise ConfigError(
-                f"logger=wandb: {first_line(error)}: run `wandb login`, or set WANDB_MODE=offline and `wandb sync` the folder later"
-            ) from error
+            raise ConfigError(f"logger=wandb: {first_line(error)}: {REMEDY}") from error
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Values by tag."""

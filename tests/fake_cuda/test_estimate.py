@@ -15,6 +15,7 @@ import torch
 from afd_fast.config import with_overrides
 from afd_fast.discriminators.videoalign.model import qwen2_vl_2b
 from afd_fast.estimate import formulas, iteration, meters
+from afd_fast.sampler import RolloutConfig
 from afd_fast.training import runs
 from tests.fake_cuda import device
 from tests.fake_cuda.count import counted
@@ -37,7 +38,7 @@ def test_student(networks):
     traffic = meters.student_traffic(networks.family, 1)
     with fake_cuda() as log:
         counted("rollout", log, size="1.3b", layers=LAYERS, frames=FRAMES)
-        assert traffic.rollout(4).light == pytest.approx(log.all.light, rel=0.05)
+        assert traffic.rollout(RolloutConfig()).light == pytest.approx(log.all.light, rel=0.05)
     found = []
     for frames in (3, FRAMES):  # the first chunk alone, and after another
         with fake_cuda() as log:

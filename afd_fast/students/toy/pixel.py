@@ -52,12 +52,12 @@ def augmented(videos: Tensor) -> Tensor:
     """Clips [B, 3, F, H, W] in [0, 1], each mirrored, cropped, brightened and tinted at random."""
     size, out = videos.shape[3:], []
     for video in videos:
-        scale = SMALLEST_CROP + (1 - SMALLEST_CROP) * torch.rand(()).item()
+        scale = SMALLEST_CROP + (1 - SMALLEST_CROP) * torch.rand((), dtype=torch.float32).item()
         height, width = (max(1, round(side * scale)) for side in size)
         top, left = (int(torch.randint(0, a - b + 1, ()).item()) for a, b in zip(size, (height, width)))
         part = video[:, :, top : top + height, left : left + width].transpose(0, 1)
         x = F.interpolate(part, tuple(size), mode="bilinear", align_corners=False).transpose(0, 1)
-        x = x.flip(-1) if torch.rand(()).item() < MIXED else x
+        x = x.flip(-1) if torch.rand((), dtype=torch.float32).item() < MIXED else x
         gain = 1 + BRIGHTNESS * (2 * torch.rand(3, 1, 1, 1, dtype=torch.float32) - 1)
         out.append((x * gain).clamp(0, 1))
     return torch.stack(out)
