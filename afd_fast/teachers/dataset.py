@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
-from afd_fast.teachers import api, physics
+from afd_fast.teachers import physics
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.teacher import TEACHERS, Request, Teacher, hold_out
@@ -116,6 +116,8 @@ def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
     if kind == "folder" and rest:
         return FolderTeacher(rest, frames=video.frames, size=size, fps=video.fps)
     if kind == "api" and rest:
+        from afd_fast.teachers import api  # its HTTP client is not in [demo]
+
         return api.from_file(rest, frames=video.frames, size=size, fps=video.fps)
     known = "".join(f' or "{name}:..."' for name in TEACHERS)
     raise ConfigError(f'teacher must be "physics" or "folder:PATH" or "api:FILE"{known}, got {spec!r}')
