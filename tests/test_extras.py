@@ -124,6 +124,15 @@ def test_a_package_that_is_missing_later_is_one_line_too(tmp_path):
     assert (done.stderr, done.returncode) == (expected, 2)
 
 
+def test_the_demo_imports_nothing_of_other_extras():
+    """What `afd-fast demo` loads before its run, with the packages of [demo] alone: the teacher's client is [train]'s."""
+    pytest.importorskip("typer", reason="needs the extras")
+    absent = set(EXTRAS["train"]) - set(EXTRAS["demo"])
+    code = "import afd_fast.teachers.dataset, afd_fast.training.trainer, afd_fast.reports, afd_fast.students.toy.family"
+    done = without(absent, f"{code}; print('loaded')")
+    assert done.stdout == "loaded\n", done.stderr
+
+
 @pytest.mark.parametrize("statement", [
     "from afd_fast.students import load_student", "from afd_fast.training import train",
     "from afd_fast.discriminators import load_video_reward", "from afd_fast.rollout import rollout",
