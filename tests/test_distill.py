@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from afd_fast.cli import doctor
+from afd_fast.cli import common, doctor
 from afd_fast.cli.main import main
 from afd_fast.errors import ConfigError
 from afd_fast.students.student import StudentConfig, family
@@ -21,7 +21,7 @@ from afd_fast.video_io import VideoFormat, format_of, write_video
 def say(monkeypatch, capsys, tmp_path):
     """Runs a command in an empty folder: (exit status, what it printed, in one line)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(common.console, "width", 300)
 
     def command(line):
         monkeypatch.setattr(sys, "argv", ["afd-fast", *shlex.split(line)])

@@ -42,7 +42,7 @@ def run(tmp_path):
         clips[name][:, :, channel] = torch.tensor([60, 120, 180, 240], dtype=torch.uint8)[:, None, None]
     prompts = ["a ball", "another ball " * 20]
     save_file(clips, tmp_path / "samples.safetensors", {"prompts": json.dumps(prompts), "fps": "10"})
-    (tmp_path / "result.json").write_text(json.dumps({"config": {"method": "sft"}}))
+    (tmp_path / "result.json").write_text(json.dumps({"config": {"method": "sft"}, "rows": {}}))
     return tmp_path
 
 

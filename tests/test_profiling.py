@@ -20,7 +20,7 @@ DOC = (ROOT / "docs/profiling.md").read_text()
 STUB = """#!{python}
 import os, sys
 words = sys.argv[1:]
-print("PROFILER", *words)
+print("PROFILER", *words, flush=True)
 while words and words[0] != {python!r}:
     words = words[1:]
 if words:

@@ -72,11 +72,21 @@ def clips_of(samples: Samples, method: str) -> Iterator[Clip]:
             yield Clip(panels, f"{prompt}: base student, {method} and teacher next to each other, clip {i + 1}")
 
 
+def read_result(run: Path) -> dict[str, Any]:
+    """result.json of a finished run. ConfigError where it is missing, or holds something else."""
+    result = read_json(run / "result.json")
+    if not isinstance(result, dict) or not {"config", "rows"} <= result.keys():
+        raise ConfigError(
+            f"{run / 'result.json'} holds no result of a run: continue the run with --resume to make it again"
+        )
+    return result
+
+
 def write_report(run: str | Path) -> Path:
     """report.html of a finished run folder, and the folder report.videos where they do not fit into it. ConfigError for
     another folder."""
     run = Path(run)
-    result, path = read_json(run / "result.json"), run / "report.html"
+    result, path = read_result(run), run / "report.html"
     metrics, evaluations = read_rows(run / "metrics.jsonl"), read_rows(run / "evaluations.jsonl")
     method, teacher = result["config"]["method"], result["rows"]["teacher"]
     judged = "residual_px" in teacher
