@@ -28,6 +28,10 @@ class ConfigError(AFDError, ValueError):
     exit_code = 2
 
 
+class MissingFileError(FileNotFoundError, ConfigError):
+    """A file, folder or repository that a checkpoint needs and that is not there; the message names it."""
+
+
 class VideoError(AFDError, ValueError):
     """A file or tensor that holds no usable video; the message names it."""
 

@@ -79,9 +79,12 @@ def test_it_trains_from_files_to_report_and_continues(say, videos, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(base.student.parameters(), made.student.parameters()))
     status, said = say(f"{line} --resume".replace("iterations=2", "iterations=3"))
     assert status == 0 and "resuming after iteration 2" in said and "as it is" in said
+    status, said = say(f"{line} --resume".replace("--steps 40", "--steps 41").replace("iterations=2", "iterations=3"))
+    assert status == 2 and "or was not made with these videos, --size, --frames, --fps and --steps" in said
     shutil.rmtree(run)
-    status, said = say(line.replace("16x24", "16x16"))
-    assert status == 2 and "makes 6 frames of 16x24 at 8 fps: give the same --size" in said
+    status, said = say(line.replace("16x24", "16x16"))  # the base of a run that is gone, of another size
+    assert status == 0 and "as it is" not in said
+    assert pixel.load(run.with_name("distill-mine.base.safetensors")).video == VideoFormat(6, 16, 16, 8.0)
 
 
 @pytest.mark.parametrize(

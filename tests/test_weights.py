@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from afd_fast.discriminators.videoalign.checkpoints import load_video_reward
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, MissingFileError
 from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
-from afd_fast.students.files import MissingFileError
 from afd_fast.students.toy import shipped
 from afd_fast.students.wan.checkpoints import clean_keys, from_diffusers, to_diffusers
 from afd_fast.students.wan.text import TextEncoder

@@ -1,5 +1,6 @@
 """`afd-fast distill`: a small student of a user's own videos, on any machine."""
 
+import hashlib
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from afd_fast.cli.common import Keys, Out, Overwrite, Resume, check_writable, console, run
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from afd_fast.config import TrainConfig
     from afd_fast.teachers.folder import FolderTeacher, Found
     from afd_fast.video_io import VideoFormat
@@ -73,17 +76,36 @@ def distill(
     from afd_fast.training.run_folder import check_folder
 
     check_folder(out, config, overwrite=overwrite, resume=resume)
-    if base.exists() and not overwrite:
-        made = pixel.load(base).video
-        if made != video:
-            raise ConfigError(
-                f"{base} makes {made.frames} frames of {made.height}x{made.width} at {made.fps:g} fps: give the same --size, --frames "
-                "and --fps, another --out, or --overwrite"
-            )
+    clips = _clips(teacher)
+    made = f"{video}, {steps} steps, seed {config.seed}, videos {_digest(clips)}"
+    if base.exists() and pixel.made_by(base) == made:
         console.print(f"base student: {escape(str(base))}, as it is")
+    elif resume:
+        raise ConfigError(
+            f"{base} is missing, or was not made with these videos, --size, --frames, --fps and --steps: give those of the run, or "
+            "start again with --overwrite"
+        )
     else:
-        _pretrain(teacher, video, base, steps, config.seed)
+        _pretrain(clips, video, base, steps, config.seed, made)
     run(config, out, overwrite, resume)
+
+
+def _clips(teacher: "FolderTeacher") -> "dict[str, Tensor]":
+    """The training videos by prompt, [M, 3, F, H, W] uint8."""
+    import torch
+
+    from afd_fast.video_io import to_uint8
+
+    return {
+        p: torch.stack([to_uint8(teacher(p, s)) for s in teacher.seeds(p, range(8))]) for p in teacher.split().train
+    }
+
+
+def _digest(clips: "dict[str, Tensor]") -> str:
+    found = hashlib.sha256()
+    for prompt, videos in clips.items():
+        found.update(prompt.encode() + videos.numpy().tobytes())
+    return found.hexdigest()
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -153,18 +175,14 @@ def _say(config: "TrainConfig", video: "VideoFormat", base: Path, steps: int) ->
         )
 
 
-def _pretrain(teacher: "FolderTeacher", video: "VideoFormat", base: Path, steps: int, seed: int) -> None:
+def _pretrain(clips: "dict[str, Tensor]", video: "VideoFormat", base: Path, steps: int, seed: int, made: str) -> None:
     """Make the base student's file; it appears whole or not at all."""
-    import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from afd_fast.files.durable import settle
     from afd_fast.students.toy import pixel
-    from afd_fast.video_io import to_uint8
 
     check_writable(base)
-    train = teacher.split().train
-    clips = {p: torch.stack([to_uint8(teacher(p, s)) for s in teacher.seeds(p, range(8))]) for p in train}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
         task = progress.add_task("base student", total=steps, loss=0.0)
@@ -172,7 +190,12 @@ def _pretrain(teacher: "FolderTeacher", video: "VideoFormat", base: Path, steps:
         def report(step: int, of: int, loss: float) -> None:
             progress.update(task, completed=step, loss=loss)
 
-        student = pixel.pretrain(clips, video, steps, seed=seed, report=report)
+        try:
+            student = pixel.pretrain(clips, video, steps, seed=seed, report=report)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "stopped before the base student was made, of which nothing is kept: start again"
+            ) from None
     partial = base.with_suffix(".part")
-    pixel.save(student, video, partial, f"{steps} steps on augmentations of {teacher.name}, seed {seed}")
+    pixel.save(student, video, partial, made)
     settle(partial, base)

@@ -13,14 +13,10 @@ from typing import Any
 
 import torch
 
-from afd_fast.errors import ConfigError, extra
+from afd_fast.errors import ConfigError, MissingFileError, extra
 
 # suffixes of files; the name of a repository has none of them
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-
-
-class MissingFileError(FileNotFoundError, ConfigError):
-    """A file, folder or repository that a checkpoint needs and that is not there; the message names it."""
 
 
 def first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from afd_fast.students.student import StudentConfig
 
 
 def demo() -> TrainConfig:
-    """The embedded main job, as `demo_lagged`. Over 3 seeds both readings of the paper score the same (README)."""
+    """The embedded main job, as `demo_lagged`. Over 3 seeds both readings of the paper reach the same physics (docs/results.md)."""
     return TrainConfig()
 
 

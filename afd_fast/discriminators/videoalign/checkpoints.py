@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from afd_fast.discriminators.videoalign.inputs import REWARD_TOKENS, read_template
 from afd_fast.discriminators.videoalign.model import NAMES, RewardOptions, RewardSettings, VideoReward, qwen2_vl_2b
-from afd_fast.errors import ConfigError, extra
+from afd_fast.errors import ConfigError, MissingFileError, extra
 from afd_fast.files.text import read_json
-from afd_fast.students.files import MissingFileError, loading, local_copy, read_tensors
+from afd_fast.students.files import loading, local_copy, read_tensors
 from afd_fast.students.lora import merge_lora_state
 
 with extra("train"):

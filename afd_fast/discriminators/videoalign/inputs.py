@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, MissingFileError
 from afd_fast.files.text import read_text
-from afd_fast.students.files import MissingFileError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -83,6 +83,12 @@ def save(student: ToyStudent, video: VideoFormat, path: Path, about: str) -> Non
     save_tensors(student.state_dict(), path, header)
 
 
+def made_by(path: Path) -> str:
+    """What `save` was told about the file. ConfigError for another file."""
+    with loading("pixel student", path), safe_open(path, "pt") as file:
+        return str(file.metadata()["about"])
+
+
 def load(path: Path) -> Family:
     """The family of weights that `save` or a run wrote. ConfigError for another file."""
     with loading("pixel student", path), safe_open(path, "pt") as file:

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from afd_fast.errors import ConfigError, extra
+from afd_fast.errors import ConfigError, MissingFileError, extra
 from afd_fast.files.text import read_json
-from afd_fast.students.files import MissingFileError, read_tensors
+from afd_fast.students.files import read_tensors
 from afd_fast.students.lora import Product
 
 Adapter = dict[str, Product]  # by the layer's name
