@@ -198,6 +198,15 @@ def test_doctor_of_a_run_that_can_run_and_of_one_that_cannot(say):
     assert say("doctor nonesuch")[0] == 2
 
 
+def test_doctor_counts_the_prompts_as_train_does(say, tmp_path):
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/manifest.csv").write_text("prompt,video\na,a.mp4\nb,b.mp4\n")
+    line = "afd_table3 student=tiny discriminator=toy teacher=folder:two"
+    status, said = say(f"doctor {line}")
+    assert status == 1 and "1 training prompts cannot be split into shards=8" in said
+    assert "cannot be split" not in say(f"doctor {line} shards=1")[1]
+
+
 @pytest.mark.parametrize(
     ("spoil", "what", "remedy"),
     [

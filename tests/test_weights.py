@@ -458,3 +458,8 @@ def test_prefixes_in_any_order():
         "_fsdp_wrapped_module.model._checkpoint_wrapped_module.head.modulation",
     ]
     assert [list(clean_keys({n: torch.ones(1)})) for n in names] == [["head.modulation"]] * 2
+
+
+def test_a_missing_student_is_named_before_its_base_is_downloaded():
+    with pytest.raises(MissingFileError, match=r"nope\.pt is neither a file"):
+        coder_of("nope.pt")

@@ -207,7 +207,10 @@ def sources(config: "TrainConfig") -> Iterator[Check]:
     from afd_fast.discriminators.config import DISCRIMINATORS
     from afd_fast.students.files import check_source
     from afd_fast.students.student import FAMILIES
+    from afd_fast.teachers.dataset import check_prompts
     from afd_fast.teachers.folder import read_manifest
+    from afd_fast.teachers.teacher import hold_out
+    from afd_fast.training.trainer import batch_plan
 
     kind, _, rest = config.teacher.partition(":")
 
@@ -223,7 +226,8 @@ def sources(config: "TrainConfig") -> Iterator[Check]:
 
     def teacher() -> None:
         if kind == "folder":
-            read_manifest(Path(rest))
+            prompts = list(dict.fromkeys(entry.prompt for entry in read_manifest(Path(rest))))
+            check_prompts(config.teacher, hold_out(prompts).train, batch_plan(config))
         if kind == "api" and not Path(rest).is_file():
             raise ConfigError(f"{rest} is not there: write it (docs/teachers.md)")
 

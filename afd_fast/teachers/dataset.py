@@ -95,11 +95,10 @@ class TeacherVideos:
         return parts
 
 
-def check_prompts(teacher: Teacher, plan: BatchPlan) -> None:
-    """ConfigError unless the teacher's training prompts fill every shard. Nothing is fetched."""
-    train = teacher.split().train
+def check_prompts(teacher: str, train: Sequence[str], plan: BatchPlan) -> None:
+    """ConfigError unless the training prompts of the teacher of this name fill every shard."""
     if not train:
-        raise ConfigError(f"{teacher.name} has no training prompt")
+        raise ConfigError(f"{teacher} has no training prompt")
     count = min(plan.prompts, len(train))
     if count % plan.shards:
         raise ConfigError(

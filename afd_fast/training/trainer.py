@@ -94,7 +94,7 @@ class Trainer:
         with self.progress:
             with ranks.lead_first():  # the others then find every video in the cache
                 self.data: TeacherVideos = collect(teacher, config.teacher_clips, config.codec_crf, self._track)
-            check_prompts(teacher, self.plan)  # some may have been refused
+            check_prompts(teacher.name, teacher.split().train, self.plan)  # some may have been refused
             with ranks.led():
                 self.evaluator = Evaluator(run, self.data, self._track)
         for done in list(self.progress.task_ids):
@@ -309,7 +309,7 @@ def teacher_of(run: Run, teacher: Teacher | None, cache: Path) -> Teacher:
         found = open_teacher(run.config.teacher, run.family.video, cache)
     else:
         found = CachedTeacher(teacher, cache, fit=run.family.video)
-    check_prompts(found, batch_plan(run.config))
+    check_prompts(found.name, found.split().train, batch_plan(run.config))
     prompts = list(dict.fromkeys(prompt for part in found.split() for prompt in part))
     refused = [line for prompt in prompts if (line := _refusal(run, prompt))]
     if refused:

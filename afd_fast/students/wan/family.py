@@ -12,7 +12,7 @@ from afd_fast.errors import ConfigError, extra
 from afd_fast.files.tensors import save_tensors
 from afd_fast.files.text import read_json
 from afd_fast.sampler import HOW_FAST
-from afd_fast.students.files import local_copy
+from afd_fast.students.files import check_source, local_copy
 from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
 from afd_fast.students.wan.checkpoints import Loras, load_student, save_student
 from afd_fast.students.wan.layers import CausalWanConfig
@@ -97,6 +97,7 @@ def coder_of(student: str, base: str | None = None) -> Coder:
     """The VAE that comes with a student, read without its weights. ConfigError for one that is not Wan's."""
     if student == "tiny":
         return Coder(16, 8, FPS)
+    check_source(student)  # before the base is downloaded
     folder = local_copy(base or BASE, ["vae/config.json"])
     file = folder / "vae/config.json"
     if not file.is_file():
