@@ -15,6 +15,7 @@ from afd_fast.errors import ConfigError, MissingFileError
 from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
 from afd_fast.students.toy import shipped
 from afd_fast.students.wan.checkpoints import clean_keys, from_diffusers, to_diffusers
+from afd_fast.students.wan.family import coder_of
 from afd_fast.students.wan.text import TextEncoder
 from afd_fast.students.wan.vae import WanDecoder
 from tests import tiny_videoalign
