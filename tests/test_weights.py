@@ -15,7 +15,7 @@ from afd_fast.errors import ConfigError, MissingFileError
 from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
 from afd_fast.students.toy import shipped
 from afd_fast.students.wan.checkpoints import clean_keys, from_diffusers, to_diffusers
-from afd_fast.students.wan.family import coder_of
+from afd_fast.students.wan.family import load_networks
 from afd_fast.students.wan.text import TextEncoder
 from afd_fast.students.wan.vae import WanDecoder
 from tests import tiny_videoalign
@@ -463,4 +463,4 @@ def test_prefixes_in_any_order():
 
 def test_a_missing_student_is_named_before_its_base_is_downloaded():
     with pytest.raises(MissingFileError, match=r"nope\.pt is neither a file"):
-        coder_of("nope.pt")
+        load_networks("nope.pt")

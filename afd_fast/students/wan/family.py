@@ -97,7 +97,6 @@ def coder_of(student: str, base: str | None = None) -> Coder:
     """The VAE that comes with a student, read without its weights. ConfigError for one that is not Wan's."""
     if student == "tiny":
         return Coder(16, 8, FPS)
-    check_source(student)  # before the base is downloaded
     folder = local_copy(base or BASE, ["vae/config.json"])
     file = folder / "vae/config.json"
     if not file.is_file():
@@ -146,6 +145,7 @@ def load_networks(
             _check_fit(networks.student, student, decoder.channels, preview)
             networks.vae = decoder
         return networks
+    check_source(student)  # before the base is downloaded
     channels = coder_of(student, base).channels if decoder is None else decoder.channels  # before the student is read
     base = base or BASE
     model = load_student(student, dtype=torch.bfloat16, device=device, lora=lora)
