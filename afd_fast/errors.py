@@ -68,13 +68,19 @@ EXTRAS = {  # extra of pyproject.toml -> the modules that it brings
 }
 
 
+def not_installed(name: str) -> list[str]:
+    """The modules of an extra that are not installed."""
+    return [module for module in EXTRAS[name] if importlib.util.find_spec(module) is None]
+
+
 class MissingExtra(AFDError, ImportError):
     """`who` needs the `module` that an extra of this library brings, and it is not installed."""
 
     exit_code = 2
 
     def __init__(self, who: str, name: str, module: str) -> None:
-        missing = [m for m in EXTRAS[name] if m == module or importlib.util.find_spec(m) is None]
+        lacking = {module, *not_installed(name)}
+        missing = [m for m in EXTRAS[name] if m in lacking]
         super().__init__(
             f"{who} needs the extra [{name}]: pip install 'afd-fast[{name}]' (missing: {', '.join(missing)})"
         )

@@ -14,12 +14,9 @@ from safetensors.torch import save_file
 
 from afd_fast.errors import ConfigError
 from afd_fast.reports.picture import GAP, LABEL, write_picture
+from tests.test_examples import FEW
 
 ROOT = Path(__file__).parent.parent
-FEW = [
-    "iterations=3", "discriminator.warmup=1", "evaluation.every=3", "evaluation.rollouts=2", "rollouts_per_prompt=2",
-    "prompts_per_step=2", "teacher_clips=1",
-]  # fmt: skip
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 

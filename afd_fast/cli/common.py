@@ -33,6 +33,12 @@ def run(config: "TrainConfig", out: Path | None, overwrite: bool, resume: bool, 
         conclude(console, out, result)
 
 
+def height_width(text: str) -> tuple[int, int] | None:
+    """ "48x80" -> (48, 80); None for another text."""
+    parts = text.lower().split("x")
+    return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(part.isdecimal() for part in parts) else None
+
+
 def check_writable(path: Path) -> None:
     """OSError now, not after the minutes that make the file."""
     path.parent.mkdir(parents=True, exist_ok=True)

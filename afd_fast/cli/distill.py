@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from afd_fast.cli.common import Keys, Out, Overwrite, Resume, check_writable, console, run
+from afd_fast.cli.common import Keys, Out, Overwrite, Resume, check_writable, console, height_width, run
 from afd_fast.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from afd_fast.video_io import VideoFormat
 
 STEPS = 600  # of the base student's pretraining
+CLIPS = 8  # used of a prompt, at most
 
 
 def distill(
@@ -61,7 +62,10 @@ def distill(
         raise ConfigError(
             f"{videos}: no usable video. {'; '.join(clip.problem for clip in found) or 'the manifest is empty'}"
         )
-    height, width = _size(size) if size else pixel.size_for(statistics.median(s.width / s.height for s in shapes))
+    found_size = height_width(size) if size else pixel.size_for(statistics.median(s.width / s.height for s in shapes))
+    if found_size is None:
+        raise ConfigError(f"--size is written HEIGHTxWIDTH, such as 48x80, got {size!r}")
+    height, width = found_size
     video = VideoFormat(frames, height, width, fps)
     pixel.config_for(video)
     teacher = FolderTeacher(videos, frames=frames, size=(height, width), fps=fps)
@@ -97,7 +101,7 @@ def _clips(teacher: "FolderTeacher") -> "dict[str, Tensor]":
     from afd_fast.video_io import to_uint8
 
     return {
-        p: torch.stack([to_uint8(teacher(p, s)) for s in teacher.seeds(p, range(8))]) for p in teacher.split().train
+        p: torch.stack([to_uint8(teacher(p, s)) for s in teacher.seeds(p, range(CLIPS))]) for p in teacher.split().train
     }
 
 
@@ -108,21 +112,13 @@ def _digest(clips: "dict[str, Tensor]") -> str:
     return found.hexdigest()
 
 
-def _size(text: str) -> tuple[int, int]:
-    """ "48x80" -> (48, 80)."""
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--size is written HEIGHTxWIDTH, such as 48x80, got {text!r}")
-    return int(parts[0]), int(parts[1])
-
-
 def _config(name: str, teacher: "FolderTeacher", base: Path) -> "TrainConfig":
     """The demo's run at a size that two cores bear, with as many videos and prompts as the folder has."""
     from afd_fast.config import EvaluationConfig
     from afd_fast.students.student import StudentConfig
     from afd_fast.training import runs
 
-    demo, most = runs.demo(), max(len(teacher.seeds(p, range(8))) for p in teacher.prompts)
+    demo, most = runs.demo(), max(len(teacher.seeds(p, range(CLIPS))) for p in teacher.prompts)
     return replace(
         demo, name=name, iterations=120, teacher=teacher.name, teacher_clips=most, checkpoint_every=40,
         prompts_per_step=min(4, len(teacher.split().train)), rollouts_per_prompt=4,
@@ -177,19 +173,11 @@ def _say(config: "TrainConfig", video: "VideoFormat", base: Path, steps: int) ->
 
 def _pretrain(clips: "dict[str, Tensor]", video: "VideoFormat", base: Path, steps: int, seed: int, made: str) -> None:
     """Make the base student's file; it appears whole or not at all."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from afd_fast.files.durable import settle
-    from afd_fast.students.toy import pixel
+    from afd_fast.students.toy import pixel, shipped
 
     check_writable(base)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
-        task = progress.add_task("base student", total=steps, loss=0.0)
-
-        def report(step: int, of: int, loss: float) -> None:
-            progress.update(task, completed=step, loss=loss)
-
+    with shipped.shown(console) as report:
         try:
             student = pixel.pretrain(clips, video, steps, seed=seed, report=report)
         except KeyboardInterrupt:

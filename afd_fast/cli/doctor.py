@@ -1,6 +1,5 @@
 """`afd-fast doctor`: what this machine lacks, for everything or for one run, and how to mend it."""
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -13,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from afd_fast.cli.common import Keys, console
-from afd_fast.errors import EXTRAS, AFDError, ConfigError
+from afd_fast.errors import EXTRAS, AFDError, ConfigError, not_installed
 
 if TYPE_CHECKING:
     from afd_fast.config import TrainConfig
@@ -86,9 +85,8 @@ def machine() -> Iterator[Check]:
 
 
 def extras() -> Iterator[Check]:
-    for name, modules in EXTRAS.items():
-        missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        if missing:
+    for name in EXTRAS:
+        if missing := not_installed(name):
             yield Check(f"extra [{name}]", "note", f"missing: {', '.join(missing)}", f"pip install 'afd-fast[{name}]'")
         else:
             yield Check(f"extra [{name}]", "ok", "installed")
@@ -196,7 +194,7 @@ def packages(config: "TrainConfig") -> Iterator[Check]:
 
     small = entry(config.student.name) is not WAN and not config.teacher.startswith("api:")
     extra = "demo" if small else "train"
-    missing = [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
+    missing = not_installed(extra)
     state: Literal["ok", "fails"] = "fails" if missing else "ok"
     found = f"missing: {', '.join(missing)}" if missing else f"[{extra}] is installed"
     yield Check("packages of the run", state, found, f"pip install 'afd-fast[{extra}]'" if missing else "")

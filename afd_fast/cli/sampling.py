@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from afd_fast.cli.common import height_width
 from afd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,12 +92,12 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 
 def _latents(size: str, scale: int) -> tuple[int, int]:
     """HEIGHTxWIDTH in pixels -> latent rows and columns, which are even."""
-    parts, unit = size.lower().split("x"), 2 * scale
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 and int(part) % unit == 0 for part in parts):
+    sides, unit = height_width(size), 2 * scale
+    if sides is None or not all(side > 0 and side % unit == 0 for side in sides):
         raise ConfigError(
             f"--size takes HEIGHTxWIDTH in multiples of {unit} pixels, such as {30 * unit}x{52 * unit}; got {size!r}"
         )
-    return int(parts[0]) // scale, int(parts[1]) // scale
+    return sides[0] // scale, sides[1] // scale
 
 
 def _adapter(item: str) -> tuple[str, float]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd_fast.reference.transforms import under_func
-from afd_fast.students.lora import Adapter, lora_products
+from afd_fast.students.lora import Product, lora_products
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor | None:
@@ -68,7 +68,7 @@ def _joined(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor] | None:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return None
     bases, trained = [_base(layer) for layer in layers], torch.is_grad_enabled()
-    adapters: list[Adapter] = []
+    adapters: list[Product] = []
     for layer, base in zip(layers, bases):
         if type(base) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
             return None

@@ -87,7 +87,7 @@ def merged_lora(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class Product(NamedTuple):
-    """An adapter's addition to one linear layer: scale B A."""
+    """An adapter's addition to one linear layer: scale B A, with A [rank, in] and B [out, rank]."""
 
     a: Tensor
     b: Tensor
@@ -137,14 +137,6 @@ def merge_lora_state(state: dict[str, Tensor], lora: dict[str, Tensor], scale: f
         if set(pair) != {"A", "B"}:
             raise ValueError(f"{name} has lora_{next(iter(pair))} only")
     return merge_products(state, [{name: Product(pair["A"], pair["B"], scale) for name, pair in pairs.items()}])
-
-
-class Adapter(NamedTuple):
-    """A layer's adapter: A [rank, in], B [out, rank] and the scale of B A."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
 
 
 class _LoraProducts(torch.autograd.Function):
@@ -206,7 +198,7 @@ class _LoraProducts(torch.autograd.Function):
         return dx, dw, dbias, None, *(g for pair in zip(downs, of_ups) for g in pair)
 
 
-def lora_products(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> tuple[Tensor, ...]:
+def lora_products(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Product]) -> tuple[Tensor, ...]:
     """x W_i^T + bias_i + scale (x A_i^T) B_i^T [..., out_i] of x [..., in] for every adapter. weight, bias: of all layers, one
     after the other. All adapters have one scale."""
     rows, flat = x.flatten(0, -2), [p for adapter in adapters for p in (adapter.a, adapter.b)]
@@ -222,14 +214,14 @@ def _layer_class() -> Any:
 
     class LoraLinear(Linear):
         @property
-        def only_adapter(self) -> Adapter | None:
+        def only_adapter(self) -> Product | None:
             """The adapter, where this layer is a linear with exactly one."""
             active = [name for name in self.active_adapters if name in self.lora_A]
             if self.disable_adapters or self.merged or len(active) != 1:
                 return None
             a: Any = self.lora_A[active[0]]
             b: Any = self.lora_B[active[0]]
-            return Adapter(a.weight, b.weight, self.scaling[active[0]])
+            return Product(a.weight, b.weight, self.scaling[active[0]])
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             adapter = self.only_adapter

@@ -1,6 +1,8 @@
 """The demo's base student: shipped weights, and the run that made them."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -32,16 +34,27 @@ def load(path: Path | None = None, *, name: str = "toy") -> ToyStudent:
     return student
 
 
+@contextlib.contextmanager
+def shown(console: Console) -> Iterator[pretrain.Report]:
+    """The bar of a base student's pretraining: call it with (steps done, steps, loss)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
+        task = progress.add_task("base student", total=None, loss=0.0)
+
+        def report(step: int, of: int, loss: float) -> None:
+            progress.update(task, total=of, completed=step, loss=loss)
+
+        yield report
+
+
 def make(console: Console, out: Path, *, seed: int = 0, frames: int = FRAMES) -> ToyStudent:
     """Pretrain a base student from nothing; `out` gets the weights, with command, seed and loss as metadata."""
     losses: list[float] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
-        task = progress.add_task("base student", total=STEPS, loss=0.0)
+    with shown(console) as show:
 
         def report(step: int, of: int, loss: float) -> None:
             losses.append(loss)
-            progress.update(task, completed=step, loss=loss)
+            show(step, of, loss)
 
         student = pretrain.pretrain(STEPS, seed=seed, frames=frames, report=report)
     about = {

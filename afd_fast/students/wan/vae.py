@@ -14,6 +14,7 @@ Legend: B samples, C channels, F latent frames, H x W latent pixels, s = 8 (Wan 
 of video, s H x s W.
 """
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,8 +224,7 @@ class DecoderStream:
 
     def _placed(self, parts: tuple[Tensor, ...]) -> list[tuple[int, Tensor]]:
         """Each part with the place of its first latent frame in the video."""
-        ends = torch.tensor([0, *(part.shape[2] for part in parts)], dtype=torch.int64).cumsum(0).tolist()
-        return [(self.frames + end, part) for end, part in zip(ends, parts)]
+        return list(zip(accumulate((part.shape[2] for part in parts), initial=self.frames), parts))
 
     def _middle(self, net: Any, x: Tensor) -> Tensor:
         """Everything at the latents' size, on whole frames."""
