@@ -1,5 +1,6 @@
 """`afd-fast distill`: a user's own videos, from what it says about them to a report; and `afd-fast doctor`."""
 
+import importlib.util
 import json
 import shlex
 import shutil
@@ -222,8 +223,8 @@ def test_doctor_names_what_is_wrong(monkeypatch, spoil, what, remedy):
     from afd_fast.training import runs
 
     if spoil == "package":
-        real = doctor.importlib.util.find_spec
-        monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "pymunk" else real(name))
+        real = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pymunk" else real(name))
     if spoil == "disk":
         full = shutil.disk_usage("/")._replace(free=1000)
         monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: full)
