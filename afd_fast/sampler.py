@@ -77,15 +77,15 @@ def of_config(settings: Mapping[str, Any]) -> Sampler:
             )
         return {name: tuple(v) if isinstance(v, list) else v for name, v in settings[KEY].items()}
     found: Sampler = {}
-    for name in (_WINDOW, _SINK, _CHUNK):
-        value = settings.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ConfigError(f"{name} in config.json must be a whole number, got {value!r}: restore the file")
-    if _CHUNK in settings:
-        found["chunk"] = settings[_CHUNK]
-    if settings.get(_WINDOW, -1) > 0:  # -1: everything
-        found |= {"window": settings[_WINDOW], "sink": settings.get(_SINK) or 0}
-    policy = settings.get(_ROPE, "absolute")
+    given = {name: settings[name] for name in (_WINDOW, _SINK, _CHUNK, _ROPE) if settings.get(name) is not None}
+    for name in {_WINDOW, _SINK, _CHUNK} & given.keys():
+        if isinstance(given[name], bool) or not isinstance(given[name], int):
+            raise ConfigError(f"{name} in config.json must be a whole number, got {given[name]!r}: restore the file")
+    if _CHUNK in given:
+        found["chunk"] = given[_CHUNK]
+    if given.get(_WINDOW, -1) > 0:  # -1: everything
+        found |= {"window": given[_WINDOW], "sink": given.get(_SINK, 0)}
+    policy = given.get(_ROPE, "absolute")
     if policy not in ("absolute", "relativistic"):
         raise ConfigError(f"{_ROPE}={policy!r} in config.json is not known here: absolute and relativistic are")
     if policy == "relativistic" and found.get("sink"):  # without a sink or a window it changes nothing

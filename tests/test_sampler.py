@@ -56,6 +56,7 @@ def test_a_zero_at_the_end_is_left_out():
     ({"local_attn_size": -1, "num_frames_per_block": 1, "rope_cache_policy": "relativistic"}, {"chunk": 1}),
     ({"local_attn_size": 9, "sink_size": 3, "rope_cache_policy": "relativistic"}, {"window": 9, "sink": 3, "rope": "relative"}),
     ({"num_layers": 2}, {}),
+    ({"local_attn_size": None, "sink_size": None, "num_frames_per_block": None, "rope_cache_policy": None}, {}),
 ])  # fmt: skip
 def test_what_config_json_says(settings, sampler):
     assert of_config(settings) == sampler

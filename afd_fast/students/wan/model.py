@@ -82,8 +82,8 @@ class CausalWan(StudentModule):
             yield block
 
     def join(self) -> None:
-        """Weights whose products are one product next to each other in memory; every forward sees to it. Where FSDP owns the
-        memory they stay where they are."""
+        """Weights whose products are one product next to each other in memory. Every new text and cache see to it, and not every
+        forward: the look takes 2 ms for 30 layers. Where FSDP owns the memory they stay where they are."""
         if torch.compiler.is_compiling():
             return
         if not any(hasattr(module, "_get_fsdp_state") for module in (self, *self.blocks)):
@@ -117,6 +117,7 @@ class CausalWan(StudentModule):
     ) -> KVCache:  # fmt: skip
         """An empty cache for latents of frames x height x width; see `KVCache`. Raises ValueError for odd sizes."""
         self._check_size(height, width)
+        self.join()
         return KVCache(
             layers=self.config.num_layers,
             batch=batch,
@@ -257,7 +258,6 @@ class CausalWan(StudentModule):
         self, patches: Tensor, t: Tensor | Conditioning, text: WanText, pattern: Pattern, drop: int = 0
     ) -> Tensor:
         """Patches [B, L, 4 C] -> head output; the first `drop` frames are left out of it."""
-        self.join()
         weight = self.patch_embedding.weight
         x = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
         conditioning = t if isinstance(t, Conditioning) else self.conditioning(t)
