@@ -78,9 +78,9 @@ def of_config(settings: Mapping[str, Any]) -> Sampler:
         return {name: tuple(v) if isinstance(v, list) else v for name, v in settings[KEY].items()}
     found: Sampler = {}
     given = {name: settings[name] for name in (_WINDOW, _SINK, _CHUNK, _ROPE) if settings.get(name) is not None}
-    for name in {_WINDOW, _SINK, _CHUNK} & given.keys():
-        if isinstance(given[name], bool) or not isinstance(given[name], int):
-            raise ConfigError(f"{name} in config.json must be a whole number, got {given[name]!r}: restore the file")
+    for name, value in given.items():
+        if name != _ROPE and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigError(f"{name} in config.json must be a whole number, got {value!r}: restore the file")
     if _CHUNK in given:
         found["chunk"] = given[_CHUNK]
     if given.get(_WINDOW, -1) > 0:  # -1: everything
