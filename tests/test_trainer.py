@@ -258,7 +258,7 @@ def test_disc_lr_auto_applies_the_remedy_within_bounds_and_is_kept(tiny_config, 
         (["train", "demmo"], "did you mean 'demo'"),
         (["demo", "--teacher", "folder:/nowhere"], "afd-fast distill --videos /nowhere"),
         (["train", "demo", "teacher=folder:/nowhere"], "neither manifest"),
-        (["demo", "--teacher", "oracle"], '"physics" or "folder:PATH"'),
+        (["demo", "--teacher", "oracle"], '"physics" or "lights" or "folder:PATH"'),
         (["report", "/nowhere"], "no finished run"),
     ],
 )
@@ -292,6 +292,7 @@ def test_what_looks_like_markup_is_printed_as_it_is(monkeypatch, capfd, argument
     "arguments, message",
     [
         (["pretrain", "--out", "{0}/file/x.safetensors"], "Not a directory|File exists"),
+        (["pretrain", "--world", "lights", "--out", "{0}/file/x.safetensors"], "Not a directory|File exists"),
         (["demo", "--from-scratch", "--out", "{0}"], "exists; continue it with --resume"),
         (["demo", "--from-scratch", "--out", "{0}/file/v1.5"], "Not a directory|File exists"),
     ],
