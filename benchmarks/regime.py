@@ -1,6 +1,6 @@
 """Whether the regime that AFD is made for exists on the lights: the preconditions of every comparison there, in one table.
 
-    python -m benchmarks.regime [--many FILE] [--few FILE] [--iterations 100] [--lr 0.003]
+    python -m benchmarks.regime [--many FILE] [--few FILE] [--clips 16] [--iterations 100] [--lr 0.003]
 
 1. The many-step student is good at many steps and bad at the few of the student that was distilled from it.
 2. The distilled student is good at these few steps.
@@ -36,7 +36,6 @@ from afd_fast.training.run import Run
 from afd_fast.training.state import generator, new_state
 from afd_fast.video_io import to_uint8
 
-CLIPS = 16  # of each held-out prompt
 SCORES = ("general", "size", "light", "shape", "sharp", "motion", "dynamic_px", "diversity_px", "frechet", "flicker")
 
 
@@ -67,12 +66,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--many", type=Path, help="many-step student; default: the shipped one")
     parser.add_argument("--few", type=Path, help="few-step student; default: the shipped one")
+    parser.add_argument("--clips", type=int, default=16, help="of each held-out prompt")
     parser.add_argument("--iterations", type=int, default=100, help="of the regression")
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-3], help="of the regression")
     args = parser.parse_args()
     config = runs.regime()
     train, held = lights.split_prompts()
-    prompts = held * CLIPS
+    prompts = held * args.clips
     many, few = (shipped.load(file, name=name) for file, name in ((args.many, "lights_many"), (args.few, "lights")))
 
     def wrong(seed: int) -> Tensor:

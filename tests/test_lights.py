@@ -8,6 +8,7 @@ from afd_fast.errors import ConfigError
 from afd_fast.judges import JUDGES
 from afd_fast.judges.lights import diversity, energy, evaluate, fit, residual, track
 from afd_fast.reports.run import write_report
+from afd_fast.students.toy import shipped
 from afd_fast.students.toy.family import of_student
 from afd_fast.students.toy.model import ToyConfig, ToyStudent
 from afd_fast.students.toy.text import tokenize
@@ -28,7 +29,8 @@ from afd_fast.teachers.lights import (
 )  # fmt: skip
 from afd_fast.teachers.physics import BACKGROUND, BOUNCES, FPS, GRAVITY, State, simulate
 from afd_fast.teachers.teacher import PromptSplit
-from afd_fast.training import train
+from afd_fast.training import runs, train
+from benchmarks import regime
 from tests.runs import QUIET, changed
 
 ALL = all_prompts()
@@ -246,3 +248,18 @@ def test_the_lights_have_no_other_look():
     assert open_teacher("lights", video, None).frames == 6
     with pytest.raises(ConfigError, match='teacher must be "physics" or "lights"'):
         open_teacher("lights:dusk", video, None)
+
+
+def test_the_shipped_students_are_those_of_the_regime():
+    """Sixteen steps are good, two are not, and the distilled student is good at two (docs/results.md)."""
+    config = runs.regime()
+    prompts = split_prompts().held_out * 2
+    many, few = (shipped.load(name=name) for name in ("lights_many", "lights"))
+    sixteen = changed(config, rollout__steps=tuple(1000 * (1 - i / 16) for i in range(16)))
+    taken = [
+        regime.clips_of(regime.run_of(*pair), prompts, 0) for pair in ((sixteen, many), (config, many), (config, few))
+    ]
+    good, bad, distilled = (JUDGES["lights"](x, prompts, x)["general"] for x in taken)
+    assert bad < 0.8 < 0.9 < min(good, distilled)
+    with pytest.raises(ConfigError, match="rollout.chunk=6, not 3"):
+        changed(config, rollout__chunk=3)

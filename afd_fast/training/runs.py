@@ -47,6 +47,7 @@ def regime() -> TrainConfig:
     return replace(
         demo(),
         name="regime",
+        iterations=200,
         teacher="lights",
         prompts_per_step=8,
         rollouts_per_prompt=4,
