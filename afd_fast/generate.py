@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError, check_at_least, check_fields
-from afd_fast.rollout import RolloutConfig, stream
+from afd_fast.rollout import RolloutConfig, config_of, stream
 from afd_fast.students.wan.family import KnownPrompts, Networks
 from afd_fast.students.wan.model import CausalWan
 from afd_fast.video_io import checked, write_video
@@ -136,7 +136,7 @@ def generate(
     Raises ConfigError for frames that do not fill the chunks and for prompts that are too long, before anything is made,
     VideoError that names prompt and seed for a video with NaN, and what the student raises.
     """
-    config = config or RolloutConfig.of(networks.student.sampler)
+    config = config_of(networks.student, config)
     chunks_each, out_dir = chunk_count(options.frames, config), Path(out_dir)
     student, stats, done = networks.student, GenerateStats(), 0
     parts = [todo[first : first + options.batch] for first in range(0, len(todo), options.batch)]
@@ -188,10 +188,10 @@ def chunk_count(frames: int, config: RolloutConfig) -> int:
     """Chunks of a rollout of `frames` latent frames. ConfigError where they do not divide."""
     first = 1 if config.independent_first_frame else 0
     if (frames - first) % config.chunk or frames < first:
+        few = first + max((frames - first) // config.chunk, 1) * config.chunk
         raise ConfigError(
-            f"{frames} latent frames do not divide into chunks of {config.chunk}"
-            + (" after the first frame" if first else "")
-            + f": {frames - (frames - first) % config.chunk} or {frames + config.chunk - (frames - first) % config.chunk} do"
+            f"{frames} latent frames do not divide into chunks of {config.chunk}{' after the first frame' if first else ''}: "
+            f"{few} or {few + config.chunk} do"
         )
     return first + (frames - first) // config.chunk
 

@@ -4,18 +4,29 @@
 Legend: B samples, C channels, F latent frames, f frames of a chunk, H x W latent pixels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import Never
 
+from afd_fast.errors import field_types, in_words
 from afd_fast.reference.transformer import split_blocks
 from afd_fast.sampler import RolloutConfig, Step, step_table
 from afd_fast.students.lora import merged_lora
-from afd_fast.students.student import Cache, Schedule, Student, StudentModule, Text, batch_of, texts_of_chunks
+from afd_fast.students.student import (
+    Cache,
+    Schedule,
+    Student,
+    StudentModule,
+    Text,
+    batch_of,
+    check_latents,
+    texts_of_chunks,
+)
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]  # one, or one per sample
 
@@ -28,6 +39,12 @@ class _Noise:
     """
 
     def __init__(self, like: Tensor, generator: Generators | None, renoise: Tensor | None):
+        kept = generator if isinstance(generator, Sequence) else [generator]
+        if generator is not None and not all(isinstance(g, torch.Generator) for g in kept):
+            raise TypeError(
+                "generator must be a torch.Generator or a list of them, one per sample, got "
+                f"{generator!r}: torch.Generator(device).manual_seed(0)"
+            )
         if generator is not None and renoise is not None:
             raise ValueError("give generator= or renoise=, not both")
         if isinstance(generator, Sequence) and len(generator) != like.shape[0]:
@@ -150,6 +167,27 @@ class _Sampler:
         self.refresh(past[:, :, past.shape[2] - length :], end - length)
 
 
+def config_of(
+    model: Student, config: RolloutConfig | None, unknown: Mapping[str, object] | None = None
+) -> RolloutConfig:
+    """The config, or the one of the student's checkpoint. TypeError for what is no `RolloutConfig`, and for `unknown` arguments,
+    which are often settings of one."""
+    for name in unknown or ():
+        kinds = field_types(RolloutConfig)
+        way = (
+            f": it is a setting of the config, RolloutConfig({name}=...), {in_words(kinds[name])}"
+            if name in kinds
+            else ""
+        )
+        raise TypeError(f"rollout takes no {name}={way}")
+    if config is None:
+        return RolloutConfig.of(getattr(model, "sampler", {}))
+    if not isinstance(config, RolloutConfig):
+        way = f"RolloutConfig.preset({config!r})" if isinstance(config, str) else "RolloutConfig(name=value, ...)"
+        raise TypeError(f"config must be a RolloutConfig or None, got {config!r}: give {way}")
+    return config
+
+
 def _check_initial(initial: Tensor, noise: Tensor, text: Text) -> None:
     """ValueError for frames to continue from that do not fit."""
     rows = initial.shape[0]
@@ -178,15 +216,17 @@ def stream(
     initial_latent: Tensor | None = None,
     recache: bool | Literal["sink"] = False,
     progress: Callable[[int, int], None] | None = None,
+    **unknown: Never,
 ) -> Iterator[Tensor]:
     """`rollout`, one chunk [B, C, f, H, W] at a time, as soon as it is denoised; same arguments and errors.
 
     The first chunk comes after its own steps only: its cache pass runs when the next chunk is asked for, and
     the last chunk, whose cache nobody reads, has none.
     """
-    config = config or RolloutConfig.of(getattr(model, "sampler", {}))
-    if noise.ndim != 5:
-        raise ValueError(f"noise must be [B, C, F, H, W], got {tuple(noise.shape)}")
+    config = config_of(model, config, unknown)
+    check_latents("noise", noise, getattr(model, "channels", None))
+    if initial_latent is not None:
+        check_latents("initial_latent", initial_latent, noise.shape[1])
     given = 0 if initial_latent is None else initial_latent.shape[2]
     frames = given + noise.shape[2]
     if config.independent_first_frame and given == 1:  # image to video: the given frame is the independent one
@@ -261,6 +301,7 @@ def rollout(
     initial_latent: Tensor | None = None,
     recache: bool | Literal["sink"] = False,
     progress: Callable[[int, int], None] | None = None,
+    **unknown: Never,
 ) -> Tensor:
     """Latents [B, C, F, H, W] from initial noise of that shape.
 
@@ -288,7 +329,7 @@ def rollout(
     chunks = list(
         stream(
             model, text, noise, config, generator=generator, renoise=renoise, grad_last_step=grad_last_step,
-            initial_latent=initial_latent, recache=recache, progress=progress,
+            initial_latent=initial_latent, recache=recache, progress=progress, **unknown,
         )
     )  # fmt: skip
     if initial_latent is not None:

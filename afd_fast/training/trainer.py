@@ -9,9 +9,8 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypedDict, cast
@@ -35,10 +34,18 @@ from afd_fast.training.evaluate import Evaluator
 from afd_fast.training.journal import Journal
 from afd_fast.training.lock import check_unused, locked
 from afd_fast.training.loop import train_step
-from afd_fast.training.progress import progress
+from afd_fast.training.progress import on_stop_signal, progress
 from afd_fast.training.resume import check_teacher, reopen, restore
 from afd_fast.training.run import Metrics, Run
-from afd_fast.training.run_folder import check_folder, environment, finished, make_folder, read_rows, write_json
+from afd_fast.training.run_folder import (
+    check_folder,
+    environment,
+    finished,
+    folder_of,
+    make_folder,
+    read_rows,
+    write_json,
+)
 from afd_fast.training.state import new_state
 from afd_fast.training.wandb_run import check_wandb
 from afd_fast.training.watch import Watch
@@ -64,21 +71,6 @@ class RunResult(TypedDict):
     seconds: float
     config: dict[str, Any]
     environment: dict[str, Any]
-
-
-@contextlib.contextmanager
-def on_stop_signal(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Inside the block Ctrl-C and SIGTERM call `ask(signal, frame)` and nothing else. Without effect outside the main
-    thread, where Python cannot handle signals."""
-    try:
-        previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:
-        previous = {}
-    try:
-        yield
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
 
 
 class Trainer:
@@ -354,7 +346,7 @@ def train(
     process calls it. Raises ConfigError for what the user has to change, TeacherError, TrainingError and CheckpointError
     where a run stops, Interrupted after Ctrl-C or SIGTERM, once the run has saved itself.
     """
-    folder = Path(out) if out is not None else Path("runs") / config.name
+    folder = folder_of(config, out)
     with job() as ranks, contextlib.ExitStack() as held:
         ranks.share(config.shards)
         with ranks.lead_first():

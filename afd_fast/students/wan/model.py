@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from afd_fast.reference.flow import kind_of
 from afd_fast.reference.transformer import rope_tables, split_blocks
-from afd_fast.students.student import ShardPlan, Student, StudentModule
+from afd_fast.students.student import ShardPlan, Student, StudentModule, check_latents, check_text
 from afd_fast.students.wan.attention import Bidirectional, BlockCausal, Cached, TeacherForcing
 from afd_fast.students.wan.cache import KVCache
 from afd_fast.students.wan.layers import (
@@ -58,6 +59,7 @@ class CausalWan(StudentModule):
         c = self.config = config or CausalWanConfig(**sizes)
         self._settings = {"attention": attention, "official_rounding": official_rounding}
         self.gradient_checkpointing = False
+        self.channels = c.in_dim
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, (1, PATCH, PATCH), (1, PATCH, PATCH))
         self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
         self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
@@ -97,14 +99,28 @@ class CausalWan(StudentModule):
 
         context: [B, n, text_dim] or a list of [n_i, text_dim], n <= text_len, zeros after the prompt's end; it
         is padded with zeros to text_len, and padding is attended to, as officially (causal_model.py:784-790).
-        Raises ValueError for longer prompts or another width.
+        Raises ValueError for longer prompts, another width or shape, and without a prompt; TypeError for what is no tensor of
+        floating point, such as prompts or token ids.
         """
-        c, rows = self.config, list(context)
+        c = self.config
+        if isinstance(context, Tensor) and context.ndim == 2:
+            raise ValueError(
+                f"context must be [B, n, {c.text_dim}] or a list of [n, {c.text_dim}], got {tuple(context.shape)}: one prompt is "
+                "context[None]"
+            )
+        rows = list(context) if isinstance(context, (Tensor, list, tuple)) else [context]
         for row in rows:
+            if not isinstance(row, Tensor) or not row.is_floating_point():
+                raise TypeError(
+                    f"context must be the text encoder's embeddings, floating-point tensors [n, {c.text_dim}], got "
+                    f"{kind_of('context', row)} (students.wan.text.TextEncoder makes them from prompts)"
+                )
             if row.ndim != 2 or row.shape[1] != c.text_dim:
                 raise ValueError(f"prompt embeddings must be [tokens, {c.text_dim}], got {tuple(row.shape)}")
             if row.shape[0] > c.text_len:
                 raise ValueError(f"a prompt of {row.shape[0]} tokens is longer than text_len={c.text_len}")
+        if not rows:
+            raise ValueError(f"context holds no prompt: give [B, n, {c.text_dim}] with B at least 1")
         self.join()
         padded = torch.stack([F.pad(row, (0, 0, 0, c.text_len - row.shape[0])) for row in rows])
         text = self.text_embedding(padded.to(self.device, self.dtype))
@@ -306,8 +322,10 @@ class CausalWan(StudentModule):
             raise ValueError(f"latent height and width must be even, got {height}x{width}")
 
     def _check(self, x: Tensor, text: WanText) -> int:
-        if x.ndim != 5 or x.shape[1] != self.config.in_dim or x.shape[2] < 1:
-            raise ValueError(f"x must be [B, {self.config.in_dim}, F, H, W], got {tuple(x.shape)}")
+        check_latents("x", x, self.channels)
+        if x.shape[2] < 1:
+            raise ValueError(f"x must hold at least one frame, got {tuple(x.shape)}")
+        check_text(text, WanText)
         self._check_size(x.shape[3], x.shape[4])
         if x.dtype != self.dtype:
             raise TypeError(f"x is {x.dtype}, the weights are {self.dtype}: convert one of them")
