@@ -329,9 +329,11 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html of a finished run folder again."""
+    from afd_fast.files.text import check_folder
     from afd_fast.reports.picture import write_picture
     from afd_fast.reports.run import write_report
 
+    check_folder(run, "the folder of a finished run, such as runs/demo")
     if not (run / "result.json").exists():
         raise ConfigError(f"{run} holds no finished run (no result.json)")
     console.print(escape(str(write_picture(run, picture) if picture else write_report(run))))
