@@ -268,6 +268,7 @@ BAD = {
     "report": ["", "nowhere", "d", "p.txt"],
     "rollout --config tiny --prompts p.txt --out o":
              ["--frames 20", "--frames 0", "--frames -3", "--frames x", "--shift 0", "--shift nan", "--shift -1", "--shift inf",
+              "--rope rel --window 6", "--rope relative", "--sink-ema 0.9", "--sink-ema x", "--sink-ema 2 --rope relative --window 6 --sink 3",
               "--chunk 0", "--chunk -1", "--batch 0", "--batch -1", "--prompts nowhere.txt", "--prompts d", "--prompts empty.txt",
               "--prompts latin.txt", "--out d", "--out p.txt", "--config nonesuch", "--student nowhere/x.pt", "--student ./no.pt",
               "--student d", "--student garbage.pt", "--student garbage.safetensors", "--graphs", "--seed x",

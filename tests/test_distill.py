@@ -1,20 +1,25 @@
 """`afd-fast distill`: a user's own videos, from what it says about them to a report; and `afd-fast doctor`."""
 
 import importlib.util
+import io
 import json
+import re
 import shlex
 import shutil
 import signal
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
 
-from afd_fast.cli import common, doctor
+from afd_fast.cli import common, doctor, sampling
 from afd_fast.cli.main import main
 from afd_fast.errors import ConfigError, Interrupted
+from afd_fast.rollout import RolloutConfig
 from afd_fast.students.student import StudentConfig, family
 from afd_fast.students.toy import pixel
 from afd_fast.students.toy.pretrain import Kept
@@ -268,12 +273,58 @@ def test_real_files_keep_their_aspect(say, tmp_path):
     assert shown == VideoFormat(132, 720, 1280, 25.0) and "720x1280, 132 frames at 25 fps" in said
 
 
+# -- what the command prints -------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_has_what_was_chosen_and_what_it_means(say):
+    """It printed a hundred keys; those that the named run has anyway are in `afd-fast keys`."""
+    status, said = say("train demo --dry-run iterations=30 rollout.steps=1000,500")
+    rows = dict(re.findall(r"│ ([\w.' ]+?) +│ ([^│]+?) +│", said))
+    chosen = {
+        "name": "demo",
+        "method": "afd",
+        "iterations": "30",
+        "teacher": "physics",
+        "student.name": "toy",
+        "discriminator.name": "toy",
+    }
+    assert status == 0 and chosen.items() <= rows.items() and rows["rollout.steps"] == "(1000.0, 500.0)"
+    assert "student parameters" in rows and not [
+        key for key in rows if "." in key and key not in chosen and key != "rollout.steps"
+    ]
+    assert "every other key is as demo has it: afd-fast keys demo" in said
+
+
+def test_long_words_go_on_in_the_next_line():
+    path = "/a/" + "long/" * 30 + "path"
+    shown = common.table("", "found")
+    shown.add_row("student", path)
+    console = Console(width=40, record=True, file=io.StringIO())
+    console.print(shown)
+    assert re.sub(r"[│\s]", "", console.export_text().partition("student")[2]).startswith(path)
+
+
+@pytest.mark.parametrize("command", ["rollout --config tiny --out o", "eval export o --student tiny"])
+def test_positions_and_the_averaged_sink_can_be_set(say, tmp_path, command):
+    (tmp_path / "p.txt").write_text("a ball")
+    words = "--prompts p.txt --frames 9 --window 6 --sink 3 --rope relative --sink-ema 0.9"
+    with mock.patch("afd_fast.cli.sampling.sampling", wraps=sampling.sampling) as called:
+        status, said = say(f"{command} {words}")
+    assert status == 0, said
+    assert called.call_args.kwargs["rope"] == "relative" and len(list(tmp_path.rglob("*.mp4"))) == 1
+    found = sampling.sampling(
+        "tiny", None, None, None, 9, None, 1, None, rope="relative", sink_ema=0.9, window=6, sink=3
+    )
+    assert found.config == RolloutConfig(rope="relative", sink_ema=0.9, window=6, sink=3)
+    assert found.settings()["rope"] == "relative"
+
+
 # -- doctor ------------------------------------------------------------------------------------------------------
 
 
 def test_doctor_looks_at_everything(say):
     status, said = say("doctor")
-    assert status == 0
+    assert status == 0 and said.startswith("looking at packages, CPU, GPU, codecs and disk ...")
     for what in (
         "versions",
         "extra [demo]",

@@ -45,7 +45,7 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif"])
 def test_the_picture_shows_every_frame_of_every_clip(run, tmp_path, suffix):
-    image = Image.open(write_picture(run, tmp_path / f"x{suffix}"))
+    image = Image.open(write_picture(run, tmp_path / "new" / f"x{suffix}"))
     wide, high = 96, 64  # 24x16 px four times
     assert image.n_frames == 4 and image.width == LABEL + 2 * (wide + GAP)
     for frame in range(4):

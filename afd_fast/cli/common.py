@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Column, Table
 
 from afd_fast.errors import ConfigError
 
@@ -40,6 +41,12 @@ def height_width(text: str) -> tuple[int, int] | None:
     """ "48x80" -> (48, 80); None for another text."""
     parts = text.lower().split("x")
     return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(part.isdecimal() for part in parts) else None
+
+
+def table(*headers: str, **options: Any) -> Table:
+    """A table whose long words, such as paths, go on in the next line instead of being cut; headers of "" alone are not shown."""
+    columns = (Column(header, overflow="fold") for header in headers)
+    return Table(*columns, show_header=any(headers), title_justify="left", **options)
 
 
 def check_place(out: Path) -> None:

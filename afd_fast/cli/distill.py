@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from afd_fast.cli.common import Keys, Out, Overwrite, Resume, check_place, check_writable, console, height_width, run
+from afd_fast.cli.common import (
+    Keys,
+    Out,
+    Overwrite,
+    Resume,
+    check_place,
+    check_writable,
+    console,
+    height_width,
+    run,
+    table,
+)
 from afd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -180,7 +190,7 @@ def _config(name: str, teacher: str, base: Path, clips: int, prompts_per_step: i
 def _list(found: "list[Found]", teacher: "FolderTeacher", video: "VideoFormat") -> None:
     """Every clip, what it holds, and what happens to it."""
     split, left_out = teacher.split(), teacher.left_out
-    table = Table("clip", "holds", "what happens to it", title=escape(teacher.name), title_justify="left")
+    listed = table("clip", "holds", "what happens to it", title=escape(teacher.name))
     for clip in found:
         holds, fate = "", escape(f"left out: {left_out[clip.video]}") if clip.video in left_out else ""
         if clip.format is not None:
@@ -192,8 +202,8 @@ def _list(found: "list[Found]", teacher: "FolderTeacher", video: "VideoFormat") 
                 role = "trained on, and judged on, as there is one prompt"
             whole = clip.format.frames / clip.format.fps
             fate = f"{role}: {min(video.frames / video.fps, whole):.1f} of {whole:.1f} s{_crop(clip.format, video)}"
-        table.add_row(f"{escape(clip.video)}\n{escape(clip.prompt)}", holds, fate)
-    console.print(table)
+        listed.add_row(f"{escape(clip.video)}\n{escape(clip.prompt)}", holds, fate)
+    console.print(listed)
 
 
 def _crop(held: "VideoFormat", video: "VideoFormat") -> str:

@@ -28,6 +28,12 @@ Warp = Annotated[
 Chunk = Annotated[int | None, typer.Option(help="latent frames generated together; default 3")]
 Window = Annotated[int | None, typer.Option(help="latent frames a chunk attends to; default all")]
 Sink = Annotated[int | None, typer.Option(help="how many of the first frames stay in the window")]
+Rope = Annotated[
+    str | None, typer.Option(help='"absolute", or "relative": positions count from the start of the window')
+]
+SinkEma = Annotated[
+    float | None, typer.Option(help="weight of the old sink where chunks that leave the window are averaged into it")
+]
 Lora = Annotated[list[str] | None, typer.Option(help="adapter to merge, PATH or PATH=WEIGHT; repeatable")]
 Fps = Annotated[float | None, typer.Option(help="frames per second of the files; default the model's 16 or 24")]
 
