@@ -55,6 +55,9 @@ def export(
     chunk: cli.Chunk = None,
     window: cli.Window = None,
     sink: cli.Sink = None,
+    unipc_steps: cli.UniPC = None,
+    guidance: cli.Guidance = None,
+    negative: cli.Negative = None,
     lora: cli.Lora = None,
     fps: cli.Fps = None,
     batch: int = 1,
@@ -78,8 +81,9 @@ def export(
     networks = None
     if student is not None:
         found = cli.sampling(
-            student, base, preset, size, frames, fps, batch, lora, steps=steps, first_chunk_steps=first_chunk_steps,
-            shift=shift, warp=warp, chunk=chunk, window=window, sink=sink,
+            student, base, preset, size, frames, fps, batch, lora, negative, steps=steps,
+            first_chunk_steps=first_chunk_steps, shift=shift, warp=warp, chunk=chunk, window=window, sink=sink,
+            unipc_steps=unipc_steps, guidance=guidance,
         )  # fmt: skip
         settings |= {"base": base or BASE} | found.settings()
         folder.verify(out, clips, settings)

@@ -277,6 +277,9 @@ def rollout(
     chunk: cli.Chunk = None,
     window: cli.Window = None,
     sink: cli.Sink = None,
+    unipc_steps: cli.UniPC = None,
+    guidance: cli.Guidance = None,
+    negative: cli.Negative = None,
     lora: cli.Lora = None,
     fps: cli.Fps = None,
     preview: Annotated[
@@ -304,8 +307,9 @@ def rollout(
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
     found = cli.sampling(
-        student or "tiny", base, preset, size, frames, fps, batch, lora, steps=steps, first_chunk_steps=first_chunk_steps,
-        shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, graphs=graphs or None,
+        student or "tiny", base, preset, size, frames, fps, batch, lora, negative, steps=steps,
+        first_chunk_steps=first_chunk_steps, shift=shift, warp=warp, chunk=chunk, window=window, sink=sink,
+        unipc_steps=unipc_steps, guidance=guidance, graphs=graphs or None,
     )  # fmt: skip
     networks = load_networks(student or "tiny", base, seed, lora=found.lora or None, preview=preview)
     with Progress(console=console) as progress:
@@ -316,6 +320,7 @@ def rollout(
             out,
             found.options,
             found.config,
+            negative=found.negative,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     console.print(stats.line())
