@@ -214,6 +214,10 @@ class TrainConfig:
                 f'rollout.context_noise={rollout.context_noise} needs update.history="detached", whose history is the '
                 f"sampler's; got {self.update.history!r}"
             )
+        if rollout.unipc_steps is not None or rollout.guidance is not None:
+            raise ConfigError(
+                "rollout.unipc_steps and rollout.guidance are for generation: training learns on the few steps of rollout.steps"
+            )
         if rollout.independent_first_frame:
             raise ConfigError("rollout.independent_first_frame is for generation: training works in whole chunks")
 

@@ -313,7 +313,7 @@ def test_positions_and_the_averaged_sink_can_be_set(say, tmp_path, command):
     assert status == 0, said
     assert called.call_args.kwargs["rope"] == "relative" and len(list(tmp_path.rglob("*.mp4"))) == 1
     found = sampling.sampling(
-        "tiny", None, None, None, 9, None, 1, None, rope="relative", sink_ema=0.9, window=6, sink=3
+        "tiny", None, None, None, 9, None, 1, None, None, rope="relative", sink_ema=0.9, window=6, sink=3
     )
     assert found.config == RolloutConfig(rope="relative", sink_ema=0.9, window=6, sink=3)
     assert found.settings()["rope"] == "relative"

@@ -57,6 +57,9 @@ def export(
     sink: cli.Sink = None,
     rope: cli.Rope = None,
     sink_ema: cli.SinkEma = None,
+    unipc_steps: cli.UniPC = None,
+    guidance: cli.Guidance = None,
+    negative: cli.Negative = None,
     lora: cli.Lora = None,
     fps: cli.Fps = None,
     batch: int = 1,
@@ -80,8 +83,9 @@ def export(
     networks = None
     if student is not None:
         found = cli.sampling(
-            student, base, preset, size, frames, fps, batch, lora, steps=steps, first_chunk_steps=first_chunk_steps,
-            shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, rope=rope, sink_ema=sink_ema,
+            student, base, preset, size, frames, fps, batch, lora, negative, steps=steps,
+            first_chunk_steps=first_chunk_steps, shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, rope=rope,
+            sink_ema=sink_ema, unipc_steps=unipc_steps, guidance=guidance,
         )  # fmt: skip
         settings |= {"base": base or BASE} | found.settings()
         folder.verify(out, clips, settings)

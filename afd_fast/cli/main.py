@@ -282,6 +282,9 @@ def rollout(
     sink: cli.Sink = None,
     rope: cli.Rope = None,
     sink_ema: cli.SinkEma = None,
+    unipc_steps: cli.UniPC = None,
+    guidance: cli.Guidance = None,
+    negative: cli.Negative = None,
     lora: cli.Lora = None,
     fps: cli.Fps = None,
     preview: Annotated[
@@ -309,8 +312,9 @@ def rollout(
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
     found = cli.sampling(
-        student or "tiny", base, preset, size, frames, fps, batch, lora, steps=steps, first_chunk_steps=first_chunk_steps,
-        shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, rope=rope, sink_ema=sink_ema, graphs=graphs or None,
+        student or "tiny", base, preset, size, frames, fps, batch, lora, negative, steps=steps,
+        first_chunk_steps=first_chunk_steps, shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, rope=rope,
+        sink_ema=sink_ema, unipc_steps=unipc_steps, guidance=guidance, graphs=graphs or None,
     )  # fmt: skip
     networks = load_networks(student or "tiny", base, seed, lora=found.lora or None, preview=preview)
     with Progress(console=console) as progress:
@@ -321,6 +325,7 @@ def rollout(
             out,
             found.options,
             found.config,
+            negative=found.negative,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     console.print(stats.line())

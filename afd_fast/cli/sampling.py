@@ -34,6 +34,11 @@ Rope = Annotated[
 SinkEma = Annotated[
     float | None, typer.Option(help="weight of the old sink where chunks that leave the window are averaged into it")
 ]
+UniPC = Annotated[
+    int | None, typer.Option("--unipc-steps", help="so many steps of UniPC instead of --steps, such as 50")
+]
+Guidance = Annotated[float | None, typer.Option(help="scale of classifier-free guidance, such as 3; default none")]
+Negative = Annotated[str | None, typer.Option(help="negative prompt of the guidance; default Wan's own")]
 Lora = Annotated[list[str] | None, typer.Option(help="adapter to merge, PATH or PATH=WEIGHT; repeatable")]
 Fps = Annotated[float | None, typer.Option(help="frames per second of the files; default the model's 16 or 24")]
 
@@ -44,18 +49,21 @@ class Sampling(NamedTuple):
     config: "RolloutConfig"
     options: "GenerateOptions"
     lora: list[tuple[str, float]]
+    negative: str
 
     def settings(self) -> dict[str, Any]:
         """Everything that changes a video, ready for JSON."""
         o = self.options
         sampler = {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.sampler().items()}
-        more = {"lora": [list(item) for item in self.lora]} if self.lora else {}
+        more: dict[str, Any] = {"lora": [list(item) for item in self.lora]} if self.lora else {}
+        if self.config.guidance is not None:
+            more["negative"] = self.negative
         return {"frames": o.frames, "height": o.height, "width": o.width, "fps": o.fps} | sampler | more
 
 
 def sampling(
     student: str, base: str | None, preset: str | None, size: str | None, frames: int | None, fps: float | None,
-    batch: int, lora: Sequence[str] | None, **given: Any,
+    batch: int, lora: Sequence[str] | None, negative: str | None, **given: Any,
 ) -> Sampling:  # fmt: skip
     """The settings of a command: the student's own, or a preset's, with the options `given` on top (None: not given; steps
     as text). ConfigError for what cannot be sampled."""
@@ -65,6 +73,7 @@ def sampling(
     from afd_fast.students.files import check_source
     from afd_fast.students.wan.checkpoints import sampler_of
     from afd_fast.students.wan.family import SIZE, TINY_SIZE, coder_of
+    from afd_fast.students.wan.text import NEGATIVE_PROMPT
 
     for name in ("steps", "first_chunk_steps"):
         if given.get(name) is not None:
@@ -72,6 +81,8 @@ def sampling(
     own = {} if student == "tiny" else sampler_of(student)
     start = named(preset) if preset is not None else own
     config = RolloutConfig.of(start, **{k: v for k, v in given.items() if v is not None})
+    if negative is not None and config.guidance is None:
+        raise ConfigError("--negative is the prompt of guidance, and there is none: set --guidance, such as 3")
     adapters = [_adapter(item) for item in lora or ()]
     for path, _ in adapters:
         check_source(Path(path))
@@ -83,7 +94,7 @@ def sampling(
         frames = default.frames
     options = GenerateOptions(frames, height, width, coder.fps if fps is None else fps, batch)
     chunk_count(frames, config)
-    return Sampling(config, options, adapters)
+    return Sampling(config, options, adapters, NEGATIVE_PROMPT if negative is None else negative)
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:
