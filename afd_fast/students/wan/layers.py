@@ -150,6 +150,8 @@ class Attention(nn.Module):
 class Pattern(Protocol):
     """Self-attention of a whole forward: who attends to whom (`afd_fast.students.wan.attention`)."""
 
+    tokens: int  # of a frame
+
     def __call__(self, layer: int, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Projections q, k, v [B, L, D] of one layer -> the attended values [B, L, H, d]."""
 
