@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError, check_at_least, check_fields
-from afd_fast.rollout import RolloutConfig, stream
+from afd_fast.rollout import RolloutConfig, config_of, stream
 from afd_fast.students.wan.family import KnownPrompts, Networks
 from afd_fast.students.wan.model import CausalWan
+from afd_fast.students.wan.text import NEGATIVE_PROMPT
 from afd_fast.video_io import checked, write_video
 
 Moment: TypeAlias = Any  # seconds on the CPU, a CUDA event on a GPU
@@ -123,6 +124,7 @@ def generate(
     options: GenerateOptions = GenerateOptions(),
     config: RolloutConfig | None = None,
     *,
+    negative: str = NEGATIVE_PROMPT,
     write: Write = write_video,
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerateStats:
@@ -131,16 +133,21 @@ def generate(
     Args:
         networks: student, text encoder and VAE (`students.wan.family.load_networks`).
         config: how to sample; None: as the student's checkpoint says.
+        negative: the prompt of config.guidance; Wan's own by default.
         progress: called with (chunks done, chunks of all videos' batches).
 
     Raises ConfigError for frames that do not fill the chunks and for prompts that are too long, before anything is made,
     VideoError that names prompt and seed for a video with NaN, and what the student raises.
     """
-    config = config or RolloutConfig.of(networks.student.sampler)
+    config = config_of(networks.student, config)
     chunks_each, out_dir = chunk_count(options.frames, config), Path(out_dir)
     student, stats, done = networks.student, GenerateStats(), 0
     parts = [todo[first : first + options.batch] for first in range(0, len(todo), options.batch)]
     encode = KnownPrompts(networks.text, student.device)
+    against: Any = None
+    if config.guidance is not None:
+        with torch.no_grad():
+            against = student.encode_text(encode([negative]))
     for part in parts:  # a prompt that the encoder refuses is found before hours of work
         encode([job.prompt for job in part])
     clock = _Clock(student.device)
@@ -154,7 +161,7 @@ def generate(
         decoder, pixels = networks.vae.stream(), []
         begin = mark = clock.now()
         latency: Moment | None = None
-        chunks = stream(student, text, noise, config, generator=generators)
+        chunks = stream(student, text, noise, config, generator=generators, negative=against)
         for latents in _counted(chunks, stats, clock):
             with _on(side):
                 if side is not None:
@@ -188,10 +195,10 @@ def chunk_count(frames: int, config: RolloutConfig) -> int:
     """Chunks of a rollout of `frames` latent frames. ConfigError where they do not divide."""
     first = 1 if config.independent_first_frame else 0
     if (frames - first) % config.chunk or frames < first:
+        few = first + max((frames - first) // config.chunk, 1) * config.chunk
         raise ConfigError(
-            f"{frames} latent frames do not divide into chunks of {config.chunk}"
-            + (" after the first frame" if first else "")
-            + f": {frames - (frames - first) % config.chunk} or {frames + config.chunk - (frames - first) % config.chunk} do"
+            f"{frames} latent frames do not divide into chunks of {config.chunk}{' after the first frame' if first else ''}: "
+            f"{few} or {few + config.chunk} do"
         )
     return first + (frames - first) // config.chunk
 

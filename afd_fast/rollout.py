@@ -4,18 +4,30 @@
 Legend: B samples, C channels, F latent frames, f frames of a chunk, H x W latent pixels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import Never
 
+from afd_fast.errors import field_types, in_words
 from afd_fast.reference.transformer import split_blocks
-from afd_fast.sampler import RolloutConfig, Step, step_table
+from afd_fast.sampler import RolloutConfig, Step, unipc
+from afd_fast.students.guided import Guided
 from afd_fast.students.lora import merged_lora
-from afd_fast.students.student import Cache, Schedule, Student, StudentModule, Text, batch_of, texts_of_chunks
+from afd_fast.students.student import (
+    Cache,
+    Schedule,
+    Student,
+    StudentModule,
+    Text,
+    batch_of,
+    check_latents,
+    texts_of_chunks,
+)
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]  # one, or one per sample
 
@@ -28,6 +40,12 @@ class _Noise:
     """
 
     def __init__(self, like: Tensor, generator: Generators | None, renoise: Tensor | None):
+        kept = generator if isinstance(generator, Sequence) else [generator]
+        if generator is not None and not all(isinstance(g, torch.Generator) for g in kept):
+            raise TypeError(
+                "generator must be a torch.Generator or a list of them, one per sample, got "
+                f"{generator!r}: torch.Generator(device).manual_seed(0)"
+            )
         if generator is not None and renoise is not None:
             raise ValueError("give generator= or renoise=, not both")
         if isinstance(generator, Sequence) and len(generator) != like.shape[0]:
@@ -104,6 +122,7 @@ class _Sampler:
     def denoise(self, x: Tensor, steps: list[Step], start: int, pending: Tensor | None) -> Tensor:
         """Noise [B, C, f, H, W] -> clean latents. pending: the previous chunk, whose cache pass this one's first
         step takes along."""
+        solver = None if self.config.unipc_steps is None else unipc(steps)
         for index, (time, sigma) in enumerate(steps):
             last = index + 1 == len(steps)
             grad = self.grad and last
@@ -111,6 +130,9 @@ class _Sampler:
                 v = self.fused_first_step(pending, x, time, start)
             else:
                 v = self.forward(x, time, start, grad)
+            if solver is not None:
+                x = x0 = solver.step(v, solver.timesteps[index], x, return_dict=False)[0]
+                continue
             with torch.set_grad_enabled(grad):
                 x0 = (x.double() - sigma * v.double()).to(x.dtype)  # float64 as in wan_wrapper.py:169-193
             if not last:
@@ -150,6 +172,27 @@ class _Sampler:
         self.refresh(past[:, :, past.shape[2] - length :], end - length)
 
 
+def config_of(
+    model: Student, config: RolloutConfig | None, unknown: Mapping[str, object] | None = None
+) -> RolloutConfig:
+    """The config, or the one of the student's checkpoint. TypeError for what is no `RolloutConfig`, and for `unknown` arguments,
+    which are often settings of one."""
+    for name in unknown or ():
+        kinds = field_types(RolloutConfig)
+        way = (
+            f": it is a setting of the config, RolloutConfig({name}=...), {in_words(kinds[name])}"
+            if name in kinds
+            else ""
+        )
+        raise TypeError(f"rollout takes no {name}={way}")
+    if config is None:
+        return RolloutConfig.of(getattr(model, "sampler", {}))
+    if not isinstance(config, RolloutConfig):
+        way = f"RolloutConfig.preset({config!r})" if isinstance(config, str) else "RolloutConfig(name=value, ...)"
+        raise TypeError(f"config must be a RolloutConfig or None, got {config!r}: give {way}")
+    return config
+
+
 def _check_initial(initial: Tensor, noise: Tensor, text: Text) -> None:
     """ValueError for frames to continue from that do not fit."""
     rows = initial.shape[0]
@@ -177,16 +220,19 @@ def stream(
     grad_last_step: bool = False,
     initial_latent: Tensor | None = None,
     recache: bool | Literal["sink"] = False,
+    negative: Text = None,
     progress: Callable[[int, int], None] | None = None,
+    **unknown: Never,
 ) -> Iterator[Tensor]:
     """`rollout`, one chunk [B, C, f, H, W] at a time, as soon as it is denoised; same arguments and errors.
 
     The first chunk comes after its own steps only: its cache pass runs when the next chunk is asked for, and
     the last chunk, whose cache nobody reads, has none.
     """
-    config = config or RolloutConfig.of(getattr(model, "sampler", {}))
-    if noise.ndim != 5:
-        raise ValueError(f"noise must be [B, C, F, H, W], got {tuple(noise.shape)}")
+    config = config_of(model, config, unknown)
+    check_latents("noise", noise, getattr(model, "channels", None))
+    if initial_latent is not None:
+        check_latents("initial_latent", initial_latent, noise.shape[1])
     given = 0 if initial_latent is None else initial_latent.shape[2]
     frames = given + noise.shape[2]
     if config.independent_first_frame and given == 1:  # image to video: the given frame is the independent one
@@ -197,7 +243,7 @@ def stream(
         blocks = split_blocks(noise.shape[2], config.chunk, independent and not given)
     texts = texts_of_chunks(text, [given + a for a, _ in blocks], given)
     if initial_latent is not None:
-        for words in texts.values():
+        for words in (*texts.values(), *([] if negative is None else [negative])):
             _check_initial(initial_latent, noise, words)
     if recache not in (False, True, "sink") or (recache and len(texts) == 1):
         raise ValueError(
@@ -208,13 +254,20 @@ def stream(
         raise ValueError(
             'recache="sink" rewrites a sink, and the rollout has none: recache=True rewrites all its window'
         )
-    steps = step_table(config.steps, config.shift, config.warp)
-    first_steps = step_table(config.first_chunk_steps or config.steps, config.shift, config.warp)
+    if (config.guidance is None) != (negative is None):
+        raise ValueError(
+            f"guidance={config.guidance} and negative= (encode_text of the negative prompt) belong together: give both or neither"
+        )
+    if grad_last_step and config.unipc_steps is not None:
+        raise ValueError("grad_last_step needs the last step of a few-step student: leave out unipc_steps")
+    steps, first_steps = config.timetable(), config.timetable(first=True)
     source = _Noise(noise, generator, renoise)
     merge = _merged(model) if config.merge_lora and not grad_last_step else nullcontext()
     student = model
     if config.graphs and not grad_last_step and isinstance(model, StudentModule):
         student = model.graphed()
+    if config.guidance is not None:
+        student = Guided(student, negative, config.guidance)
 
     def chunks() -> Iterator[Tensor]:
         with merge:  # also undone when the consumer stops early; grad modes are set inside calls, never over a yield
@@ -260,7 +313,9 @@ def rollout(
     grad_last_step: bool = False,
     initial_latent: Tensor | None = None,
     recache: bool | Literal["sink"] = False,
+    negative: Text = None,
     progress: Callable[[int, int], None] | None = None,
+    **unknown: Never,
 ) -> Tensor:
     """Latents [B, C, F, H, W] from initial noise of that shape.
 
@@ -278,6 +333,7 @@ def rollout(
         initial_latent: [B, C, F0, H, W] frames to continue from (image to video, extension): they fill the
             cache at t = context_noise and come first in the result. Of batch 1, with one prompt, they are run
             once for B continuations, which share their cache until they diverge.
+        negative: `encode_text` of the negative prompt, of batch B or 1, for config.guidance.
         recache: where the text changes, write the cache anew from the clean latents under the new text, as LongLive does
             (with its `global_sink`: once the window is full the sink stays; "sink": its first frames become the sink,
             `global_sink=False`). False: earlier frames keep the keys and values they had.
@@ -288,7 +344,7 @@ def rollout(
     chunks = list(
         stream(
             model, text, noise, config, generator=generator, renoise=renoise, grad_last_step=grad_last_step,
-            initial_latent=initial_latent, recache=recache, progress=progress,
+            initial_latent=initial_latent, recache=recache, negative=negative, progress=progress, **unknown,
         )
     )  # fmt: skip
     if initial_latent is not None:

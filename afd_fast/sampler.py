@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
-from afd_fast.errors import ConfigError, check_at_least, check_fields
+from afd_fast.errors import ConfigError, check_at_least, check_fields, extra
 from afd_fast.reference.flow import shift_sigma
 
 Sampler = dict[str, Any]  # fields of RolloutConfig
@@ -26,6 +27,9 @@ PRESETS: dict[str, Sampler] = {
     "causal_forcing_framewise": {"steps": FOUR_STEPS, "shift": 5.0, "chunk": 1},
     "causal_forcing_pp_2step": {"steps": (1000, 500), "first_chunk_steps": FOUR_STEPS, "shift": 5.0, "chunk": 1},
     "causal_forcing_pp_1step": {"steps": (1000,), "first_chunk_steps": FOUR_STEPS, "shift": 5.0, "chunk": 1},
+    # the same, configs/ar_diffusion_tf_{chunkwise,framewise}.yaml, steps of pipeline/causal_diffusion_inference.py: ar_diffusion.pt
+    "ar_diffusion": {"unipc_steps": 50, "guidance": 3.0, "shift": 5.0, "chunk": 3},
+    "ar_diffusion_framewise": {"unipc_steps": 50, "guidance": 3.0, "shift": 5.0, "chunk": 1},
     # NVlabs/LongLive, branch v1.0: configs/longlive_inference.yaml
     "longlive": {"steps": FOUR_STEPS, "shift": 5.0, "chunk": 3, "window": 12, "sink": 3},
     # the same, configs/longlive_inference_infinity.yaml: use_infinite_attention
@@ -114,6 +118,9 @@ class RolloutConfig:
         attention, Infinity-RoPE, FastVideo's relativistic, Reward-Forcing).
     sink_ema: weight of the old sink where chunks that leave the window are averaged into it (Reward-Forcing: 0.999); none: a fixed sink.
     warp: move the steps along the shifted schedule (750 is 937.5 at shift 5); false: they are on it already (CausVid, Krea).
+    unipc_steps: so many steps of UniPC, Wan's own solver, instead of `steps` with fresh noise between them: for checkpoints that are not
+        distilled to few steps (`ar_diffusion.pt`).
+    guidance: scale of classifier-free guidance against a negative prompt, which takes two forwards and two caches; none: no guidance.
     fuse_cache_pass: run chunk i's cache pass together with chunk i + 1's first step, one longer forward.
     merge_lora: merge LoRA layers into the weights for the rollout and restore them bit for bit after it.
     graphs: record each forward once as a CUDA graph and replay it in later rollouts of the same shape.
@@ -130,6 +137,8 @@ class RolloutConfig:
     rope: Literal["absolute", "relative"] = "absolute"
     sink_ema: float | None = None
     warp: bool = True
+    unipc_steps: int | None = None
+    guidance: float | None = None
     fuse_cache_pass: bool = False
     merge_lora: bool = True
     graphs: bool = False
@@ -146,7 +155,15 @@ class RolloutConfig:
             raise ConfigError(f"context_noise must lie in 0..1000, got {self.context_noise}")
         if self.shift <= 0:
             raise ConfigError(f"shift must be a positive number, got {self.shift}")
-        check_at_least(self, 1, "chunk")
+        check_at_least(self, 1, "chunk", "unipc_steps")
+        check_at_least(self, 0, "guidance")
+        if self.unipc_steps is not None and (self.steps != FOUR_STEPS or self.first_chunk_steps or not self.warp):
+            raise ConfigError(
+                f"unipc_steps={self.unipc_steps} makes its own steps: leave out steps, first_chunk_steps and warp=false, which "
+                "are for few-step students"
+            )
+        if self.guidance is not None and self.graphs:
+            raise ConfigError("graphs cannot replay a rollout with guidance: leave out one of graphs and guidance")
         if self.window is None and self.sink:
             raise ConfigError(f"sink={self.sink} needs a window larger than it: set window")
         if self.window is not None and not 0 <= self.sink < self.window:
@@ -163,13 +180,19 @@ class RolloutConfig:
                     f"window of whole chunks, without independent_first_frame; got rope={self.rope}, sink={self.sink}, "
                     f"window={self.window}"
                 )
-        for steps in (self.steps, self.first_chunk_steps or self.steps):
-            sigmas = [step.sigma for step in step_table(steps, self.shift, self.warp)]
+        for steps, table in ((self.steps, self.timetable()), (self.first_chunk_steps, self.timetable(first=True))):
+            sigmas = [step.sigma for step in table]
             if not all(a > b for a, b in itertools.pairwise([*sigmas, 0.0])):
                 raise ConfigError(
                     f"shift={self.shift} gives the steps {steps} the noise levels {sigmas}: they must fall and stay above 0; "
                     "set steps to different whole numbers from 1000 to 1, or shift closer to 1"
                 )
+
+    def timetable(self, first: bool = False) -> "list[Step]":
+        """The denoising steps of a chunk, or of the first one."""
+        if self.unipc_steps is not None:
+            return unipc_table(self.unipc_steps, self.shift)
+        return step_table((first and self.first_chunk_steps) or self.steps, self.shift, self.warp)
 
     @property
     def history(self) -> dict[str, Any]:
@@ -217,3 +240,23 @@ def step_table(steps: tuple[float, ...], shift: float, warp: bool = True) -> lis
         return [Step(float(step), float(sigmas[i])) for step, i in zip(steps, nearest)]
     rows = [1000 - int(s) for s in steps]
     return [Step(float(times[i]), float(sigmas[i])) if i < 1000 else Step(0.0, 0.0) for i in rows]
+
+
+def unipc_table(steps: int, shift: float) -> list[Step]:
+    """The steps of `unipc`: sigmas evenly from 0.999 towards 0 and shifted, t their whole thousandths (Wan2.1
+    `wan/utils/fm_solvers_unipc.py`, `set_timesteps`)."""
+    even = np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1]
+    return [Step(float(int(s * 1000)), float(np.float32(s))) for s in shift * even / (1 + (shift - 1) * even)]
+
+
+def unipc(steps: list[Step]) -> Any:
+    """Wan's solver for one chunk: diffusers' UniPCMultistepScheduler, which equals Wan's own to the bit on the steps of
+    `unipc_table`."""
+    with extra("train"):
+        from diffusers import UniPCMultistepScheduler
+
+    solver: Any = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    solver.set_timesteps(len(steps))
+    solver.sigmas = torch.tensor([*(step.sigma for step in steps), 0.0], dtype=torch.float32)
+    solver.timesteps = torch.tensor([int(step.t) for step in steps])
+    return solver

@@ -92,6 +92,11 @@ def load(checkout: Path) -> Replaced:
         theirs.module("utils.scheduler")
         theirs.module("utils.wan_wrapper")
         theirs.module("pipeline.causal_inference")
+        if (checkout / "pipeline/causal_diffusion_inference.py").exists():
+            theirs.package("wan.utils")
+            theirs.module("wan.utils.fm_solvers")
+            theirs.module("wan.utils.fm_solvers_unipc")
+            theirs.module("pipeline.causal_diffusion_inference")
         if (checkout / "pipeline/interactive_causal_inference.py").exists():
             theirs.module("pipeline.interactive_causal_inference")
     return theirs

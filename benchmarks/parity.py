@@ -12,7 +12,7 @@ layers), and casts to float32 in RMSNorm and FastVideo's RoPE, so that float64 i
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -53,6 +53,7 @@ def _windowed(**more: Any) -> RolloutConfig:
 
 TWO_STEP = RolloutConfig(steps=(1000, 500), first_chunk_steps=(1000, 750, 500, 250), chunk=1)
 ONE_STEP = RolloutConfig(steps=(1000,), first_chunk_steps=(1000, 750, 500, 250), chunk=1)
+DIFFUSION = RolloutConfig.preset("ar_diffusion")
 ABSOLUTE, INFINITE = _windowed(), _windowed(rope="relative")
 KEPT, REWRITTEN = {"global_sink": True}, {"global_sink": False}
 CASES = {
@@ -61,12 +62,15 @@ CASES = {
         Case("frame by frame", RolloutConfig(chunk=1), frames=9),
         Case("window 9", RolloutConfig(window=9)),
         Case("window 12, sink 3", ABSOLUTE),
+        Case("UniPC, guidance", DIFFUSION, frames=9),
     ],
     "causal_forcing": [
         Case("chunks of 3", RolloutConfig()),
         Case("frame by frame", RolloutConfig(chunk=1), frames=9),
         Case("++ two steps", TWO_STEP, frames=9),
         Case("++ one step", ONE_STEP, frames=9),
+        Case("AR diffusion", RolloutConfig.preset("ar_diffusion", unipc_steps=20), frames=6),
+        Case("AR diffusion, frame by frame", RolloutConfig.preset("ar_diffusion_framewise", unipc_steps=8), frames=4),
     ],
     "longlive": [
         Case("window 12, sink 3", ABSOLUTE, frames=30),
@@ -194,7 +198,7 @@ class Prepared(NamedTuple):
 
     model: CausalWan
     noise: Tensor  # [B, C, F, H, W]
-    texts: list[Tensor]  # embeddings, one per prompt
+    texts: list[Tensor]  # embeddings, one per prompt; under guidance the second is the negative prompt's
     draws: Tensor  # [n, B * f, C, H, W] noise between steps
 
 
@@ -228,10 +232,22 @@ def official(case: Case, given: Prepared) -> Tensor:
         independent_first_frame=False, denoising_step_list_first_chunk=config.first_chunk_steps and list(config.first_chunk_steps),
         checkpoint_path="", model_kwargs=Options(local_attn_size=config.window or -1), **case.options,
     )  # fmt: skip
+    latents = noise.transpose(1, 2)
+    text, vae = TextStandIn(texts), VAEStandIn()
+    if config.unipc_steps is not None:
+        settings |= Options(
+            num_train_timestep=1000, timestep_shift=config.shift, guidance_scale=config.guidance, negative_prompt="1"
+        )
+        diffusion = modules["pipeline.causal_diffusion_inference"].CausalDiffusionInferencePipeline(
+            Options(settings), "cpu", generator=wrapper, text_encoder=text, vae=vae
+        )
+        diffusion.sampling_steps = config.unipc_steps
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            return diffusion.inference(latents, ["0"] * case.batch, return_latents=True)[1].transpose(1, 2)
     interactive = "pipeline.interactive_causal_inference" in modules and bool(case.switches)
     where = modules["pipeline.interactive_causal_inference" if interactive else "pipeline.causal_inference"]
     pipeline = getattr(where, "InteractiveCausalInferencePipeline" if interactive else "CausalInferencePipeline")(
-        settings, "cpu", generator=wrapper, text_encoder=TextStandIn(texts), vae=VAEStandIn()
+        settings, "cpu", generator=wrapper, text_encoder=text, vae=vae
     )
     prompts: dict[str, Any] = {"text_prompts": ["0"] * case.batch}
     if interactive:
@@ -240,7 +256,7 @@ def official(case: Case, given: Prepared) -> Tensor:
     elif case.switches:  # Infinity-RoPE: scenes in one string, with their seconds
         prompts = {"text_prompts": [f"0[{case.switches[0] * 4 / 16}s] | 1"]}
     with drawn(draws), redirect_stdout(StringIO()):
-        return pipeline.inference(noise.transpose(1, 2), return_latents=True, **prompts)[1].transpose(1, 2)
+        return pipeline.inference(latents, return_latents=True, **prompts)[1].transpose(1, 2)
 
 
 def prepared(case: Case, dtype: torch.dtype) -> Prepared:
@@ -255,7 +271,8 @@ def prepared(case: Case, dtype: torch.dtype) -> Prepared:
         scale = 0.1 if p.ndim == 1 or "modulation" in name else p.shape[1:].numel() ** -0.5
         p.data = randn(*p.shape) * scale + ("norm" in name and name.endswith("weight"))
     noise = randn(case.batch, SIZES.in_dim, case.frames, HEIGHT, WIDTH)
-    texts = [randn(SIZES.text_len, SIZES.text_dim) for _ in range(len(case.switches) + 1)]
+    prompts = len(case.switches) + (1 if case.config.guidance is None else 2)
+    texts = [randn(SIZES.text_len, SIZES.text_dim) for _ in range(prompts)]
     draws = randn(case.frames * 4, case.batch * case.config.chunk, SIZES.in_dim, HEIGHT, WIDTH)
     return Prepared(model, noise, texts, draws)
 
@@ -263,6 +280,8 @@ def prepared(case: Case, dtype: torch.dtype) -> Prepared:
 def ours(case: Case, given: Prepared) -> Tensor:
     """Latents [B, C, F, H, W] of `rollout`."""
     encoded = [given.model.encode_text(text[None]) for text in given.texts]
+    if case.config.guidance is not None:
+        return rollout(given.model, encoded[0], given.noise, case.config, negative=encoded[1])
     schedule = [(0, encoded[0]), *zip(case.switches, encoded[1:])] if case.switches else encoded[0]
     return rollout(given.model, schedule, given.noise, case.config, renoise=given.draws, recache=case.recache)
 

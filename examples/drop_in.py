@@ -3,6 +3,8 @@
 python examples/drop_in.py
 """
 
+import sys
+
 import torch
 from torch import nn
 
@@ -46,4 +48,6 @@ def main(iterations=300):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
     main()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from afd_fast.config import with_overrides
+from afd_fast.errors import AFDError
 from afd_fast.reports.run import write_report
 from afd_fast.students import Family, LatentFormat, StudentModule
 from afd_fast.training import TrainConfig, train
@@ -78,4 +79,9 @@ def main(videos, out, *overrides):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except AFDError as error:  # with what to change in its message
+        sys.exit(f"error: {error}")

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from afd_fast.config import with_overrides
+from afd_fast.errors import AFDError
 from afd_fast.reports.run import write_report
 from afd_fast.teachers import CallableTeacher
 from afd_fast.training import TrainConfig, train
@@ -38,4 +39,9 @@ def main(out, *overrides):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except AFDError as error:  # with what to change in its message
+        sys.exit(f"error: {error}")

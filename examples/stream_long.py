@@ -31,4 +31,9 @@ def main(out, student="tiny", frames=24, prompt="a red ball rolls down a long hi
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if not (2 <= len(sys.argv) <= 4 and sys.argv[1].endswith(".mp4") and "".join(sys.argv[3:] or "1").isdecimal()):
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except (OSError, ValueError) as error:  # with what to change in its message
+        sys.exit(f"error: {error}")

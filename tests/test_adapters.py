@@ -157,7 +157,7 @@ def test_refused(model, base, tmp_path):
     config = tmp_path / "adapter" / "adapter_config.json"
     saved = json.loads(config.read_text())
     for change, match in (
-        ({"use_dora": True}, "use_dora=True, which is more than"),
+        ({"use_dora": True}, r"use_dora=True \(a DoRA\), which is more than"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
@@ -175,16 +175,17 @@ def test_refused(model, base, tmp_path):
             load_student(tmp_path / "not read.pt", lora=tmp_path / "adapter")
     config.write_text(json.dumps(saved))
     a, b = pair(model, "blocks.0.self_attn.q", 4, 0)
-    for key in (
-        "blocks.0.self_attn.q.lora_magnitude_vector",
-        "blocks.0.self_attn.q.diff_b",
-        "blocks.0.self_attn.q.lora_B.bias",
-    ):
+    for key, kind in (
+        ("blocks.0.self_attn.q.lora_magnitude_vector", "a DoRA"), ("lora_unet_blocks_0_self_attn_q.dora_scale", "a DoRA"),
+        ("blocks.0.self_attn.q.diff_b", "differences of biases"), ("blocks.0.self_attn.q.diff", "differences of whole weights"),
+        ("blocks.0.self_attn.q.lora_B.bias", "trained biases"), ("blocks.0.self_attn.q.hada_w1_a", "a LoHa"),
+        ("blocks.0.self_attn.q.lokr_w1", "a LoKr"),
+    ):  # fmt: skip
         torch.save(
             {"blocks.0.self_attn.q.lora_A.weight": a, "blocks.0.self_attn.q.lora_B.weight": b, key: b},
             tmp_path / "l.pt",
         )
-        with pytest.raises(ConfigError, match=f"not a LoRA weight: {re.escape(key)}"):
+        with pytest.raises(ConfigError, match=f"l.pt: the adapter is .*{kind}, which is more than .*{re.escape(key)}"):
             load_student(base, lora=tmp_path / "l.pt")
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
         load_student(base, lora=tmp_path)

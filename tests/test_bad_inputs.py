@@ -5,6 +5,7 @@ The cases are made from the signatures and dataclasses themselves, so a new fiel
 
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -30,6 +31,7 @@ from afd_fast.errors import AFDError, field_types
 from afd_fast.evaluation import folder as evaluation_folder
 from afd_fast.evaluation import vbench
 from afd_fast.generate import GenerateOptions
+from afd_fast.reference import nft as reference
 from afd_fast.reports.run import write_report
 from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
 from afd_fast.students.toy import shipped
@@ -205,6 +207,37 @@ def scores() -> Iterator[Case]:
         yield Case("clip", partial(afd_fast.reward_to_r, torch.zeros(3), clip=value), value)
 
 
+def test_an_array_or_a_list_is_told_the_way_to_a_tensor():
+    """Every tensor argument of the losses, and NumPy's scalars stay numbers."""
+    given, row = arguments(), torch.rand(3)
+    tensors = {**given, "x_t": given["v"], "v_old": given["v"], "v_ref": given["v"], "sigma": row, "element_mask": given["v"].abs(),
+               "sample_mask": row, "ref_mask": row, "policy_weight": row, "prior_weight": row, "out": given["v"]}  # fmt: skip
+    for name, x in tensors.items():
+        for wrong, way in (
+            (x.numpy(), f"a NumPy array: give torch.from_numpy({name})"),
+            (x.tolist(), f"a list: give torch.tensor({name})"),
+        ):
+            with pytest.raises(TypeError, match=rf"^{name} must be .* got {re.escape(way)}$"):
+                afd_fast.nft_loss(**given | {name: wrong}, recipe="astrolabe" if name == "sigma" else "afd")
+    for name in ("score_teacher", "score_student"):
+        with pytest.raises(TypeError, match=f"{name} .* torch.from_numpy"):
+            afd_fast.bt_loss(**{"score_teacher": row, "score_student": row} | {name: row.numpy()})
+    assert afd_fast.nft_loss(**given | {"t": np.float32(0.5)}).isfinite()
+    with pytest.raises(TypeError, match="prompts must be a list"):
+        afd_fast.PerPromptStatTracker().update("a cat", row)
+
+
+@pytest.mark.parametrize("loss", [afd_fast.nft_loss, afd_fast.nft_terms, afd_fast.NFTLoss(), reference.nft_loss])
+def test_an_argument_that_the_loss_has_not_is_refused(loss):
+    """nft_terms took any keyword and computed the loss without it."""
+    with pytest.raises(
+        TypeError, match=r'no form=: it is a field of the recipe, .*nft_recipe\("afd", form=...\), "mse" or "dpo"'
+    ):
+        loss(**arguments(), form="dpo")
+    with pytest.raises(TypeError, match="no samplemask=, did you mean sample_mask=?"):
+        loss(**arguments(), samplemask=None)
+
+
 @pytest.mark.parametrize("cases", [settings, overrides, tensors, scores])
 def test_every_bad_value_is_refused(cases):
     tried = list(cases())
@@ -237,6 +270,7 @@ BAD = {
     "report": ["", "nowhere", "d", "p.txt"],
     "rollout --config tiny --prompts p.txt --out o":
              ["--frames 20", "--frames 0", "--frames -3", "--frames x", "--shift 0", "--shift nan", "--shift -1", "--shift inf",
+              "--rope rel --window 6", "--rope relative", "--sink-ema 0.9", "--sink-ema x", "--sink-ema 2 --rope relative --window 6 --sink 3",
               "--chunk 0", "--chunk -1", "--batch 0", "--batch -1", "--prompts nowhere.txt", "--prompts d", "--prompts empty.txt",
               "--prompts latin.txt", "--out d", "--out p.txt", "--config nonesuch", "--student nowhere/x.pt", "--student ./no.pt",
               "--student d", "--student garbage.pt", "--student garbage.safetensors", "--graphs", "--seed x",

@@ -1,20 +1,28 @@
 """`afd-fast distill`: a user's own videos, from what it says about them to a report; and `afd-fast doctor`."""
 
 import importlib.util
+import io
 import json
+import re
 import shlex
 import shutil
+import signal
 import sys
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
 
-from afd_fast.cli import common, doctor
+from afd_fast.cli import common, doctor, sampling
 from afd_fast.cli.main import main
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, Interrupted
+from afd_fast.rollout import RolloutConfig
 from afd_fast.students.student import StudentConfig, family
 from afd_fast.students.toy import pixel
+from afd_fast.students.toy.pretrain import Kept
 from afd_fast.video_io import VideoFormat, format_of, write_video
 
 
@@ -81,7 +89,17 @@ def test_it_trains_from_files_to_report_and_continues(say, videos, tmp_path):
     status, said = say(f"{line} --resume".replace("iterations=2", "iterations=3"))
     assert status == 0 and "resuming after iteration 2" in said and "as it is" in said
     status, said = say(f"{line} --resume".replace("--steps 40", "--steps 41").replace("iterations=2", "iterations=3"))
-    assert status == 2 and "or was not made with these videos, --size, --frames, --fps and --steps" in said
+    assert status == 2 and "cannot be continued: it has steps=40, not 41. Give it what it began with" in said
+    status, said = say(f"{line} --resume".replace("16x24", "16x16"))
+    assert (
+        status == 2
+        and "it makes 6 frames of 16x24 at 8 fps, and --size, --frames and --fps ask for 6 frames of 16x16" in said
+    )
+    (videos / "0.mp4").rename(videos / "0.gone")
+    (videos / "1.mp4").write_bytes((videos / "3.mp4").read_bytes())
+    status, said = say(f"{line} --resume")  # it spoke of prompts_per_step
+    assert status == 2 and "of its training videos 0.mp4 left out now (" in said and "1.mp4 changed" in said, said
+    (videos / "0.gone").rename(videos / "0.mp4")
     shutil.rmtree(run)
     status, said = say(line.replace("16x24", "16x16"))  # the base of a run that is gone, of another size
     assert status == 0 and "as it is" not in said
@@ -111,12 +129,99 @@ def test_what_does_not_apply_is_one_line_and_leaves_nothing(say, videos, tmp_pat
     assert status == 2 and message in said and not (tmp_path / "runs").exists(), said
 
 
-def test_a_folder_without_a_manifest_says_what_it_needs(say, tmp_path):
+@pytest.mark.parametrize("line", ["distill --videos mine", "train demo --dry-run teacher=folder:mine"])
+def test_a_folder_that_is_none_or_has_no_manifest_says_what_it_needs(say, tmp_path, line):
+    what = "give a folder with mp4 files and manifest.csv (columns prompt,video)"
+    assert say(line) == (2, f"error: mine is not there: {what}")
+    (tmp_path / "mine").touch()
+    assert say(line) == (2, f"error: mine is a file: {what}")
+    (tmp_path / "mine").unlink()
     (tmp_path / "mine").mkdir()
-    assert say("distill --videos mine") == (
-        2,
-        'error: mine holds neither manifest.csv nor manifest.jsonl (columns "prompt" and "video")',
+    status, said = say(line)
+    assert (
+        status == 2
+        and "mine holds neither manifest.csv nor manifest.jsonl: write a manifest.csv with the line prompt,video"
+        in said
     )
+    (tmp_path / "mine/manifest.csv").write_text("prompt,video\na cat, running,a.mp4\n")
+    status, said = say(line)
+    assert (
+        status == 2
+        and "line 2 has more cells than the header: correct it (write a cell that holds a comma in double quotes)"
+        in said
+    )
+
+
+@pytest.mark.parametrize("line", ["report", "eval collect", "eval run flickering", "eval compare x"])
+def test_a_folder_that_is_none_is_said_to_be_none(say, tmp_path, line):
+    (tmp_path / "x").touch()
+    status, said = say(f"{line} mine".replace("compare x mine", "compare mine x"))
+    assert status == 2 and "mine is not there: give " in said
+    status, said = say(f"{line} x")
+    assert status == 2 and "x is a file: give " in said
+
+
+def test_keys_and_out_are_checked_before_a_clip_is_opened(say, tmp_path):
+    """The folder of videos is not even there."""
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/x").touch()
+    for words, message in (
+        ("nonesuch=1", "unknown key 'nonesuch'"), ("iterations=x", "expected a whole number"), ("--frames 7", "frames must be a multiple of 3"),
+        ("--size 20x20", "height and width must be multiples of 8"), ("rollout.window=3", "need a Wan student"), ("--out file", "file is a file"),
+        ("--out file/run", "file/run cannot be made, as"), ("--out other", "other exists"), ("--resume", "holds no run to resume"),
+        ("--resume --overwrite", "give either --resume"), ("", "nowhere is not there"), ("shards=5 prompts_per_step=10", "nowhere is not there"),
+    ):  # fmt: skip
+        status, said = say(f"distill --videos nowhere {words}")
+        assert status == 2 and message in said, said
+
+
+def test_a_stopped_base_student_continues_bit_for_bit(tmp_path, monkeypatch):
+    video, clips = (
+        VideoFormat(3, 8, 8, 8.0),
+        {"a ball": torch.arange(576).reshape(1, 3, 3, 8, 8).remainder(256).to(torch.uint8)},
+    )
+    make = partial(pixel.pretrain, clips, video, 6, seed=3)
+    whole = make(report=lambda *_: None)
+    kept = Kept(tmp_path / "state", "this")
+
+    def stop(step, of, loss):
+        kept.stop = step == 4
+
+    with pytest.raises(Interrupted, match="stopped after step 4 of 6 .* the same command continues"):
+        make(report=stop, kept=kept)
+    steps = []
+    torch.rand(7)  # the random numbers are the pretraining's
+    again = make(report=lambda step, of, loss: steps.append(step), kept=Kept(tmp_path / "state", "this"))
+    assert steps == [5, 6]
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+    make(report=lambda step, of, loss: steps.append(step), kept=Kept(tmp_path / "state", "another"))
+    assert steps[2:] == [1, 2, 3, 4, 5, 6]
+    monkeypatch.setattr(Kept, "EVERY", 0.0)  # also without a stop, for what is killed
+    make(report=lambda *_: None, kept=Kept(tmp_path / "killed", "this"))
+    assert torch.load(tmp_path / "killed")["step"] == 5
+
+
+def test_the_command_keeps_the_base_student_of_a_stop(say, videos, tmp_path, monkeypatch):
+    line = "distill --videos mine --size 16x24 --frames 6 --steps 30 iterations=2 discriminator.warmup=1 rollouts_per_prompt=2"
+    real, steps = pixel.fit, []
+
+    def fit(*args, report, **options):
+        def counted(step, of, loss):
+            steps.append(step)
+            report(step, of, loss)
+            if step == 12:
+                signal.raise_signal(signal.SIGTERM)
+
+        return real(*args, report=counted, **options)
+
+    monkeypatch.setattr(pixel, "fit", fit)
+    status, said = say(line)
+    assert status == 130 and "stopped after step 12 of 30" in said and steps == list(range(1, 13))
+    assert "the base student takes about" in said and "a step" in said
+    status, said = say(line)
+    assert status == 0 and steps == [*range(1, 13), *range(13, 31)]
+    assert not (tmp_path / "runs/distill-mine.base.state").exists()
 
 
 def test_the_demo_sends_folders_here(say):
@@ -168,12 +273,58 @@ def test_real_files_keep_their_aspect(say, tmp_path):
     assert shown == VideoFormat(132, 720, 1280, 25.0) and "720x1280, 132 frames at 25 fps" in said
 
 
+# -- what the command prints -------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_has_what_was_chosen_and_what_it_means(say):
+    """It printed a hundred keys; those that the named run has anyway are in `afd-fast keys`."""
+    status, said = say("train demo --dry-run iterations=30 rollout.steps=1000,500")
+    rows = dict(re.findall(r"│ ([\w.' ]+?) +│ ([^│]+?) +│", said))
+    chosen = {
+        "name": "demo",
+        "method": "afd",
+        "iterations": "30",
+        "teacher": "physics",
+        "student.name": "toy",
+        "discriminator.name": "toy",
+    }
+    assert status == 0 and chosen.items() <= rows.items() and rows["rollout.steps"] == "(1000.0, 500.0)"
+    assert "student parameters" in rows and not [
+        key for key in rows if "." in key and key not in chosen and key != "rollout.steps"
+    ]
+    assert "every other key is as demo has it: afd-fast keys demo" in said
+
+
+def test_long_words_go_on_in_the_next_line():
+    path = "/a/" + "long/" * 30 + "path"
+    shown = common.table("", "found")
+    shown.add_row("student", path)
+    console = Console(width=40, record=True, file=io.StringIO())
+    console.print(shown)
+    assert re.sub(r"[│\s]", "", console.export_text().partition("student")[2]).startswith(path)
+
+
+@pytest.mark.parametrize("command", ["rollout --config tiny --out o", "eval export o --student tiny"])
+def test_positions_and_the_averaged_sink_can_be_set(say, tmp_path, command):
+    (tmp_path / "p.txt").write_text("a ball")
+    words = "--prompts p.txt --frames 9 --window 6 --sink 3 --rope relative --sink-ema 0.9"
+    with mock.patch("afd_fast.cli.sampling.sampling", wraps=sampling.sampling) as called:
+        status, said = say(f"{command} {words}")
+    assert status == 0, said
+    assert called.call_args.kwargs["rope"] == "relative" and len(list(tmp_path.rglob("*.mp4"))) == 1
+    found = sampling.sampling(
+        "tiny", None, None, None, 9, None, 1, None, None, rope="relative", sink_ema=0.9, window=6, sink=3
+    )
+    assert found.config == RolloutConfig(rope="relative", sink_ema=0.9, window=6, sink=3)
+    assert found.settings()["rope"] == "relative"
+
+
 # -- doctor ------------------------------------------------------------------------------------------------------
 
 
 def test_doctor_looks_at_everything(say):
     status, said = say("doctor")
-    assert status == 0
+    assert status == 0 and said.startswith("looking at packages, CPU, GPU, codecs and disk ...")
     for what in (
         "versions",
         "extra [demo]",
@@ -193,7 +344,7 @@ def test_doctor_of_a_run_that_can_run_and_of_one_that_cannot(say):
     assert status == 0 and "demo can run here" in said
     status, said = say("doctor afd_table3 student=nowhere/x.safetensors teacher=folder:nowhere")
     assert status == 1 and "afd_table3 cannot run here:" in said
-    assert "nowhere/x.safetensors is neither a file" in said and "nowhere holds neither manifest.csv" in said
+    assert "nowhere/x.safetensors is neither a file" in said and "nowhere is not there" in said
     assert say("doctor nonesuch")[0] == 2
 
 

@@ -4,6 +4,7 @@ their shapes, masks and settings. Inside the files themselves: test_trainers.py.
 import inspect
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,7 +105,7 @@ def test_one_r_per_sample_in_every_shape(d):
         assert terms["kl_div"].shape == (3,) and found[1]["kl_loss_contrib"] == terms["kl_loss"] / KL
     with pytest.raises(ValueError, match=r"r must have one value per sample.*got \(3, 3\)"):
         dropin.cosmos_rl(*d.nft, d.r.expand(3, 3), **settings, advantage_high=CLIP)
-    with pytest.raises(TypeError, match="r must be a tensor"):
+    with pytest.raises(TypeError, match="r must be a floating-point tensor, got float"):
         dropin.fastvideo(*d.nft, 0.5, **settings, adv_clip_max=CLIP)
 
 
@@ -226,26 +227,31 @@ def test_inside_a_compiled_step(d, trainer):
 
 
 @pytest.mark.parametrize("name,change,message", [
-    ("diffusionnft", {"old_prediction": None}, "diffusionnft: old_prediction must be a tensor, got NoneType"),
-    ("diffusionnft", {"ref_forward_prediction": None}, "diffusionnft: ref_forward_prediction must be a tensor"),
-    ("gardo", {"forward_prediction": [1.0]}, "gardo: forward_prediction must be a tensor, got list"),
+    ("diffusionnft", {"old_prediction": None}, "diffusionnft: old_prediction must be a floating-point tensor, got NoneType"),
+    ("diffusionnft", {"ref_forward_prediction": None}, "diffusionnft: ref_forward_prediction must be a floating-point tensor"),
+    ("gardo", {"forward_prediction": [1.0]}, "gardo: forward_prediction must be a floating-point tensor, got a list"),
     ("gardo", {"kl_beta": None}, "gardo: kl_beta must be a number, got None"),
     ("diffusionnft", {"beta": "0.1"}, "diffusionnft: beta must be a number, got '0.1'"),
-    ("verl_omni", {"reward_prob": None}, "verl_omni: reward_prob must be a tensor, got NoneType"),
-    ("unirl", {"adv": [1.0, 2.0, 3.0]}, "unirl: adv must be a tensor, got list"),
-    ("astrolabe", {"ref_pred_x0": None}, "astrolabe: ref_pred_x0 must be a tensor"),
+    ("verl_omni", {"reward_prob": None}, "verl_omni: reward_prob must be a floating-point tensor, got NoneType"),
+    ("verl_omni", {"reward_prob": torch.ones(3, 1).int()}, r"reward_prob must be .* got torch.int32: give reward_prob.float\(\)"),
+    ("unirl", {"adv": [1.0, 2.0, 3.0]}, "unirl: adv must be a floating-point tensor, got a list: give torch.tensor"),
+    ("unirl", {"adv": torch.tensor([1, 2, 3])}, r"unirl: adv must be .* got torch.int64: give adv.float\(\)"),
+    ("unirl", {"new_pred": torch.ones(3, 2, 4).int()}, "unirl: new_pred must be a floating-point tensor, got torch.int32"),
+    ("flow_factory", {"ref_v_pred": torch.ones(3, 2, 4).int()}, "flow_factory: ref_v_pred must be a floating-point tensor"),
+    ("edit_r1", {"valid_mask": np.ones(3)}, r"edit_r1: valid_mask must be a tensor, got a NumPy array: give torch.from_numpy"),
+    ("astrolabe", {"ref_pred_x0": None}, "astrolabe: ref_pred_x0 must be a floating-point tensor"),
     ("flow_factory", {"adv_clip_range": 5.0}, r"flow_factory: adv_clip_range must be \(low, high\), got 5.0"),
     ("flow_factory", {"adv_clip_range": (5.0,)}, "adv_clip_range must be"),
     ("rlinf", {"algorithm": None}, "rlinf: algorithm must be a mapping .* got a NoneType"),
     ("rlinf", {"noise_level": None}, "noise_level a tensor or a number, got a NoneType"),
-    ("rlinf", {"advantages": [0.5, 0.5, 0.5]}, "rlinf: advantages must be a tensor, got list"),
+    ("rlinf", {"advantages": [0.5, 0.5, 0.5]}, "rlinf: advantages must be a floating-point tensor, got a list"),
 ])  # fmt: skip
 def test_wrong_arguments_have_the_trainers_names(d, name, change, message):
     """A prediction of the old or the reference policy that is None would leave out its part of the loss in silence."""
     call = getattr(dropin, name)
     known = {
         "x0": d.x0, "xt": d.xt, "x_t": d.xt, "r": d.r, "adv": d.r, "advantages": d.r, "reward_prob": d.r, "reward_std": d.r,
-        "loss_mask": d.mask, "algorithm": {}, "adv_clip_range": (-CLIP, CLIP), "use_adaptive_weight": True,
+        "loss_mask": d.mask, "valid_mask": d.mask, "algorithm": {}, "adv_clip_range": (-CLIP, CLIP), "use_adaptive_weight": True,
     }  # fmt: skip
     required = [p for p in inspect.signature(call).parameters.values() if p.default is p.empty]
     given = {p.name: known.get(p.name, 0.1 if p.annotation is float else d.x0) for p in required}

@@ -1,6 +1,7 @@
 """Every example runs, as its docstring says, on a small input."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,21 @@ def test_drop_in_learns(tmp_path):
 def test_stream_long(tmp_path):
     run("stream_long.py", tmp_path / "long.mp4", "tiny", 18, cwd=tmp_path)
     assert read_video(tmp_path / "long.mp4").shape == (3, 69, 48, 80)
+
+
+@pytest.mark.parametrize(("name", "arguments", "said"), [
+    ("drop_in.py", ["nonesuch"], "python examples/drop_in.py"), ("own_student.py", [], "python examples/own_student.py VIDEOS OUT"),
+    ("own_student.py", ["nowhere", "out"], "error: nowhere is not there"), ("own_teacher.py", [], "python examples/own_teacher.py OUT"),
+    ("own_teacher.py", ["out", "nonesuch=1"], "error: unknown key 'nonesuch'"), ("stream_long.py", [], "python examples/stream_long.py OUT.mp4"),
+    ("stream_long.py", ["folder"], "OUT.mp4"), ("stream_long.py", ["x.mp4", "tiny", "six"], "OUT.mp4"),
+    ("stream_long.py", ["x.mp4", "nowhere.pt"], "error: nowhere.pt is neither"), ("stream_long.py", ["x.mp4", "tiny", "7"], "error: 7 frames do not"),
+])  # fmt: skip
+def test_wrong_arguments_are_told_the_usage(tmp_path, monkeypatch, name, arguments, said):
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert isinstance(stop.value.code, str) and said in stop.value.code and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)

@@ -1,13 +1,19 @@
 """The sampler against the official pipeline's numbers, and its identities in float64."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from afd_fast.rollout import RolloutConfig, rollout, step_table, stream
+from afd_fast.rollout import RolloutConfig, rollout, stream
+from afd_fast.sampler import step_table
 from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.students.toy.model import ToyConfig, ToyStudent
 from afd_fast.students.toy.text import tokenize
+from afd_fast.students.wan.graphs import GraphedStudent
+from afd_fast.training import train
 
 FOUR = RolloutConfig()
 
@@ -307,3 +313,80 @@ def test_bad_input(model):
         rollout(model, text, noise, RolloutConfig(window=2))
     with pytest.raises(ValueError, match="sink"):
         rollout(model, text, noise, RolloutConfig(window=3, sink=3))
+
+
+def test_what_is_no_encoded_text_is_refused_by_name(model):
+    """Prompts or embeddings where encode_text's result belongs; in every forward, in a schedule, with CUDA graphs' stand-in, and for the
+    toy student."""
+    noise, text = inputs(model, 1, 6)
+    raw = torch.randn(1, 12, 24, dtype=torch.float64)
+    x, t = noise[:, :, :3], torch.full((1, 3), 500.0)
+    toy, small = ToyStudent(), torch.randn(1, 3, 12, 16, 16)
+    calls = [partial(rollout, model, noise=noise), lambda text: rollout(model, [(0, text), (3, text)], noise),
+             lambda text: rollout(GraphedStudent(model), text, noise), partial(model, x, t),
+             lambda text: model(x, t, text, cache=model.new_cache(1, 6, 4, 6)),
+             lambda text: model.forward_teacher_forcing(x, t, text, x), lambda text: model.forward_block_causal(x, t, text),
+             lambda text: rollout(toy, text, small), lambda text: toy.forward_block_causal(small, torch.zeros(1, 12), text),
+             lambda text: toy.forward_teacher_forcing(small, torch.zeros(1, 12), text, small)]  # fmt: skip
+    for call in calls:
+        for wrong, given in (
+            (raw, r"a tensor \(1, 12, 24\)"),
+            ("a ball", "a str"),
+            (["a ball"], "a list"),
+            (None, "a NoneType"),
+        ):
+            with (
+                pytest.raises(TypeError, match=f"text must be a (Wan|Toy)Text, .*encode_text.*, got {given}"),
+                torch.no_grad(),
+            ):
+                call(text=wrong)
+    graphed = GraphedStudent(model)
+    with torch.no_grad():
+        rollout(graphed, text, noise)  # it keeps a text now
+        with pytest.raises(TypeError, match="text must be a WanText"):
+            rollout(graphed, raw, noise)
+
+
+@pytest.mark.parametrize("context,error,message", [
+    (torch.zeros(12, 24), ValueError, r"\[B, n, 24\] .* got \(12, 24\): one prompt is context\[None\]"),
+    (torch.zeros(1, 12, 16), ValueError, r"\[tokens, 24\], got \(12, 16\)"), (torch.zeros(0, 12, 24), ValueError, "no prompt"),
+    ([], ValueError, "no prompt"), ("a ball", TypeError, "embeddings, .* got str"), (["a ball"], TypeError, "embeddings, .* got str"),
+    (np.zeros((1, 12, 24)), TypeError, "a NumPy array: give torch.from_numpy"), (None, TypeError, "got NoneType"),
+    (torch.zeros(1, 12, 24).long(), TypeError, "got torch.int64"),
+])  # fmt: skip
+def test_context_that_is_no_embeddings(model, context, error, message):
+    with pytest.raises(error, match=message):
+        model.encode_text(context)
+
+
+def test_layouts_and_settings_in_the_wrong_place(model):
+    noise, text = inputs(model, 1, 6)
+    swapped = noise.transpose(1, 2)
+    with pytest.raises(
+        ValueError, match=r"noise must be \[B, C, F, H, W\] with C = 16, got \(1, 6, 16, .*give noise.transpose\(1, 2\)"
+    ):
+        rollout(model, text, swapped)
+    with pytest.raises(ValueError, match=r"give initial_latent.transpose\(1, 2\)"):
+        rollout(model, text, noise, initial_latent=swapped)
+    with pytest.raises(ValueError, match=r"give x.transpose\(1, 2\)"):
+        model(swapped[:, :3], torch.full((1, 3), 500.0), text)
+    with pytest.raises(TypeError, match="noise must be .* torch.from_numpy"):
+        rollout(model, text, noise.numpy())
+    with pytest.raises(ValueError, match="7 frames do not divide into chunks of 3: 6 or 9 do"):
+        rollout(model, text, torch.cat([noise, noise[:, :, :1]], 2))
+    for wrong, way in (
+        ("longlive", r"RolloutConfig.preset\('longlive'\)"),
+        ({"steps": (1000,)}, "RolloutConfig\\(name"),
+        (True, ""),
+    ):
+        with pytest.raises(TypeError, match=f"config must be a RolloutConfig or None, got .*{way}"):
+            rollout(model, text, noise, wrong)
+    for call in (rollout, stream):
+        with pytest.raises(
+            TypeError, match=r"no graphs=: it is a setting of the config, RolloutConfig\(graphs=...\), true or false"
+        ):
+            call(model, text, noise, graphs=True)
+    with pytest.raises(TypeError, match="generator must be a torch.Generator .* got 3"):
+        rollout(model, text, noise, generator=3)
+    with pytest.raises(TypeError, match="config must be a TrainConfig, got 'demo': give afd_fast.training.runs.get"):
+        train("demo")

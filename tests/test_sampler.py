@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from typer.testing import CliRunner
 from afd_fast.cli.main import app
 from afd_fast.config import TrainConfig, with_overrides
 from afd_fast.errors import ConfigError
-from afd_fast.rollout import RolloutConfig, rollout, step_table
-from afd_fast.sampler import PRESETS, of_config
+from afd_fast.rollout import RolloutConfig, rollout
+from afd_fast.sampler import PRESETS, of_config, step_table
 from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
 from afd_fast.training.update import noised
 from afd_fast.training.velocity import Chunking, chunk_velocities
@@ -166,6 +167,46 @@ def test_a_run_knows_its_students_sampler(tmp_path, caplog):
     assert RolloutConfig.of(load_student(tmp_path / "student").sampler) == config.rollout
 
 
+@torch.no_grad()
+def test_guidance(model):
+    """Scale 1 is the prompt alone and scale 0 the negative prompt, each given the same history; frames to continue from are
+    given to both, once for all samples; refused where one of prompt and scale is missing."""
+    g = torch.Generator().manual_seed(4)
+    noise, initial = torch.randn(2, 16, 4, 4, 4, generator=g), torch.randn(1, 16, 2, 4, 4, generator=g)
+    given, negative = (model.encode_text(torch.randn(1, 3, 24, generator=g)) for _ in range(2))
+    few = RolloutConfig(steps=(1000, 500), chunk=2, window=4, sink=1)
+
+    def sample(text, config, **more):
+        generator = torch.Generator().manual_seed(5)
+        return rollout(model, text, noise, config, generator=generator, initial_latent=initial, **more)
+
+    for scale, alone in ((1.0, given), (0.0, negative)):
+        found = sample(given, replace(few, guidance=scale), negative=negative)
+        assert torch.allclose(found, sample(alone, few), atol=1e-5)
+    assert not torch.allclose(sample(given, replace(few, guidance=3.0), negative=negative), found, atol=1e-2)
+    fused = sample(given, replace(few, guidance=3.0, fuse_cache_pass=True), negative=negative)
+    assert torch.allclose(sample(given, replace(few, guidance=3.0), negative=negative), fused, atol=1e-4)
+    for config, more in ((few, {"negative": negative}), (replace(few, guidance=3.0), {})):
+        with pytest.raises(ValueError, match="belong together"):
+            sample(given, config, **more)
+    two = model.encode_text(torch.randn(2, 3, 24, generator=g))
+    with pytest.raises(ValueError, match="needs one prompt, got 2"):
+        sample(given, replace(few, guidance=3.0), negative=two)
+
+
+def test_unipc_and_guidance_are_for_generation(model):
+    with pytest.raises(ConfigError, match="leave out steps"):
+        RolloutConfig(steps=(1000, 500), unipc_steps=4)
+    with pytest.raises(ConfigError, match="leave out one of graphs and guidance"):
+        RolloutConfig(guidance=3.0, graphs=True)
+    for key in ("rollout=ar_diffusion", "rollout.unipc_steps=4", "rollout.guidance=3"):
+        with pytest.raises(ConfigError, match="are for generation"):
+            with_overrides(TrainConfig(student=replace(TrainConfig().student, name="tiny")), [key])
+    noise, text = torch.zeros(1, 16, 2, 4, 4), model.encode_text(torch.zeros(1, 3, 24))
+    with pytest.raises(ValueError, match="grad_last_step needs"):
+        rollout(model, text, noise, RolloutConfig(unipc_steps=2, chunk=2), grad_last_step=True)
+
+
 class TestCommands:
     """`afd-fast rollout` and `eval export` say what the library can; what cannot be is refused before anything is made."""
 
@@ -195,6 +236,10 @@ class TestCommands:
         self.call(*tiny, tmp_path / "b", "--steps", "900,300,0", "--no-warp", "--window", 4, "--sink", 1, "--chunk", 2,
                   "--frames", 4, "--seeds", "5,0", "--size", "32x32", "--first-chunk-steps", "1000,500,250")  # fmt: skip
         assert list(self.videos(tmp_path / "b")) == ["0000-a-red-ball-0.mp4", "0000-a-red-ball-5.mp4"]
+        guided = ("--preset", "ar_diffusion", "--unipc-steps", 2, "--guidance", 2, "--frames", 3, "--size", "32x32")
+        for name, words in (("c", ()), ("d", ("--negative", "blurred"))):
+            self.call(*tiny, tmp_path / name, *guided, *words)
+        assert len({(tmp_path / name / "0000-a-red-ball.mp4").read_bytes() for name in "cd"}) == 2
 
     @pytest.mark.parametrize("words,match", [
         (("--preset", "wan"), "unknown preset"), (("--size", "480"), "--size takes HEIGHTxWIDTH in multiples of 16"),
@@ -202,6 +247,7 @@ class TestCommands:
         (("--first-chunk-steps", ""), "--first-chunk-steps takes numbers"), (("--sink", 2), "needs a window"),
         (("--steps", "250,1000"), "steps must fall"), (("--seeds", "1,1"), "--seeds takes different"),
         (("--seeds", "-1"), "--seeds takes different"), (("--lora", "a.pt"), "a.pt"), (("--fps", "0"), "fps must be"),
+        (("--negative", "blurred"), "set --guidance"), (("--preset", "causvid", "--unipc-steps", 9), "leave out steps"),
         (("--preset", "longlive", "--frames", 4), "4 latent frames do not divide into chunks of 3"),
     ])  # fmt: skip
     def test_refused_before_anything_is_made(self, prompts, tmp_path, monkeypatch, words, match):
@@ -252,7 +298,9 @@ class TestCommands:
             "afd_fast.generate.generate",
             lambda networks, todo, out, options, config, **_: seen.append((options, config)),
         )
-        monkeypatch.setattr("afd_fast.students.wan.family.load_networks", lambda *_, **__: None)
+        monkeypatch.setattr(
+            "afd_fast.students.wan.family.load_networks", lambda *_, **__: SimpleNamespace(student=None)
+        )
         with pytest.raises(AttributeError):  # `generate` above returns no statistics
             self.call("rollout", "--student", tmp_path / "student", "--base", tmp_path / "base", "--prompts", prompts,
                       "--out", tmp_path / "o", "--frames", 3, "--sink", 1, "--size", "704x1280")  # fmt: skip

@@ -257,9 +257,13 @@ def test_disc_lr_auto_applies_the_remedy_within_bounds_and_is_kept(tiny_config, 
         (["demo", "student_lr=1"], "did you mean 'update.lr'"),
         (["train", "demmo"], "did you mean 'demo'"),
         (["demo", "--teacher", "folder:/nowhere"], "afd-fast distill --videos /nowhere"),
-        (["train", "demo", "teacher=folder:/nowhere"], "neither manifest"),
+        (
+            ["train", "demo", "teacher=folder:/nowhere"],
+            "/nowhere is not there: give a folder with mp4 files and manifest.csv",
+        ),
         (["demo", "--teacher", "oracle"], '"physics" or "lights" or "folder:PATH"'),
-        (["report", "/nowhere"], "no finished run"),
+        (["report", "/nowhere"], "/nowhere is not there: give the folder of a finished run"),
+        (["report", "/"], "no finished run (no result.json): give a run's"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, arguments, message):

@@ -247,9 +247,13 @@ def test_table_3():
     assert (d.warmup, d.instance_noise, d.r1, d.steps, d.lr) == (0, 0.0, 0.0, 1, 1e-5)
 
 
-@pytest.mark.parametrize("change", [["student.frames=7"], ["student.height=5"], ["student.width=11"]])
-def test_impossible_sizes(change):
-    with pytest.raises(ConfigError, match="whole chunks of latents of even size"):
+@pytest.mark.parametrize("change,which", [
+    (["student.frames=7"], "student.frames=7 must be a multiple of 3, such as 6 or 9"),
+    (["student.height=5"], "student.height=5 must be a multiple of 2, such as 4 or 6"),
+    (["student.width=11"], "student.width=11 must be a multiple of 2, such as 10 or 12"),
+])  # fmt: skip
+def test_impossible_sizes(change, which):
+    with pytest.raises(ConfigError, match=which):
         config = with_overrides(runs.afd_table3(), [*TINY, *change])
         wan_family(config.student, config.rollout.chunk)
 

@@ -212,14 +212,24 @@ class TestLoRA:
         a, b = lora["blocks.0.self_attn.q"]
         for bad, match in (
             ({"blocks.0.self_attn.q.lora_A.weight": a}, "lora_A only"),
+            (
+                {"blocks.0.self_attn.q.lora_A.weight": a, "blocks.0.self_attn.q.lora_B.weight": b[:, 1:]},
+                "has A .* and B .*, expected",
+            ),
             ({"blocks.9.self_attn.q.lora_A.weight": a, "blocks.9.self_attn.q.lora_B.weight": b}, "blocks.9"),
-            ({"blocks.0.self_attn.q.lora_A.weight": a[:, 1:], "blocks.0.self_attn.q.lora_B.weight": b}, "does not fit"),
+            (
+                {"blocks.0.self_attn.q.lora_A.weight": a[:, 1:], "blocks.0.self_attn.q.lora_B.weight": b},
+                "is for a blocks.0.self_attn.q of",
+            ),
             ({"something": a}, "something"),
             ({"blocks.0.self_attn.q.alpha": torch.ones(())}, "belongs to no LoRA layer"),
         ):
             torch.save(bad, tmp_path / "lora.pt")
-            with pytest.raises(ValueError, match=match):
+            with pytest.raises(ValueError, match=match) as error:
                 load_student(tmp_path / "base.pt", lora=tmp_path / "lora.pt")
+            assert "lora.pt: " in str(error.value) and "base.pt" not in str(
+                error.value
+            )  # the adapter's fault, not the base's
 
 
 @pytest.fixture(scope="module")

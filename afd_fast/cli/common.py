@@ -1,10 +1,14 @@
 """What the commands share: the terminal, options, a training run from its configuration to its report."""
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Column, Table
+
+from afd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from afd_fast.config import TrainConfig
@@ -37,6 +41,20 @@ def height_width(text: str) -> tuple[int, int] | None:
     """ "48x80" -> (48, 80); None for another text."""
     parts = text.lower().split("x")
     return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(part.isdecimal() for part in parts) else None
+
+
+def table(*headers: str, **options: Any) -> Table:
+    """A table whose long words, such as paths, go on in the next line instead of being cut; headers of "" alone are not shown."""
+    columns = (Column(header, overflow="fold") for header in headers)
+    return Table(*columns, show_header=any(headers), title_justify="left", **options)
+
+
+def check_place(out: Path) -> None:
+    """ConfigError unless the folder `out` can be made, or is there; nothing is touched."""
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "cannot be written" if nearest.is_dir() else "is a file"
+        raise ConfigError(f"{out} cannot be made, as {nearest} {what}: choose another --out")
 
 
 def check_writable(path: Path) -> None:

@@ -1,17 +1,28 @@
 """`afd-fast distill`: a small student of a user's own videos, on any machine."""
 
 import hashlib
+import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from afd_fast.cli.common import Keys, Out, Overwrite, Resume, check_writable, console, height_width, run
-from afd_fast.errors import ConfigError, Interrupted
+from afd_fast.cli.common import (
+    Keys,
+    Out,
+    Overwrite,
+    Resume,
+    check_place,
+    check_writable,
+    console,
+    height_width,
+    run,
+    table,
+)
+from afd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +33,9 @@ if TYPE_CHECKING:
 
 STEPS = 600  # of the base student's pretraining
 CLIPS = 8  # used of a prompt, at most
+ANY = (
+    12  # prompts of an iteration before the folder's are counted: what may be said of shards then is not said too early
+)
 
 
 def distill(
@@ -50,48 +64,67 @@ def distill(
     from afd_fast.teachers.folder import FolderTeacher, survey
     from afd_fast.video_io import VideoFormat
 
+    name = f"distill-{videos.resolve().name}"
+    out = out or Path("runs") / name
+    base = out.with_name(f"{out.name}.base.safetensors")
     if odd := [item for item in overrides or [] if item.partition("=")[0].partition(".")[0] in ("student", "teacher")]:
         raise ConfigError(
             f"{odd[0]} has no meaning here: --videos, --size and --frames choose the teacher and the student"
         )
     if not fps > 0 or fps == float("inf"):
         raise ConfigError(f"--fps must be a positive number, got {fps}")
+    given = height_width(size) if size else (8, 8)
+    if given is None:
+        raise ConfigError(f"--size is written HEIGHTxWIDTH, such as 48x80, got {size!r}")
+    pixel.config_for(VideoFormat(frames, *given, fps))
+    any_clips = with_overrides(_config(name, f"folder:{videos}", base, clips=1, prompts_per_step=ANY), overrides or [])
+    if not dry_run:
+        _check_out(out, any_clips, overwrite, resume)
     found = survey(videos)
     shapes = [clip.format for clip in found if clip.format is not None]
     if not shapes:
         raise ConfigError(
             f"{videos}: no usable video. {'; '.join(clip.problem for clip in found) or 'the manifest is empty'}"
         )
-    found_size = height_width(size) if size else pixel.size_for(statistics.median(s.width / s.height for s in shapes))
-    if found_size is None:
-        raise ConfigError(f"--size is written HEIGHTxWIDTH, such as 48x80, got {size!r}")
-    height, width = found_size
+    height, width = given if size else pixel.size_for(statistics.median(s.width / s.height for s in shapes))
     video = VideoFormat(frames, height, width, fps)
-    pixel.config_for(video)
     teacher = FolderTeacher(videos, frames=frames, size=(height, width), fps=fps)
     _list(found, teacher, video)
-    name = f"distill-{videos.resolve().name}"
-    out = out or Path("runs") / name
-    base = out.with_name(f"{out.name}.base.safetensors")
-    config = with_overrides(_config(name, teacher, base), overrides or [])
+    config = with_overrides(_config(name, teacher.name, base, *_counts(teacher)), overrides or [])
     _say(config, video, base, steps)
     if dry_run:
         return
     from afd_fast.training.run_folder import check_folder
 
-    check_folder(out, config, overwrite=overwrite, resume=resume)
     clips = _clips(teacher)
-    made = f"{video}, {steps} steps, seed {config.seed}, videos {_digest(clips)}"
-    if base.exists() and pixel.made_by(base) == made:
-        console.print(f"base student: {escape(str(base))}, as it is")
-    elif resume:
+    made = {
+        "videos": f"{frames} frames of {height}x{width} at {fps:g} fps",
+        "steps": steps,
+        "seed": config.seed,
+        "clips": _digests(teacher, clips),
+    }
+    before = pixel.made_by(base) if base.exists() else None
+    if resume and (changes := _changes(base, before, made, teacher.left_out)):
         raise ConfigError(
-            f"{base} is missing, or was not made with these videos, --size, --frames, --fps and --steps: give those of the run, or "
-            "start again with --overwrite"
+            f"{out} cannot be continued: {changes}. Give it what it began with, or start again with --overwrite"
         )
+    check_folder(out, config, overwrite=overwrite, resume=resume)
+    if before == made:
+        console.print(f"base student: {escape(str(base))}, as it is")
     else:
         _pretrain(clips, video, base, steps, config.seed, made)
     run(config, out, overwrite, resume)
+
+
+def _check_out(out: Path, config: "TrainConfig", overwrite: bool, resume: bool) -> None:
+    """ConfigError for an --out that cannot be used so."""
+    from afd_fast.training.run_folder import check_folder
+
+    if not resume:
+        check_folder(out, config, overwrite=overwrite, resume=False)
+    elif overwrite or not (out / "config.json").exists():
+        check_folder(out, config, overwrite=overwrite, resume=True)  # which says so
+    check_place(out)
 
 
 def _clips(teacher: "FolderTeacher") -> "dict[str, Tensor]":
@@ -105,23 +138,50 @@ def _clips(teacher: "FolderTeacher") -> "dict[str, Tensor]":
     }
 
 
-def _digest(clips: "dict[str, Tensor]") -> str:
-    found = hashlib.sha256()
-    for prompt, videos in clips.items():
-        found.update(prompt.encode() + videos.numpy().tobytes())
-    return found.hexdigest()
+def _digests(teacher: "FolderTeacher", clips: "dict[str, Tensor]") -> dict[str, str]:
+    """Of every training video with its prompt, by its file."""
+    return {
+        teacher.file(prompt, i): hashlib.sha256(prompt.encode() + video.numpy().tobytes()).hexdigest()
+        for prompt, videos in clips.items()
+        for i, video in enumerate(videos)
+    }
 
 
-def _config(name: str, teacher: "FolderTeacher", base: Path) -> "TrainConfig":
+def _changes(base: Path, before: dict[str, Any] | None, made: dict[str, Any], left_out: dict[str, str]) -> str:
+    """What differs from what the base student was made with; empty where nothing does."""
+    if before is None:
+        return f"its base student {base} is missing"
+    was, now = before["clips"], made["clips"]
+    said = [
+        f"{name} left out now ({left_out[name]})" if name in left_out else f"{name} gone"
+        for name in was
+        if name not in now
+    ]
+    said += [f"{name} new" for name in now if name not in was]
+    said += [f"{name} changed" for name in now if was.get(name, now[name]) != now[name]]
+    if before["videos"] != made["videos"]:
+        said = [f"it makes {before['videos']}, and --size, --frames and --fps ask for {made['videos']}"]
+    elif said:
+        said = ["of its training videos " + ", ".join(said)]
+    said += [f"it has {key}={before[key]}, not {made[key]}" for key in ("steps", "seed") if before[key] != made[key]]
+    return "; ".join(said)
+
+
+def _counts(teacher: "FolderTeacher") -> tuple[int, int]:
+    """The most videos of a prompt, and the prompts of an iteration."""
+    return max(len(teacher.seeds(p, range(CLIPS))) for p in teacher.prompts), min(4, len(teacher.split().train))
+
+
+def _config(name: str, teacher: str, base: Path, clips: int, prompts_per_step: int) -> "TrainConfig":
     """The demo's run at a size that two cores bear, with as many videos and prompts as the folder has."""
     from afd_fast.config import EvaluationConfig
     from afd_fast.students.student import StudentConfig
     from afd_fast.training import runs
 
-    demo, most = runs.demo(), max(len(teacher.seeds(p, range(CLIPS))) for p in teacher.prompts)
+    demo = runs.demo()
     return replace(
-        demo, name=name, iterations=120, teacher=teacher.name, teacher_clips=most, checkpoint_every=40,
-        prompts_per_step=min(4, len(teacher.split().train)), rollouts_per_prompt=4,
+        demo, name=name, iterations=120, teacher=teacher, teacher_clips=clips, checkpoint_every=40,
+        prompts_per_step=prompts_per_step, rollouts_per_prompt=4,
         student=StudentConfig("pixel", base=str(base)), discriminator=replace(demo.discriminator, name="pixel", warmup=10),
         evaluation=EvaluationConfig(every=40, rollouts=2, batch=8),
     )  # fmt: skip
@@ -130,7 +190,7 @@ def _config(name: str, teacher: "FolderTeacher", base: Path) -> "TrainConfig":
 def _list(found: "list[Found]", teacher: "FolderTeacher", video: "VideoFormat") -> None:
     """Every clip, what it holds, and what happens to it."""
     split, left_out = teacher.split(), teacher.left_out
-    table = Table("clip", "holds", "what happens to it", title=escape(teacher.name), title_justify="left")
+    listed = table("clip", "holds", "what happens to it", title=escape(teacher.name))
     for clip in found:
         holds, fate = "", escape(f"left out: {left_out[clip.video]}") if clip.video in left_out else ""
         if clip.format is not None:
@@ -142,8 +202,8 @@ def _list(found: "list[Found]", teacher: "FolderTeacher", video: "VideoFormat") 
                 role = "trained on, and judged on, as there is one prompt"
             whole = clip.format.frames / clip.format.fps
             fate = f"{role}: {min(video.frames / video.fps, whole):.1f} of {whole:.1f} s{_crop(clip.format, video)}"
-        table.add_row(f"{escape(clip.video)}\n{escape(clip.prompt)}", holds, fate)
-    console.print(table)
+        listed.add_row(f"{escape(clip.video)}\n{escape(clip.prompt)}", holds, fate)
+    console.print(listed)
 
 
 def _crop(held: "VideoFormat", video: "VideoFormat") -> str:
@@ -171,19 +231,25 @@ def _say(config: "TrainConfig", video: "VideoFormat", base: Path, steps: int) ->
         )
 
 
-def _pretrain(clips: "dict[str, Tensor]", video: "VideoFormat", base: Path, steps: int, seed: int, made: str) -> None:
-    """Make the base student's file; it appears whole or not at all."""
+def _pretrain(
+    clips: "dict[str, Tensor]", video: "VideoFormat", base: Path, steps: int, seed: int, made: dict[str, Any]
+) -> None:
+    """Make the base student's file; it appears whole or not at all. What is done of it is kept next to it."""
     from afd_fast.files.durable import settle
     from afd_fast.students.toy import pixel, shipped
+    from afd_fast.students.toy.pretrain import Kept
+    from afd_fast.training.progress import on_stop_signal
 
     check_writable(base)
-    with shipped.shown(console) as report:
-        try:
-            student = pixel.pretrain(clips, video, steps, seed=seed, report=report)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                "stopped before the base student was made, of which nothing is kept: start again"
-            ) from None
+    kept = Kept(base.with_suffix(".state"), json.dumps(made))
+
+    def stop(*_: object) -> None:
+        kept.stop = True
+        console.print("stopping after this step ...")
+
+    with shipped.shown(console) as report, on_stop_signal(stop):
+        student = pixel.pretrain(clips, video, steps, seed=seed, report=report, kept=kept)
     partial = base.with_suffix(".part")
     pixel.save(student, video, partial, made)
     settle(partial, base)
+    kept.path.unlink(missing_ok=True)

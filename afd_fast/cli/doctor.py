@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from afd_fast.cli.common import Keys, console
+from afd_fast.cli.common import Keys, console, table
 from afd_fast.errors import EXTRAS, AFDError, ConfigError, not_installed
 
 if TYPE_CHECKING:
@@ -39,19 +38,19 @@ def doctor(
     overrides: Keys = None,
 ) -> None:
     """Say what would fail on this machine and how to mend it; with a RUN, exit with 1 where it cannot run."""
+    more = f", then an iteration of {escape(name)}" if name else ""
+    console.print(f"looking at packages, CPU, GPU, codecs and disk{more} ...")  # the imports alone take seconds
     from afd_fast.config import with_overrides
     from afd_fast.training import runs
 
     config = with_overrides(runs.get(name), overrides or []) if name else None
     checks = [*machine(), *(checked_run(config) if config else ())]
-    table = Table(
-        "", "", "found", "how to mend it", title=f"afd-fast doctor {escape(name or '')}", title_justify="left"
-    )
+    found = table("", "", "found", "how to mend it", title=f"afd-fast doctor {escape(name or '')}")
     for check in checks:
-        table.add_row(
+        found.add_row(
             escape(check.what), f"[{COLORS[check.state]}]{check.state}", escape(check.found), escape(check.remedy)
         )
-    console.print(table)
+    console.print(found)
     failed = [check.what for check in checks if check.state == "fails"]
     if failed:
         console.print(f"{escape(name or 'afd-fast')} cannot run here: {escape(', '.join(failed))}")
@@ -99,7 +98,7 @@ def threads() -> Iterator[Check]:
     from afd_fast import threads as openmp
 
     facts, used, allowed = openmp.facts(), torch.get_num_threads(), openmp.cpus()
-    found = f"{used} threads on {facts['CPUs']}"
+    found = f"{used} thread{'s' * (used != 1)} on {facts['CPUs']}"
     if used > allowed:
         yield Check("threads", "note", found, f"they wait for each other: {openmp.COUNT}={allowed}")
     else:

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
 from afd_fast.cli import sampling as cli
+from afd_fast.cli.common import table
 from afd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +55,11 @@ def export(
     chunk: cli.Chunk = None,
     window: cli.Window = None,
     sink: cli.Sink = None,
+    rope: cli.Rope = None,
+    sink_ema: cli.SinkEma = None,
+    unipc_steps: cli.UniPC = None,
+    guidance: cli.Guidance = None,
+    negative: cli.Negative = None,
     lora: cli.Lora = None,
     fps: cli.Fps = None,
     batch: int = 1,
@@ -78,8 +83,9 @@ def export(
     networks = None
     if student is not None:
         found = cli.sampling(
-            student, base, preset, size, frames, fps, batch, lora, steps=steps, first_chunk_steps=first_chunk_steps,
-            shift=shift, warp=warp, chunk=chunk, window=window, sink=sink,
+            student, base, preset, size, frames, fps, batch, lora, negative, steps=steps,
+            first_chunk_steps=first_chunk_steps, shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, rope=rope,
+            sink_ema=sink_ema, unipc_steps=unipc_steps, guidance=guidance,
         )  # fmt: skip
         settings |= {"base": base or BASE} | found.settings()
         folder.verify(out, clips, settings)
@@ -173,13 +179,13 @@ def collect(out: Folder) -> None:
 
     rows = scores.collect(out)
     folder.write_csv(out / "scores.csv", [field.name for field in fields(Score)], map(astuple, rows))
-    table = Table("", "score", "95 % interval", "videos", "")
+    shown = table("", "score", "95 % interval", "videos", "")
     for row in rows:
         digits = _digits(row.name, row.value)
-        table.add_row(
+        shown.add_row(
             escape(row.name), f"{row.value:{digits}}", _between(row, digits), str(row.videos), escape(row.note)
         )
-    console.print(table)
+    console.print(shown)
 
 
 @app.command()
@@ -192,15 +198,15 @@ def compare(
     rows = scores.differences(base, out)
     names = [field.name for field in fields(scores.Difference)]
     folder.write_csv(out / "differences.csv", names, map(astuple, rows))
-    table = Table("", escape(base.name), escape(out.name), "difference", "95 % interval", "prompts", "")
+    shown = table("", escape(base.name), escape(out.name), "difference", "95 % interval", "prompts", "")
     for row in rows:
         digits = _digits(row.name, row.base)
         clear = "[bold]" if row.low > 0 or row.high < 0 else ""
-        table.add_row(
+        shown.add_row(
             escape(row.name), f"{row.base:{digits}}", f"{row.other:{digits}}", f"{clear}{row.difference:+{digits}}",
             _between(row, "+" + digits), str(row.prompts), escape(row.note),
         )  # fmt: skip
-    console.print(table)
+    console.print(shown)
 
 
 def _digits(name: str, value: float) -> str:

@@ -10,11 +10,10 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from afd_fast.cli import missing
 from afd_fast.cli import sampling as cli
-from afd_fast.cli.common import Keys, Out, Overwrite, Resume, check_writable, console
+from afd_fast.cli.common import Keys, Out, Overwrite, Resume, check_writable, console, table
 from afd_fast.cli.common import run as train_run
 from afd_fast.cli.distill import distill
 from afd_fast.cli.doctor import doctor
@@ -23,6 +22,8 @@ from afd_fast.cli.pretrain import pretrain
 from afd_fast.errors import AFDError, ConfigError, MissingExtra
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from afd_fast.config import TrainConfig
     from afd_fast.training.compare import Variants
 
@@ -129,32 +130,35 @@ def train(
 
     from afd_fast.config import to_dict
     from afd_fast.estimate import floor
-    from afd_fast.training.trainer import facts, new_run, teacher_of
+    from afd_fast.training.run import facts
+    from afd_fast.training.trainer import new_run, teacher_of
 
     with TemporaryDirectory() as cache:
         prepared = new_run(config)
         found = facts(prepared, teacher_of(prepared, None, Path(cache)))
-    table = Table(show_header=False)
-    for key, value in (to_dict(config) | found | floor(config)).items():
-        table.add_row(key, escape(str(value)))
-    console.print(table)
+    usual, now = to_dict(runs.get(run)), to_dict(config)
+    parts = ("name", "method", "iterations", "student.name", "teacher", "discriminator.name")
+    chosen = {key: value for key, value in now.items() if key in parts or value != usual[key]}
+    shown = table("", "")
+    for key, value in (chosen | found | floor(config)).items():
+        shown.add_row(key, escape(str(value)))
+    console.print(shown)
+    console.print(f"every other key is as {escape(run)} has it: afd-fast keys {escape(run)}", highlight=False)
 
 
-def _key_table(config: "TrainConfig") -> Table:
+def _key_table(config: "TrainConfig") -> "Table":
     """Every key as it is typed, `key=default`, with its meaning."""
     from afd_fast.config import keys
 
-    table = Table(
-        "key=default", "meaning", title=escape(f"keys of {config.name}"), title_justify="left", box=SIMPLE_HEAD
-    )
-    table.columns[0].overflow, table.columns[0].min_width, table.columns[0].max_width = "fold", 38, 44
+    listed = table("key=default", "meaning", title=escape(f"keys of {config.name}"), box=SIMPLE_HEAD)
+    listed.columns[0].min_width, listed.columns[0].max_width = 38, 44
     for key in keys(config):
         if isinstance(key.value, tuple):
             value = ",".join(map(str, key.value))
         else:
             value = key.value if isinstance(key.value, str) else str(key.value).lower()
-        table.add_row(escape(f"{key.name}={value}"), escape(key.meaning))
-    return table
+        listed.add_row(escape(f"{key.name}={value}"), escape(key.meaning))
+    return listed
 
 
 @app.command(name="keys")
@@ -262,6 +266,11 @@ def rollout(
     chunk: cli.Chunk = None,
     window: cli.Window = None,
     sink: cli.Sink = None,
+    rope: cli.Rope = None,
+    sink_ema: cli.SinkEma = None,
+    unipc_steps: cli.UniPC = None,
+    guidance: cli.Guidance = None,
+    negative: cli.Negative = None,
     lora: cli.Lora = None,
     fps: cli.Fps = None,
     preview: Annotated[
@@ -273,13 +282,15 @@ def rollout(
     seeds: Annotated[str | None, typer.Option(help="such as 0,1,2: a video of every prompt with each of them")] = None,
     graphs: Annotated[bool, typer.Option("--graphs", help="replay forwards as CUDA graphs")] = False,
 ) -> None:
-    """Generate a video for every prompt with a causal Wan student: as its checkpoint says, as a --preset says, or as set."""
+    """Generate a video for every prompt with a causal Wan student: as its checkpoint says, as a --preset says, or as set.
+    Under torchrun all processes make each video together, each with its share of tokens and heads."""
     import torch
     from rich.progress import Progress
 
     from afd_fast.files.text import read_prompts
     from afd_fast.generate import generate, jobs
     from afd_fast.students.wan.family import load_networks
+    from afd_fast.video_io import write_video
 
     if graphs and not torch.cuda.is_available():
         raise ConfigError("--graphs records CUDA graphs, and there is no CUDA device here: leave it out")
@@ -289,11 +300,13 @@ def rollout(
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
     found = cli.sampling(
-        student or "tiny", base, preset, size, frames, fps, batch, lora, steps=steps, first_chunk_steps=first_chunk_steps,
-        shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, graphs=graphs or None,
+        student or "tiny", base, preset, size, frames, fps, batch, lora, negative, steps=steps,
+        first_chunk_steps=first_chunk_steps, shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, rope=rope,
+        sink_ema=sink_ema, unipc_steps=unipc_steps, guidance=guidance, graphs=graphs or None,
     )  # fmt: skip
-    networks = load_networks(student or "tiny", base, seed, lora=found.lora or None, preview=preview)
-    with Progress(console=console) as progress:
+    with cli.together(found) as ranks, Progress(console=console, disable=not ranks.lead) as progress:
+        networks = load_networks(student or "tiny", base, seed, lora=found.lora or None, preview=preview)
+        ranks.split_sequence(found.options.height, found.options.width, networks.student)
         task = progress.add_task("chunks", total=None)
         stats = generate(
             networks,
@@ -301,9 +314,12 @@ def rollout(
             out,
             found.options,
             found.config,
+            negative=found.negative,
+            write=write_video if ranks.lead else lambda *_: None,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    console.print(stats.line())
+    if ranks.lead:
+        console.print(stats.line())
 
 
 @app.command()
@@ -314,11 +330,14 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html of a finished run folder again."""
+    from afd_fast.files.text import check_folder
     from afd_fast.reports.picture import write_picture
     from afd_fast.reports.run import write_report
 
+    check_folder(run, "the folder of a finished run, such as runs/demo")
     if not (run / "result.json").exists():
-        raise ConfigError(f"{run} holds no finished run (no result.json)")
+        mend = "continue it with --resume" if (run / "config.json").exists() else "give a run's, such as runs/demo"
+        raise ConfigError(f"{run} holds no finished run (no result.json): {mend}")
     console.print(escape(str(write_picture(run, picture) if picture else write_report(run))))
 
 
@@ -328,12 +347,12 @@ def env() -> None:
     from afd_fast import ops, threads
     from afd_fast.training.run_folder import environment
 
-    table = Table(show_header=False)
+    shown = table("", "")
     for key, value in (environment() | threads.facts()).items():
-        table.add_row(key, escape(str(value)))
+        shown.add_row(key, escape(str(value)))
     for name, where in ops.backends().items():
-        table.add_row(f"operator {name}", where)
-    console.print(table)
+        shown.add_row(f"operator {name}", where)
+    console.print(shown)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Options of the commands that sample a causal Wan student, and the settings that they give: checked before anything is
 loaded, downloaded in bulk or created."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from afd_fast.errors import ConfigError
 if TYPE_CHECKING:
     from afd_fast.generate import GenerateOptions
     from afd_fast.rollout import RolloutConfig
+    from afd_fast.training.distributed import Ranks
 
 Preset = Annotated[
     str | None, typer.Option(help="a public project's sampler, such as self_forcing or longlive (docs/models.md)")
@@ -28,6 +30,17 @@ Warp = Annotated[
 Chunk = Annotated[int | None, typer.Option(help="latent frames generated together; default 3")]
 Window = Annotated[int | None, typer.Option(help="latent frames a chunk attends to; default all")]
 Sink = Annotated[int | None, typer.Option(help="how many of the first frames stay in the window")]
+Rope = Annotated[
+    str | None, typer.Option(help='"absolute", or "relative": positions count from the start of the window')
+]
+SinkEma = Annotated[
+    float | None, typer.Option(help="weight of the old sink where chunks that leave the window are averaged into it")
+]
+UniPC = Annotated[
+    int | None, typer.Option("--unipc-steps", help="so many steps of UniPC instead of --steps, such as 50")
+]
+Guidance = Annotated[float | None, typer.Option(help="scale of classifier-free guidance, such as 3; default none")]
+Negative = Annotated[str | None, typer.Option(help="negative prompt of the guidance; default Wan's own")]
 Lora = Annotated[list[str] | None, typer.Option(help="adapter to merge, PATH or PATH=WEIGHT; repeatable")]
 Fps = Annotated[float | None, typer.Option(help="frames per second of the files; default the model's 16 or 24")]
 
@@ -38,18 +51,21 @@ class Sampling(NamedTuple):
     config: "RolloutConfig"
     options: "GenerateOptions"
     lora: list[tuple[str, float]]
+    negative: str
 
     def settings(self) -> dict[str, Any]:
         """Everything that changes a video, ready for JSON."""
         o = self.options
         sampler = {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.sampler().items()}
-        more = {"lora": [list(item) for item in self.lora]} if self.lora else {}
+        more: dict[str, Any] = {"lora": [list(item) for item in self.lora]} if self.lora else {}
+        if self.config.guidance is not None:
+            more["negative"] = self.negative
         return {"frames": o.frames, "height": o.height, "width": o.width, "fps": o.fps} | sampler | more
 
 
 def sampling(
     student: str, base: str | None, preset: str | None, size: str | None, frames: int | None, fps: float | None,
-    batch: int, lora: Sequence[str] | None, **given: Any,
+    batch: int, lora: Sequence[str] | None, negative: str | None, **given: Any,
 ) -> Sampling:  # fmt: skip
     """The settings of a command: the student's own, or a preset's, with the options `given` on top (None: not given; steps
     as text). ConfigError for what cannot be sampled."""
@@ -59,6 +75,7 @@ def sampling(
     from afd_fast.students.files import check_source
     from afd_fast.students.wan.checkpoints import sampler_of
     from afd_fast.students.wan.family import SIZE, TINY_SIZE, coder_of
+    from afd_fast.students.wan.text import NEGATIVE_PROMPT
 
     for name in ("steps", "first_chunk_steps"):
         if given.get(name) is not None:
@@ -66,6 +83,8 @@ def sampling(
     own = {} if student == "tiny" else sampler_of(student)
     start = named(preset) if preset is not None else own
     config = RolloutConfig.of(start, **{k: v for k, v in given.items() if v is not None})
+    if negative is not None and config.guidance is None:
+        raise ConfigError("--negative is the prompt of guidance, and there is none: set --guidance, such as 3")
     adapters = [_adapter(item) for item in lora or ()]
     for path, _ in adapters:
         check_source(Path(path))
@@ -77,7 +96,19 @@ def sampling(
         frames = default.frames
     options = GenerateOptions(frames, height, width, coder.fps if fps is None else fps, batch)
     chunk_count(frames, config)
-    return Sampling(config, options, adapters)
+    return Sampling(config, options, adapters, NEGATIVE_PROMPT if negative is None else negative)
+
+
+@contextlib.contextmanager
+def together(found: Sampling) -> "Iterator[Ranks]":
+    """torchrun's processes as one group that makes each video together; this one alone without torchrun. ConfigError for
+    graphs."""
+    from afd_fast.training.distributed import job
+
+    with job() as ranks:
+        if ranks.world > 1 and found.config.graphs:
+            raise ConfigError("--graphs cannot hold the exchanges between torchrun's processes: leave it out")
+        yield ranks.together(ranks.world)
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:

@@ -15,11 +15,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from afd_fast.ops.nft_operators import STATISTICS, Sums
+from afd_fast.reference.flow import check_float, kind_of
 from afd_fast.reference.recipes import NFTRecipe, RecipeFields, RecipeName, nft_recipe
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
 PRIOR, OLD_PRIOR = int(Row.PRIOR), int(Row.OLD_PRIOR)  # torch.compile takes no IntEnum as an index
+# masks, and levels and deviations that are only compared or converted
+ANY_DTYPE = {"t_expanded", "sigma_broadcast", "t_exp", "t_bc", "valid_mask", "loss_mask", "reward_std"}
 Terms = dict[str, Tensor]  # the trainer's name -> a detached scalar, on the device of the loss
 
 
@@ -34,7 +37,8 @@ def recipe(name: RecipeName, **settings: Unpack[RecipeFields]) -> NFTRecipe:
 
 
 def checked(function: Callable[P, Result]) -> Callable[P, Result]:
-    """The function, with a TypeError for an argument that is no tensor or no number, under the trainer's name for it."""
+    """The function, with a TypeError for an argument that is no tensor, of no floating-point dtype or no number, under the
+    trainer's name for it."""
     kinds = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
     names = tuple(kinds)
 
@@ -42,8 +46,10 @@ def checked(function: Callable[P, Result]) -> Callable[P, Result]:
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
         for name, x in (*zip(names, args), *kwargs.items()):
             kind = kinds.get(name)
-            if kind is Tensor and not isinstance(x, Tensor):
-                raise TypeError(f"{function.__name__}: {name} must be a tensor, got {type(x).__name__}")
+            if kind is Tensor and name in ANY_DTYPE and not isinstance(x, Tensor):
+                raise TypeError(f"{function.__name__}: {name} must be a tensor, got {kind_of(name, x)}")
+            if (kind is Tensor or (kind == Tensor | None and x is not None)) and name not in ANY_DTYPE:
+                check_float(name, x, f"{function.__name__}: ")
             if kind is float and not isinstance(x, (float, numbers.Real, Tensor)):
                 raise TypeError(f"{function.__name__}: {name} must be a number, got {x!r}")
         return function(*args, **kwargs)
@@ -54,7 +60,7 @@ def checked(function: Callable[P, Result]) -> Callable[P, Result]:
 def per_sample(name: str, x: Tensor, v: Tensor) -> Tensor:
     """[B], [B, 1] or [B, 1, ...] -> [B]. ValueError for several values per sample."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor [B], got {type(x).__name__}")
+        raise TypeError(f"{name} must be a tensor [B], got {kind_of(name, x)}")
     if x.ndim < 1 or x.shape[0] != v.shape[0] or x.numel() != v.shape[0]:
         raise ValueError(
             f"{name} must have one value per sample, [B] = ({v.shape[0]},) or [B, 1, ...], got {tuple(x.shape)}"

@@ -17,7 +17,7 @@ from afd_fast.errors import ConfigError
 from afd_fast.evaluation.intervals import Groups
 from afd_fast.files.durable import settle
 from afd_fast.files.tables import inside, read_csv, write_csv
-from afd_fast.files.text import read_json
+from afd_fast.files.text import check_folder, read_json
 from afd_fast.video_io import is_complete
 
 Settings = dict[str, Any]  # the contents of export.json
@@ -60,6 +60,7 @@ def start(out: Path, clips: list[Clip], settings: Settings) -> None:
 
 def read_settings(out: Path) -> Settings:
     """OUT/export.json. Raises ConfigError if it is missing or damaged."""
+    check_folder(out, "a folder that `afd-fast eval export` made")
     file = out / "export.json"
     if not file.is_file():
         raise ConfigError(f"{out} holds no export.json; make it with `afd-fast eval export`")
@@ -71,6 +72,7 @@ def read_settings(out: Path) -> Settings:
 
 def read_manifest(out: Path) -> list[Clip]:
     """The expected videos, in order. Raises ConfigError if the manifest is missing or damaged."""
+    check_folder(out, "a folder that `afd-fast eval export` made")
     file = out / "manifest.csv"
     if not file.is_file():
         raise ConfigError(f"{out} holds no manifest.csv; make it with `afd-fast eval export`")

@@ -44,8 +44,9 @@ def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
         rows: list[dict[str, str]] = []
         for row in reader:
             if None in row or None in row.values():
+                more = " (write a cell that holds a comma in double quotes)" if None in row else ""
                 raise ConfigError(
-                    f"{path}: line {reader.line_num} has another number of cells than the header: correct it"
+                    f"{path}: line {reader.line_num} has {'more' if more else 'fewer'} cells than the header: correct it{more}"
                 )
             rows.append({name: cell(value) for name, value in row.items()})
         return rows

@@ -7,6 +7,12 @@ from typing import Any
 from afd_fast.errors import ConfigError
 
 
+def check_folder(path: Path, give: str) -> None:
+    """ConfigError unless the path is a folder. give: the folder that the user has to give."""
+    if not path.is_dir():
+        raise ConfigError(f"{path} is {'a file' if path.exists() else 'not there'}: give {give}")
+
+
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, without a byte order mark; line ends as they are. ConfigError names file, line and byte."""
     if not path.is_file():

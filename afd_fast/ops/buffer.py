@@ -9,6 +9,7 @@ import torch
 from afd_kernels.layout import rows_contiguous
 from torch import Tensor
 
+from afd_fast.reference.flow import kind_of
 from afd_fast.reference.transforms import under_func
 
 
@@ -21,7 +22,7 @@ def check_out(out: Tensor | None, v: Tensor, inputs: Iterable[object]) -> None:
             "out= is for eager calls: torch.compile and torch.func plan their memory themselves. Leave it out"
         )
     if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a tensor like v, got {type(out).__name__}")
+        raise TypeError(f"out must be a tensor like v, got {kind_of('out', out)}")
     if out.shape != v.shape or out.dtype != v.dtype or out.device != v.device:
         raise ValueError(
             f"out must be like v: {tuple(v.shape)} {v.dtype} on {v.device}, got {tuple(out.shape)} {out.dtype}"

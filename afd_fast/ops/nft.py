@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import increment_version
-from typing_extensions import Unpack
+from typing_extensions import Never, Unpack
 
 from afd_fast.ops import nft_operators as operators
 from afd_fast.ops.buffer import check_out, is_own
@@ -274,6 +274,7 @@ def nft_loss(
     return_stats: bool = False,
     out: Tensor | None = None,
     check_nan: bool = False,
+    **unknown: Never,
 ) -> Tensor | tuple[Tensor, NFTStats]:
     """The NFT + prior loss of a flow-matching student on its own rollouts (AFD Eq. 4-5). Only v gets a gradient.
 
@@ -312,6 +313,8 @@ def nft_loss(
     and second derivatives raise; `afd_fast.reference.nft.nft_loss` has both.
     Raises: TypeError, ValueError: as `NFTRecipe`, `forward_noise`, and for r outside [0, 1] or of another shape.
     """
+    for name in unknown:
+        raise checks.no_such_input(name)
     inputs: NFTInputs = {
         "noise": noise, "seed": seed, "x_t": x_t, "v_old": v_old, "v_ref": v_ref, "sigma": sigma,
         "sample_mask": sample_mask, "ref_mask": ref_mask, "element_mask": element_mask, "policy_weight": policy_weight,

@@ -66,8 +66,7 @@ def forward_noise(
     Raises: TypeError for integer tensors; ValueError for shapes, devices, t outside [0, 1] (checked where t is on
     the CPU), and unless exactly one of noise and seed is given.
     """
-    if not isinstance(x0, Tensor) or not x0.is_floating_point():
-        raise TypeError(f"x0 must be a floating-point tensor, got {getattr(x0, 'dtype', type(x0).__name__)}")
+    flow.check_float("x0", x0)
     if x0.ndim == 0:
         raise ValueError("x0 must have a batch axis")
     flow.check_noise(x0, noise, seed)

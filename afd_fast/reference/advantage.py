@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from afd_fast.reference.flow import kind_of
 from afd_fast.reference.recipes import AdvClip, clip_range
 from afd_fast.reference.transforms import readable
 
@@ -32,7 +33,7 @@ def reward_to_r(
     A > 0, else 0; "binary" gives the sign. At clip 5, r of the last two lies in {0.5, 0.6} and {0.4, 0.5, 0.6}.
     """
     if not isinstance(advantage, (Tensor, np.ndarray)):
-        raise TypeError(f"advantage must be a tensor or an array, got {type(advantage).__name__}")
+        raise TypeError(f"advantage must be a tensor or an array, got {kind_of('advantage', advantage)}")
     low, high = clip_range(clip)
     if not -math.inf < low < 0 < high < math.inf:
         raise ValueError(f"clip must span zero and be finite, got {clip}")
@@ -75,6 +76,10 @@ class PerPromptStatTracker:
 
         A prompt with a single reward gets advantage 0, and the first one a warning: it cannot be compared.
         """
+        if isinstance(prompts, str):
+            raise TypeError(
+                f"prompts must be a list with one prompt per reward, got one text {prompts!r}: give [prompt] * K"
+            )
         if isinstance(rewards, Tensor):
             values = rewards.detach().cpu().double().numpy()  # NumPy has no bfloat16
         else:

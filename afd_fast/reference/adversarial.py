@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from afd_fast.reference.flow import check_float
+
 
 def _wide(x: Tensor) -> Tensor:
     return x.double() if x.dtype.itemsize == 8 else x.float()
@@ -18,9 +20,9 @@ def _wide(x: Tensor) -> Tensor:
 
 def _margin(score_teacher: Tensor, score_student: Tensor) -> Tensor:
     for name, scores in (("score_teacher", score_teacher), ("score_student", score_student)):
-        if not isinstance(scores, Tensor) or not scores.is_floating_point() or not scores.numel():
-            kind = type(scores).__name__ if not isinstance(scores, Tensor) else f"{scores.dtype} {tuple(scores.shape)}"
-            raise ValueError(f"{name} must be a floating-point tensor [B] of at least one score, got {kind}")
+        check_float(name, scores)
+        if not scores.numel():
+            raise ValueError(f"{name} must hold at least one score, got {tuple(scores.shape)}")
     if score_teacher.shape != score_student.shape:
         raise ValueError(
             f"scores are paired by prompt: shapes {tuple(score_teacher.shape)} and {tuple(score_student.shape)} differ"

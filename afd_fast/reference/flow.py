@@ -6,6 +6,7 @@ Legend: B samples, F frames.
 
 import numbers
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,11 +14,27 @@ from afd_fast.reference.noise import normal_noise
 from afd_fast.reference.transforms import readable, within
 
 
+def kind_of(name: str, x: object) -> str:
+    """What was given as `name` where a tensor of real numbers was expected, as an error says it, with the way to one."""
+    if isinstance(x, Tensor):
+        return str(x.dtype)
+    if isinstance(x, np.ndarray):
+        return f"a NumPy array: give torch.from_numpy({name})"
+    return f"a list: give torch.tensor({name})" if isinstance(x, list) else type(x).__name__
+
+
+def check_float(name: str, x: object, who: str = "") -> None:
+    """TypeError, which begins with `who`, unless x is a floating-point tensor."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        way = f": give {name}.float()" if isinstance(x, Tensor) and not x.is_complex() else ""
+        raise TypeError(f"{who}{name} must be a floating-point tensor, got {kind_of(name, x)}{way}")
+
+
 def check_level(name: str, t: Tensor | float | None) -> None:
     """TypeError unless t is a real number or tensor, or None."""
     known = isinstance(t, (Tensor, numbers.Real, torch.SymFloat, type(None)))
     if not known or (isinstance(t, Tensor) and t.is_complex()):
-        raise TypeError(f"{name} must be a number or a real tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+        raise TypeError(f"{name} must be a number or a real tensor, got {kind_of(name, t)}")
 
 
 def check_frame_dim(frame_dim: int | None, ndim: int) -> None:
@@ -84,8 +101,7 @@ def check_noise(x0: Tensor, noise: Tensor | None, seed: int | None) -> None:
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
             raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
         return
-    if not isinstance(noise, Tensor) or not noise.is_floating_point():
-        raise TypeError(f"noise must be a floating-point tensor, got {getattr(noise, 'dtype', type(noise).__name__)}")
+    check_float("noise", noise)
     if noise.shape != x0.shape:
         raise ValueError(f"noise must have x0's shape {tuple(x0.shape)}, got {tuple(noise.shape)}")
     if noise.device != x0.device:
@@ -116,8 +132,7 @@ def forward_noise(
     Raises: TypeError for integer tensors; ValueError for shapes, devices, t outside [0, 1], and unless
     exactly one of noise and seed is given.
     """
-    if not x0.is_floating_point():
-        raise TypeError(f"x0 must be floating point, got {x0.dtype}")
+    check_float("x0", x0)
     eps = resolve_noise(x0, noise, seed)
     t = expand_t(t, x0, frame_dim)
     check_t(t)

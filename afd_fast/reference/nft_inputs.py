@@ -4,13 +4,15 @@ Legend: B samples, F frames.
 """
 
 import numbers
+from difflib import get_close_matches
 from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from afd_fast.reference.flow import check_level, check_sigma, check_t, expand_t, resolve_noise
-from afd_fast.reference.recipes import NFTRecipe
+from afd_fast.errors import field_types, in_words
+from afd_fast.reference.flow import check_float, check_level, check_sigma, check_t, expand_t, kind_of, resolve_noise
+from afd_fast.reference.recipes import NFTRecipe, RecipeFields
 from afd_fast.reference.transforms import readable, under_vmap, within
 
 
@@ -35,8 +37,7 @@ class NFTInputs(TypedDict, total=False):
 
 def _check_like_v(v: Tensor, given: dict[str, Tensor]) -> None:
     for name, x in given.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        check_float(name, x)
         if hasattr(x, "to_local"):
             raise TypeError(
                 f"{name} is a DTensor: the sums of a sample need all of it on one rank. Shard the batch axis and pass "
@@ -52,7 +53,7 @@ def _check_like_v(v: Tensor, given: dict[str, Tensor]) -> None:
 
 def _check_packing(v: Tensor, cu_seqlens: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError("cu_seqlens must be an int32 or int64 tensor [B + 1]")
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor [B + 1], got {kind_of('cu_seqlens', cu_seqlens)}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must be [B + 1], got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != v.device:
@@ -69,14 +70,28 @@ def check_offsets(v: Tensor, cu_seqlens: Tensor) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to {rows} = the rows of v, got {cu_seqlens.tolist()}")
 
 
+_NAMES = frozenset(NFTInputs.__annotations__)
+
+
+def no_such_input(name: str) -> TypeError:
+    """The error for an argument that the loss does not take."""
+    near = get_close_matches(name, NFTInputs.__annotations__, 1)
+    where = f", did you mean {near[0]}=?" if near else f"; it takes {', '.join(NFTInputs.__annotations__)}"
+    if name in RecipeFields.__annotations__:
+        kind = in_words(field_types(NFTRecipe)[name])
+        where = f': it is a field of the recipe, recipe=afd_fast.nft_recipe("afd", {name}=...), {kind}'
+    return TypeError(f"nft_loss takes no {name}={where}")
+
+
 def check_nft(v: Tensor, x0: Tensor, r: Tensor, inputs: NFTInputs) -> None:
     """TypeError or ValueError for every bad input of `nft_loss` that is found without arithmetic."""
+    if not _NAMES.issuperset(inputs):
+        raise no_such_input(next(name for name in inputs if name not in _NAMES))
     like_v = {"noise": inputs.get("noise"), "x_t": inputs.get("x_t"), "v_old": inputs.get("v_old"),
               "v_ref": inputs.get("v_ref")}  # fmt: skip
     given = {"v": v, "x0": x0, **{name: x for name, x in like_v.items() if x is not None}}
     _check_like_v(v, given)
-    if not isinstance(r, Tensor) or not r.is_floating_point():
-        raise TypeError(f"r must be a floating-point tensor, got {getattr(r, 'dtype', type(r).__name__)}")
+    check_float("r", r)
     if r.device != v.device:
         raise ValueError(f"r is on {r.device}, v on {v.device}")
     batch, cu_seqlens = v.shape[0], inputs.get("cu_seqlens")
@@ -88,8 +103,10 @@ def check_nft(v: Tensor, x0: Tensor, r: Tensor, inputs: NFTInputs) -> None:
         raise ValueError(f"r must lie in [0, 1] (use reward_to_r), got {r.min():g} .. {r.max():g}")
     for name, x in (("sample_mask", inputs.get("sample_mask")), ("ref_mask", inputs.get("ref_mask")),
                     ("policy_weight", inputs.get("policy_weight")), ("prior_weight", inputs.get("prior_weight"))):  # fmt: skip
-        if x is not None and (not isinstance(x, Tensor) or x.shape != (batch,)):
-            raise ValueError(f"{name} must be [B] = ({batch},), got {getattr(x, 'shape', type(x).__name__)}")
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor [B], got {kind_of(name, x)}")
+        if x is not None and x.shape != (batch,):
+            raise ValueError(f"{name} must be [B] = ({batch},), got {tuple(x.shape)}")
         if x is not None and x.device != v.device:
             raise ValueError(f"{name} is on {x.device}, v on {v.device}")
         if x is not None:
@@ -181,7 +198,7 @@ def as_weights(mask: Tensor) -> Tensor:
 def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
     """element_mask as a view of like's shape: weights where it is floating point, else booleans."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"element_mask must be a tensor, got {type(mask).__name__}")
+        raise TypeError(f"element_mask must be a tensor, got {kind_of('element_mask', mask)}")
     if mask.device != like.device:
         raise ValueError(f"element_mask is on {mask.device}, v on {like.device}")
     if mask.ndim != like.ndim or any(a not in (1, b) for a, b in zip(mask.shape, like.shape)):

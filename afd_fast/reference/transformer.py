@@ -205,9 +205,12 @@ def split_blocks(
     `independent_first_frame`), or the sizes of a tuple. Raises ValueError when they do not fill `frames`."""
     if isinstance(chunk, int):
         first = 1 if independent_first_frame else 0
-        if chunk < 1 or frames < 1 or (frames - first) % chunk:
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if frames < 1 or (frames - first) % chunk:
             note = " after the independent first" if first else ""
-            raise ValueError(f"{frames} frames do not divide into chunks of {chunk}{note}")
+            few = first + max((frames - first) // chunk, 1) * chunk
+            raise ValueError(f"{frames} frames do not divide into chunks of {chunk}{note}: {few} or {few + chunk} do")
         sizes = (1,) * first + (chunk,) * ((frames - first) // chunk)
     else:
         sizes = tuple(chunk)

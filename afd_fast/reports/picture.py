@@ -50,6 +50,7 @@ def write_picture(run: Path, path: Path, prompts: int = 6, fps: float = 6.0) -> 
                 pen.text((LABEL + column * (wide + GAP), size[1] - (LINES - line) * LINE), text, INK, font)
         return image
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     images = [draw(frame) for frame in range(frames)]
     durations = [1000 / fps] * (frames - 1) + [1500]  # the last frame rests
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)

@@ -94,21 +94,34 @@ class Product(NamedTuple):
     scale: float
 
 
-def merge_products(state: dict[str, Tensor], adapters: Sequence[Mapping[str, Product]]) -> dict[str, Tensor]:
-    """A state dict with adapters added, layer by layer; each weight is rounded once. Raises ValueError for a layer that the
-    state lacks and for sizes that do not fit."""
-    merged = dict(state)
+def fitted(state: Mapping[str, Tensor], adapter: Mapping[str, Product]) -> dict[str, Product]:
+    """An adapter's products under the keys of the weights that they change. Raises ValueError for a layer that the state lacks
+    and for sizes that do not fit."""
     flat = {
         f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}": key for key in state if key.endswith(".weight")
     }
+    found = {}
+    for name, product in adapter.items():
+        key = flat.get(name, f"{name}.weight")
+        if key not in state:
+            raise ValueError(
+                f"the adapter changes {name}, which the student does not have: it was made for another model"
+            )
+        wanted, made = tuple(state[key].shape), (product.b.shape[0], product.a.shape[1])
+        if wanted != made:
+            raise ValueError(
+                f"the adapter is for a {name} of {made}, the student's is {wanted}: it was made for another model"
+            )
+        found[key] = product
+    return found
+
+
+def merge_products(state: dict[str, Tensor], adapters: Sequence[Mapping[str, Product]]) -> dict[str, Tensor]:
+    """A state dict with adapters added, layer by layer; each weight is rounded once. Raises ValueError as `fitted`."""
+    merged = dict(state)
     layers: dict[str, list[Product]] = {}
     for adapter in adapters:
-        for name, product in adapter.items():
-            key = flat.get(name, f"{name}.weight")
-            if key not in state:
-                raise ValueError(f"the LoRA adapts {name}, which the base weights do not have")
-            if tuple(state[key].shape) != (product.b.shape[0], product.a.shape[1]):
-                raise ValueError(f"LoRA of {name} does not fit its weight {tuple(state[key].shape)}")
+        for key, product in fitted(state, adapter).items():
             layers.setdefault(key, []).append(product)
     for key, products in layers.items():
         weight = state[key]

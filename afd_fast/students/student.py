@@ -18,9 +18,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from afd_fast.errors import ConfigError, check_at_least, check_fields
 from afd_fast.files.tensors import save_tensors
+from afd_fast.reference.flow import check_float
 from afd_fast.video_io import VideoFormat
 
 Context = Any  # what a family's text encoder returns for B prompts: a tensor [B, ...] or a list of B tensors
@@ -54,6 +56,28 @@ def batch_of(text: Text) -> int:
 
     map_tensors(text, note)
     return sizes[0] if sizes else 1
+
+
+def check_text(text: Text, kind: type) -> None:
+    """TypeError unless the text is of the type that a student's `encode_text` returns."""
+    if not isinstance(text, kind):
+        given = f"a tensor {tuple(text.shape)}" if isinstance(text, Tensor) else f"a {type(text).__name__}"
+        raise TypeError(
+            f"text must be a {kind.__name__}, which student.encode_text(embeddings) returns once per prompt, got {given}"
+        )
+
+
+def check_latents(name: str, x: Any, channels: int | None) -> None:
+    """TypeError unless x is a floating-point tensor, ValueError unless it is [B, C, F, H, W] with the student's C. channels: None
+    where the student does not say."""
+    check_float(name, x)
+    of = "" if channels is None else f" with C = {channels}"
+    if x.ndim == 5 and channels not in (None, x.shape[1]) and x.shape[2] == channels:
+        raise ValueError(
+            f"{name} must be [B, C, F, H, W]{of}, got {tuple(x.shape)}, which is [B, F, C, H, W]: give {name}.transpose(1, 2)"
+        )
+    if x.ndim != 5 or channels not in (None, x.shape[1]):
+        raise ValueError(f"{name} must be [B, C, F, H, W]{of}, got {tuple(x.shape)}")
 
 
 def texts_of_chunks(text: Schedule, starts: Sequence[int], given: int) -> dict[int, Text]:
@@ -120,9 +144,11 @@ class StudentModule(nn.Module):
     """Base class of students that are trained. A subclass defines `encode_text`, `new_cache` and `forward`.
 
     sampler: fields of `rollout.RolloutConfig` with which its checkpoint is to be sampled; empty where it does not say.
+    channels: of its latents, C of [B, C, F, H, W]; None where it does not say.
     """
 
     sampler: Mapping[str, Any] = MappingProxyType({})
+    channels: int | None = None
 
     def encode_text(self, context: Context) -> Text:
         raise NotImplementedError
@@ -152,13 +178,19 @@ class StudentModule(nn.Module):
         """The student for many rollouts of one shape, its forwards recorded as CUDA graphs and replayed."""
         raise ConfigError(f"{type(self).__name__} cannot record CUDA graphs: set rollout.graphs=false")
 
+    def split_sequence(self, group: ProcessGroup | None, height: int, width: int) -> None:
+        """From now on the group's ranks share the tokens of each forward (None: each rank has all): they call it together
+        with equal inputs, of latents of height x width, and get the whole result; gradients of parameters add up over
+        the group. ValueError for what cannot be shared evenly."""
+        raise ConfigError(f"{type(self).__name__} has no split_sequence: set sequence_parallel=1")
+
     def shard_plan(self) -> ShardPlan:
         """See `ShardPlan`."""
         raise ConfigError(f"{type(self).__name__} has no shard_plan: set fsdp=false")
 
 
 REQUIRED = ("encode_text", "new_cache", "forward")
-OPTIONAL = ("timestep", "forward_teacher_forcing", "forward_block_causal", "graphed", "shard_plan")
+OPTIONAL = ("timestep", "forward_teacher_forcing", "forward_block_causal", "graphed", "split_sequence", "shard_plan")
 
 
 def check_student(student: nn.Module) -> None:
@@ -237,7 +269,9 @@ class Family:
             if not callable(getattr(self.vae, name, None)):
                 raise ConfigError(f"the VAE {type(self.vae).__name__} lacks {name} (afd_fast.students.VAE)")
         if self.chunk < 1 or self.latents.frames % self.chunk:
-            raise ConfigError(f"{self.latents.frames} latent frames are not whole chunks of {self.chunk}")
+            raise ConfigError(
+                f"{self.latents.frames} latent frames are not whole chunks of {self.chunk}: set frames to a multiple of {self.chunk}"
+            )
 
     @property
     def device(self) -> torch.device:

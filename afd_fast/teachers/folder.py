@@ -10,7 +10,7 @@ from torch import Tensor
 
 from afd_fast.errors import ConfigError, VideoError
 from afd_fast.files.tables import inside, read_csv
-from afd_fast.files.text import read_text
+from afd_fast.files.text import check_folder, read_text
 from afd_fast.teachers.teacher import TeacherBase
 from afd_fast.video_io import VideoFormat, check_file, format_of, read_video
 
@@ -24,6 +24,7 @@ class Entry(NamedTuple):
 
 def read_manifest(folder: Path) -> list[Entry]:
     """The rows of manifest.jsonl or manifest.csv (columns prompt, video). ConfigError names the file and the row."""
+    check_folder(folder, "a folder with mp4 files and manifest.csv (columns prompt,video)")
     jsonl, table = folder / "manifest.jsonl", folder / "manifest.csv"
     rows: Sequence[Any]
     if jsonl.exists():
@@ -31,7 +32,10 @@ def read_manifest(folder: Path) -> list[Entry]:
     elif table.exists():
         source, rows = table, read_csv(table, Entry._fields)
     else:
-        raise ConfigError(f'{folder} holds neither manifest.csv nor manifest.jsonl (columns "prompt" and "video")')
+        raise ConfigError(
+            f"{folder} holds neither manifest.csv nor manifest.jsonl: write a manifest.csv with the line prompt,video and then a line "
+            "with prompt and file for each of its mp4 files"
+        )
     entries = []
     for number, row in enumerate(rows, 1):
         prompt, video = (row.get("prompt"), row.get("video")) if isinstance(row, dict) else (None, None)
@@ -81,7 +85,7 @@ class FolderTeacher(TeacherBase):
     """
 
     def __init__(self, folder: str | Path, *, frames: int, size: tuple[int, int], fps: float):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         self.name, self.fps = f"folder:{folder}", fps
         self._problems: list[str] = []
         self.left_out: dict[str, str] = {}  # the manifest's name of a file -> why
@@ -107,6 +111,10 @@ class FolderTeacher(TeacherBase):
     def seeds(self, prompt: str, wanted: Iterable[int]) -> list[int]:
         """Those of the wanted seeds that have a usable video."""
         return [seed for seed in wanted if seed < len(self._videos[prompt])]
+
+    def file(self, prompt: str, seed: int) -> str:
+        """The file of a video, as it is named in the folder."""
+        return self._videos[prompt][seed].relative_to(self.folder).as_posix()
 
     def __call__(self, prompt: str, seed: int) -> Tensor:
         videos = self._videos.get(prompt)

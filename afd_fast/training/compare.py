@@ -22,9 +22,8 @@ from afd_fast.files.text import read_json
 from afd_fast.training import runs as named
 from afd_fast.training.lock import COMPARISON, check_unused, locked
 from afd_fast.training.methods import METHODS
-from afd_fast.training.progress import progress
+from afd_fast.training.progress import on_stop_signal, progress
 from afd_fast.training.run_folder import check_folder, finished, write_json
-from afd_fast.training.trainer import on_stop_signal
 
 with extra("train"):
     from rich.console import Console

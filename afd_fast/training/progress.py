@@ -1,4 +1,11 @@
-"""The progress bars of runs and comparisons: on a narrow terminal the note goes first, and count, percentage and time stay."""
+"""What runs and comparisons show and hear in a terminal: progress bars, of which on a narrow one the note goes first, and count,
+percentage and time stay; and Ctrl-C."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 from afd_fast.errors import extra
 
@@ -39,3 +46,18 @@ def progress(console: Console) -> Progress:
         BarColumn(bar_width=10, table_column=fixed()), MofNCompleteColumn(table_column=fixed()), TaskProgressColumn(table_column=fixed()),
         TimeElapsedColumn(table_column=fixed()), TimeRemainingColumn(table_column=fixed()), Note(), console=console,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def on_stop_signal(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Inside the block Ctrl-C and SIGTERM call `ask(signal, frame)` and nothing else. Without effect outside the main
+    thread, where Python cannot handle signals."""
+    try:
+        previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        previous = {}
+    try:
+        yield
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)

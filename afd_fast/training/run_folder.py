@@ -42,6 +42,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def folder_of(config: TrainConfig, out: str | Path | None) -> Path:
+    """Where a run is kept. TypeError for what is no configuration."""
+    if not isinstance(config, TrainConfig):
+        way = f"afd_fast.training.runs.get({config!r})" if isinstance(config, str) else "TrainConfig(name=value, ...)"
+        raise TypeError(f"config must be a TrainConfig, got {config!r}: give {way}")
+    return Path("runs") / config.name if out is None else Path(out)
+
+
 def check_folder(out: Path, config: TrainConfig, *, overwrite: bool, resume: bool) -> None:
     """ConfigError for a folder that cannot be used so; nothing is touched."""
     if resume and overwrite:

@@ -9,36 +9,40 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypedDict, cast
-
-import torch
 
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.discriminators.discriminator import Discriminator, check_discriminator
 from afd_fast.errors import ConfigError, Interrupted, TrainingError, extra
 from afd_fast.judges import Scores
 from afd_fast.students.files import first_line
-from afd_fast.students.lora import trainable
 from afd_fast.students.student import Family, TrainedWeights, check_settings
 from afd_fast.students.student import family as make_family
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.dataset import BatchPlan, TeacherVideos, check_prompts, collect, open_teacher
-from afd_fast.teachers.teacher import Request, Teacher
+from afd_fast.teachers.teacher import Teacher
 from afd_fast.training import checkpoint
 from afd_fast.training.distributed import Ranks, job
 from afd_fast.training.evaluate import Evaluator
 from afd_fast.training.journal import Journal
 from afd_fast.training.lock import check_unused, locked
 from afd_fast.training.loop import train_step
-from afd_fast.training.progress import progress
+from afd_fast.training.progress import on_stop_signal, progress
 from afd_fast.training.resume import check_teacher, reopen, restore
 from afd_fast.training.run import Metrics, Run
-from afd_fast.training.run_folder import check_folder, environment, finished, make_folder, read_rows, write_json
+from afd_fast.training.run_folder import (
+    check_folder,
+    environment,
+    finished,
+    folder_of,
+    make_folder,
+    read_rows,
+    write_json,
+)
 from afd_fast.training.state import new_state
 from afd_fast.training.wandb_run import check_wandb
 from afd_fast.training.watch import Watch
@@ -66,21 +70,6 @@ class RunResult(TypedDict):
     environment: dict[str, Any]
 
 
-@contextlib.contextmanager
-def on_stop_signal(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Inside the block Ctrl-C and SIGTERM call `ask(signal, frame)` and nothing else. Without effect outside the main
-    thread, where Python cannot handle signals."""
-    try:
-        previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:
-        previous = {}
-    try:
-        yield
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
-
-
 class Trainer:
     """One run in one folder. `train()` trains to the end. Only rank 0 evaluates, writes files and logs."""
 
@@ -89,7 +78,9 @@ class Trainer:
         config, ranks = run.config, run.ranks
         self.shards = ranks.share(config.shards)
         self.plan = batch_plan(config)
-        self.lockstep = config.fsdp and ranks.world > 1  # the student runs only when it runs on every rank
+        self.lockstep = ranks.split > 1 or (
+            config.fsdp and ranks.world > 1
+        )  # the student runs only when it runs on every rank
         self.progress = progress(console)
         with self.progress:
             with ranks.lead_first():  # the others then find every video in the cache
@@ -287,7 +278,9 @@ def new_run(
         raise ConfigError(f"rollout.graphs records CUDA graphs, and the student is on {family.device}: leave it out")
     if discriminator is not None:
         check_discriminator(discriminator)
-    return Run(config, new_state(config, family, discriminator), ranks)
+    run = Run(config, new_state(config, family, discriminator), ranks)
+    ranks.split_sequence(family.latents.height, family.latents.width, family.student, run.state.reference)
+    return run
 
 
 def called_methods(config: TrainConfig) -> dict[str, str]:
@@ -299,6 +292,8 @@ def called_methods(config: TrainConfig) -> dict[str, str]:
         called["graphed"] = "rollout.graphs=true"
     if config.fsdp:
         called["shard_plan"] = "fsdp=true"
+    if config.sequence_parallel > 1:
+        called["split_sequence"] = f"sequence_parallel={config.sequence_parallel}"
     return called
 
 
@@ -354,8 +349,9 @@ def train(
     process calls it. Raises ConfigError for what the user has to change, TeacherError, TrainingError and CheckpointError
     where a run stops, Interrupted after Ctrl-C or SIGTERM, once the run has saved itself.
     """
-    folder = Path(out) if out is not None else Path("runs") / config.name
+    folder = folder_of(config, out)
     with job() as ranks, contextlib.ExitStack() as held:
+        ranks = ranks.together(config.sequence_parallel)
         ranks.share(config.shards)
         with ranks.lead_first():
             if ranks.lead:
@@ -377,24 +373,3 @@ def train(
                 check_folder(folder, config, overwrite=overwrite, resume=False)  # it may have changed meanwhile
                 make_folder(folder, config)
         return Trainer(run, found, folder, console).train(resume=resume)
-
-
-def facts(run: Run, teacher: Teacher) -> dict[str, str]:
-    """What a run would be, without running it: sizes of the networks and of their trained part, and the teacher's cost."""
-    config, family = run.config, run.family
-
-    def millions(module: torch.nn.Module) -> str:
-        whole, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (module.parameters(), trainable(module).values()))
-        return f"{whole:.2f} M, {trained:.2f} M of them trained"
-
-    video, trained = family.video, sum(p.numel() for p in trainable(family.student).values())
-    count = config.prompts_per_step * config.rollouts_per_prompt
-    found = {
-        "student parameters": millions(family.student),
-        "discriminator parameters": millions(run.discriminator),
-        "videos per iteration": f"{count} of {video.frames} frames, {video.height}x{video.width} pixels, {video.fps} fps",
-        "optimiser and average": f"{16 * trained / 2**30:.2f} GiB",
-    }
-    prompts = dict.fromkeys([p for part in teacher.split() for p in part])
-    cost = teacher.cost([Request(p, seed) for p in prompts for seed in range(config.teacher_clips)])
-    return found | ({"teacher's videos": cost} if cost else {})

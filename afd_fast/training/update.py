@@ -17,7 +17,7 @@ from afd_fast.discriminators.discriminator import Clips
 from afd_fast.errors import TrainingError
 from afd_fast.reference.adversarial import pair_health
 from afd_fast.reference.nft import NFTRecipe, nft_recipe
-from afd_fast.rollout import RolloutConfig, step_table
+from afd_fast.rollout import RolloutConfig
 from afd_fast.students.lora import disabled, merged_lora, trainable
 from afd_fast.students.student import Context, StudentModule
 from afd_fast.training.distributed import local, total_norm
@@ -114,10 +114,10 @@ class Noised(NamedTuple):
 
 
 def drawn_levels(
-    steps: tuple[float, ...], sampler: RolloutConfig, shape: tuple[int, int], dtype: torch.dtype, rng: torch.Generator
+    sampler: RolloutConfig, shape: tuple[int, int], dtype: torch.dtype, rng: torch.Generator, first: bool = False
 ) -> Tensor:
-    """Noise levels of a sampler's steps, drawn uniformly."""
-    grid = torch.tensor([step.sigma for step in step_table(steps, sampler.shift, sampler.warp)], dtype=dtype)
+    """Noise levels of a sampler's steps (first: of its first chunk's), drawn uniformly."""
+    grid = torch.tensor([step.sigma for step in sampler.timetable(first)], dtype=dtype)
     return grid[torch.randint(len(grid), shape, generator=rng)]
 
 
@@ -126,9 +126,9 @@ def noised(run: Run, x0: Tensor, rng: torch.Generator) -> Noised:
     chunk, wide = run.family.chunk, torch.promote_types(x0.dtype, torch.float32)
     shape = (len(x0), x0.shape[2] // chunk)
     if run.config.update.t_sampling == "grid":
-        t = drawn_levels(run.sampler.steps, run.sampler, shape, wide, rng)
+        t = drawn_levels(run.sampler, shape, wide, rng)
         if run.sampler.first_chunk_steps is not None:
-            t[:, :1] = drawn_levels(run.sampler.first_chunk_steps, run.sampler, (len(x0), 1), wide, rng)
+            t[:, :1] = drawn_levels(run.sampler, (len(x0), 1), wide, rng, first=True)
     else:
         t = torch.rand(shape, generator=rng, dtype=wide) * 0.96 + 0.04
     t = t.repeat_interleave(chunk, 1).to(x0.device)
@@ -166,7 +166,7 @@ class Targets:
 def update_student(run: Run, targets: Sequence[Targets], recipe: NFTRecipe | None = None) -> Metrics:
     """One optimiser and EMA step on the NFT + prior loss, or another recipe of it."""
     recipe = recipe or policy_recipe(run)
-    scale = 1.0 if recipe.batch_reduction == "sum" else 1.0 / (len(targets) * run.ranks.world)
+    scale = 1.0 if recipe.batch_reduction == "sum" else 1.0 / (len(targets) * run.ranks.groups)
     run.state.optimizer.zero_grad()
     rows = [student_backward(run, x, recipe, run.generator("update", x.index), scale) for x in targets]
     with run.phase("optimiser"):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd_fast.errors import ConfigError, check_at_least, check_fields, field_types
-from afd_fast.students.student import ShardPlan, StudentModule
+from afd_fast.students.student import ShardPlan, StudentModule, check_text
 from afd_fast.students.toy.text import PromptEmbedding
 
 
@@ -148,6 +148,8 @@ class Block(nn.Module):
 class ToyStudent(StudentModule):
     """See the module docstring. `forward` is called chunk by chunk, as CausalWan's."""
 
+    channels = 3
+
     def __init__(self, config: ToyConfig = ToyConfig()):
         super().__init__()
         c = self.config = config
@@ -221,6 +223,7 @@ class ToyStudent(StudentModule):
             raise ValueError(
                 f"ToyStudent works in chunks of {self.config.chunk} frames, got {x.shape[2]} at {start_frame}"
             )
+        check_text(text, ToyText)
         index = start_frame // self.config.chunk
         start = index * self.tokens
         cache.begin(start)
@@ -246,6 +249,7 @@ class ToyStudent(StudentModule):
         """All chunks at once: [clean || noisy] under the teacher-forcing mask, the full-gradient twin of
         the cached forward. x, clean: [B, 3, F, H, W]; t: [B, F] in 0..1000. Returns the velocity of x."""
         self._check_options(chunk, window)
+        check_text(text, ToyText)
         history = (self.chunks - 1) * self.tokens  # nobody attends to the last clean chunk
         position = self.position.flatten(0, 1)
         h_clean = self.embed(self.patchify(clean))[:, :history] + position[:history]
@@ -264,6 +268,7 @@ class ToyStudent(StudentModule):
         """All chunks at once, each given itself and the *noised* chunks before it: not the sampling function, but what
         Astrolabe trains. x: [B, 3, F, H, W]; t: [B, F] in 0..1000. Returns the velocity of x."""
         self._check_options(chunk, window)
+        check_text(text, ToyText)
         h = self.embed(self.patchify(x)) + self.position.flatten(0, 1)
         cond = self.condition(t[:, :: self.config.chunk], text).repeat_interleave(self.tokens, 1)
         index = torch.arange(self.chunks, device=x.device).repeat_interleave(self.tokens)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from afd_fast.students.files import loading
 from afd_fast.students.student import Family, StudentConfig
 from afd_fast.students.toy.family import of_student
 from afd_fast.students.toy.model import ToyConfig, ToyStudent, encode_video
-from afd_fast.students.toy.pretrain import Batch, Report, fit
+from afd_fast.students.toy.pretrain import Batch, Kept, Report, fit
 from afd_fast.students.toy.text import tokenize
 from afd_fast.video_io import VideoFormat
 
@@ -63,7 +64,9 @@ def augmented(videos: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-def pretrain(videos: Mapping[str, Tensor], video: VideoFormat, steps: int, *, seed: int, report: Report) -> ToyStudent:
+def pretrain(
+    videos: Mapping[str, Tensor], video: VideoFormat, steps: int, *, seed: int, report: Report, kept: Kept | None = None
+) -> ToyStudent:
     """A base student that has seen only augmentations of the videos {prompt: [M, 3, F, H, W] uint8}."""
     torch.manual_seed(seed)
     config = config_for(video)
@@ -74,19 +77,19 @@ def pretrain(videos: Mapping[str, Tensor], video: VideoFormat, steps: int, *, se
         pick = torch.randint(0, len(clips), (BATCH,))
         return Batch(encode_video(augmented(clips[pick].float() / 255)), ids[pick])
 
-    return fit(ToyStudent(config), draw, steps, lr=2e-3, report=report)
+    return fit(ToyStudent(config), draw, steps, lr=2e-3, report=report, kept=kept)
 
 
-def save(student: ToyStudent, video: VideoFormat, path: Path, about: str) -> None:
+def save(student: ToyStudent, video: VideoFormat, path: Path, made: dict[str, Any]) -> None:
     """The weights with what loading them needs, and how they were made."""
-    header = {"config": json.dumps(asdict(student.config)), "fps": json.dumps(video.fps), "about": about}
+    header = {"config": json.dumps(asdict(student.config)), "fps": json.dumps(video.fps), "made": json.dumps(made)}
     save_tensors(student.state_dict(), path, header)
 
 
-def made_by(path: Path) -> str:
-    """What `save` was told about the file. ConfigError for another file."""
+def made_by(path: Path) -> dict[str, Any]:
+    """How the weights were made, as `save` was told. ConfigError for another file."""
     with loading("pixel student", path), safe_open(path, "pt") as file:
-        return str(file.metadata()["about"])
+        return dict(json.loads(file.metadata()["made"]))
 
 
 def load(path: Path) -> Family:

@@ -3,14 +3,19 @@ bounces. On the first world four steps sample about as well as sixteen; on the l
 is distilled (training/self_forcing.py)."""
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from afd_fast.errors import CheckpointError, Interrupted
+from afd_fast.files.durable import settle
 from afd_fast.reference.flow import forward_noise, x0_from_velocity
+from afd_fast.students.files import first_line, read_tensors
 from afd_fast.students.toy.model import ToyConfig, ToyStudent, encode_video
 from afd_fast.students.toy.text import tokenize
 from afd_fast.teachers import lights, physics
@@ -76,16 +81,63 @@ class Batch(NamedTuple):
     ids: torch.Tensor
 
 
+class Kept:
+    """A pretraining on disk, which continues bit for bit from where it was written last: every EVERY seconds, and at a stop.
+
+    path: of its file. about: what it is a pretraining of; a file about something else is not used. stop: set it to end after
+    the step that runs.
+    """
+
+    EVERY = 30.0
+
+    def __init__(self, path: Path, about: str):
+        self.path, self.about, self.stop = path, about, False
+        self._written = time.monotonic()
+
+    def read(self) -> dict[str, Any] | None:
+        """The state, if there is one."""
+        found = read_tensors(self.path) if self.path.exists() else {}
+        return found if found.get("about") == self.about else None
+
+    def step(self, done: int, of: int, state: Callable[[], dict[str, Any]]) -> None:
+        """After every step. Interrupted after a stop, CheckpointError where the disk refuses."""
+        if done == of or not (self.stop or time.monotonic() > self._written + self.EVERY):
+            return
+        partial = self.path.with_suffix(".part")
+        try:
+            torch.save({"about": self.about, "step": done, "rng": torch.get_rng_state(), **state()}, partial)
+            settle(partial, self.path)
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            partial.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{self.path} could not be written ({first_line(error)}): free some space; the same command continues"
+            ) from None
+        self._written = time.monotonic()
+        if self.stop:
+            raise Interrupted(
+                f"stopped after step {done} of {of} of the base student, kept in {self.path}: the same command continues"
+            )
+
+
 def fit(
-    model: ToyStudent, draw: Callable[[], Batch], steps: int, *, horizon: int | None = None, lr: float, report: Report
-) -> ToyStudent:
+    model: ToyStudent, draw: Callable[[], Batch], steps: int, *, lr: float, horizon: int | None = None, report: Report,
+    kept: Kept | None = None,
+) -> ToyStudent:  # fmt: skip
     """Rectified-flow training with teacher forcing on the batches that `draw` makes. Returns the averaged student. horizon: of the
     learning rate's cosine; None: `steps`."""
     average = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-2)
-    for step in range(steps):
+    parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
+    before = kept.read() if kept is not None else None
+    if before is not None:
+        for name, part in parts.items():
+            part.load_state_dict(before[name])
+        torch.set_rng_state(before["rng"])
+    for step in range(before["step"] if before else 0, steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, step / 100) * (0.5 * (1 + np.cos(np.pi * step / (horizon or steps))) + 0.02)
+            group["lr"] = float(
+                lr * min(1, step / 100) * (0.5 * (1 + np.cos(np.pi * step / (horizon or steps))) + 0.02)
+            )
         x0, ids = draw()
         t = torch.sigmoid(torch.randn(len(x0), model.chunks, dtype=torch.float32) * 1.2 + 0.3).repeat_interleave(
             model.config.chunk, 1
@@ -104,4 +156,6 @@ def fit(
             for a, b in zip(average.parameters(), model.parameters()):
                 a.lerp_(b, 1 - min(0.998, (1 + step) / (10 + step)))
         report(step + 1, steps, loss.item())
+        if kept is not None:
+            kept.step(step + 1, steps, lambda: {name: part.state_dict() for name, part in parts.items()})
     return average

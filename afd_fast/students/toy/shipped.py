@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.resources import as_file, files
@@ -19,6 +20,7 @@ with extra("demo"):
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from safetensors import safe_open
 
+TIMED = 6  # steps after which the rest is foretold
 SHIPPED = {
     "toy": "base_student.safetensors",
     "toy_long": "base_student_long.safetensors",
@@ -36,15 +38,34 @@ def load(path: Path | None = None, *, name: str = "toy") -> ToyStudent:
     return student
 
 
+def in_time(seconds: float) -> str:
+    """About how long, in words."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds > 2 * size:
+            return f"about {seconds / size:.0f} {unit}"
+    return f"about {max(seconds, 1):.0f} s"
+
+
 @contextlib.contextmanager
 def shown(console: Console) -> Iterator[pretrain.Report]:
-    """The bar of a base student's pretraining: call it with (steps done, steps, loss)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    """The bar of a base student's pretraining, and a line that says how long it takes: call it with (steps done, steps, loss)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    seen: list[float] = []  # when the first steps were done
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
         task = progress.add_task("base student", total=None, loss=0.0)
 
         def report(step: int, of: int, loss: float) -> None:
             progress.update(task, total=of, completed=step, loss=loss)
+            seen.append(time.monotonic())
+            if len(seen) == TIMED and of > step:
+                each = (seen[-1] - seen[0]) / (TIMED - 1)
+                console.print(f"the base student takes {in_time(each * (of - step))} more at {each:.2g} s a step")
 
         yield report
 

@@ -28,6 +28,11 @@ _NAMES = {"lora_down.weight": "A", "lora_up.weight": "B", "lora_A.weight": "A", 
 _MORE = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "layer_replication", "target_parameters",
          "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "trainable_token_indices",
          "modules_to_save")  # fmt: skip
+_KINDS = {  # in a tensor's key -> what the adapter is
+    "lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
+    "lora_B.bias": "LoRA with trained biases", "lora_up.bias": "LoRA with trained biases", ".diff_b": "LoRA with differences of biases",
+    ".diff": "LoRA with differences of whole weights", "vera_lambda_": "VeRA", "ia3_l": "IA3",
+}  # fmt: skip
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave W as it is
 
 
@@ -64,6 +69,8 @@ def read_adapter(path: Path, scale: float, clean: Clean) -> Adapter:
 def _products(lora: dict[str, Tensor], settings: Mapping[str, Any] | None, scale: float, clean: Clean) -> Adapter:
     """The tensors as products under the original layers' names. Raises ValueError for half pairs and other tensors."""
     parts: dict[str, dict[str, Tensor]] = {}
+    if settings is not None:
+        _check(settings)
     for key, value in lora.items():
         name, letter = _split(key)
         parts.setdefault(name, {})[letter] = value
@@ -72,8 +79,13 @@ def _products(lora: dict[str, Tensor], settings: Mapping[str, Any] | None, scale
             raise ConfigError(f"{name}.alpha belongs to no LoRA layer: restore the file")
         if not {"A", "B"} <= set(pair):
             raise ConfigError(f"{name} has lora_{next(iter({'A', 'B'} & set(pair)))} only: restore the file")
-    if settings is not None:
-        _check(settings)
+    for name, pair in parts.items():
+        a, b = pair["A"].shape, pair["B"].shape
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise ConfigError(
+                f"{name} has A {tuple(a)} and B {tuple(b)}, expected [rank, in] and [out, rank] of a linear layer: restore the file, or "
+                "merge the adapter with its own program"
+            )
     any_alpha = any("alpha" in pair for pair in parts.values())
     original: dict[str, str] = clean({f"{name}.weight": name for name in parts})
     found = {}
@@ -98,6 +110,11 @@ def _split(key: str) -> tuple[str, str]:
     for ending, letter in _NAMES.items():
         if named.endswith("." + ending):
             return named.removesuffix("." + ending), letter
+    if kind := next((kind for part, kind in _KINDS.items() if part in key), None):
+        raise ConfigError(
+            f"the adapter is a {kind}, which is more than W + scale B A: merge it with the program that made it, and load the merged "
+            f"weights (it has the tensor {key})"
+        )
     raise ConfigError(
         f"not a LoRA weight: {key}; expected lora_A and lora_B, or lora_down, lora_up and alpha, of linear layers"
     )
@@ -115,9 +132,10 @@ def _check(settings: Mapping[str, Any]) -> None:
     if wrong is None and not any(start is kept or start == kept for kept in _KEEPS_BASE):
         wrong = "init_lora_weights"  # PiSSA, OLoRA and others take a part of W away
     if wrong is not None:
+        named = " (a DoRA)" if wrong == "use_dora" else ""
         raise ConfigError(
-            f"the adapter has {wrong}={settings[wrong]!r}, which is more than W + scale B A: merge it with PEFT and load the "
-            "merged weights"
+            f"the adapter has {wrong}={settings[wrong]!r}{named}, which is more than W + scale B A: merge it with PEFT and load "
+            "the merged weights"
         )
 
 

@@ -23,7 +23,7 @@ from afd_fast.files.text import read_json
 from afd_fast.sampler import KEY as SAMPLER_KEY
 from afd_fast.sampler import Sampler, of_config
 from afd_fast.students.files import local_copy, read_tensors
-from afd_fast.students.lora import merge_products
+from afd_fast.students.lora import fitted, merge_products
 from afd_fast.students.wan.adapters import Adapter, read_adapter
 from afd_fast.students.wan.model import CausalWan, CausalWanConfig
 from afd_fast.students.wan.supported import check_channels, check_folder, check_settings, check_tensors
@@ -269,8 +269,11 @@ def load_student(
         sampler = of_config(settings or {})
         if config is None:
             config = _config_from_json(settings) if settings else infer_config(state)
-        if adapters:
-            state = merge_products(state, adapters)
+    for adapter_path, adapter in adapters:
+        with _naming(adapter_path):  # and not the student's, which is sound
+            fitted(state, adapter)
+    if adapters:
+        state = merge_products(state, [adapter for _, adapter in adapters])
     with torch.device("meta"):
         model = CausalWan(config, **options)
     _check_state(model, state, path)
@@ -298,15 +301,15 @@ def sampler_of(path_or_repo: str | Path) -> Sampler:
         return of_config(settings)
 
 
-def _read_loras(lora: Loras, scale: float) -> list[Adapter]:
-    """The adapters of `load_student`, each with its weight in its scales. ConfigError for a weight that is no number."""
+def _read_loras(lora: Loras, scale: float) -> list[tuple[Path, Adapter]]:
+    """The adapters of `load_student` with their paths, each with its weight in its scales. ConfigError for a weight that is no number."""
     found = []
     for item in [lora] if isinstance(lora, (str, Path)) else lora:
         path, weight = (item, 1.0) if isinstance(item, (str, Path)) else item
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ConfigError(f"the weight of the LoRA {path} must be a finite number, got {weight!r}")
         adapter = read_adapter(Path(path), scale, clean_keys)
-        found.append({name: p._replace(scale=p.scale * weight) for name, p in adapter.items()})
+        found.append((Path(path), {name: p._replace(scale=p.scale * weight) for name, p in adapter.items()}))
     return found
 
 

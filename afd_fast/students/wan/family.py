@@ -176,11 +176,13 @@ def latent_size(config: StudentConfig, chunk: int) -> LatentFormat:
         config.height or default.height,
         config.width or default.width,
     )
-    if size.frames % chunk or size.height % 2 or size.width % 2:
-        raise ConfigError(
-            f"a Wan student makes whole chunks of latents of even size: frames={size.frames} height={size.height} "
-            f"width={size.width} with rollout.chunk={chunk} are not"
-        )
+    for name, value, unit in (("frames", size.frames, chunk), ("height", size.height, 2), ("width", size.width, 2)):
+        if value % unit:
+            few = max(value // unit, 1) * unit
+            raise ConfigError(
+                f"student.{name}={value} must be a multiple of {unit}, such as {few} or {few + unit}: a Wan student makes whole "
+                f"chunks (rollout.chunk={chunk}) of latents of even height and width"
+            )
     return size
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from afd_fast.students.student import map_tensors
+from afd_fast.students.student import check_text, map_tensors
 from afd_fast.students.wan.cache import KVCache
 from afd_fast.students.wan.model import CausalWan, Conditioning, WanText
 
@@ -155,6 +155,7 @@ class GraphedStudent:
         kept = cache is not None and cache is self._cache and not cache.is_shared
         if cache is None or torch.is_grad_enabled() or options or not kept or not ours:
             return self.model(x, t, text, cache=cache, start_frame=start_frame, **options)
+        check_text(text, WanText)
         text = self._kept_text(text)
         end = start_frame + x.shape[2]
         cache.history(start_frame, end)  # the host's side of the forward, which a replay leaves out: its checks,
