@@ -91,9 +91,10 @@ def main() -> None:
     print("|---" * (1 + len(SCORES)) + "|")
     show("the wrong world itself", wrong(1))
     for steps in (16, 4, 2):
-        show(f"many-step student, {steps} steps", clips_of(run_of(at(steps), many), prompts, 0))
-    count = len(config.rollout.steps)
-    show(f"distilled student, {count} steps", clips_of(run_of(config, few), prompts, 0))
+        show(f"many-step student, {steps} even steps", clips_of(run_of(at(steps), many), prompts, 0))
+    few_steps = ", ".join(f"{t:g}" for t in config.rollout.steps)
+    show(f"many-step student, steps {few_steps}", clips_of(run_of(config, many), prompts, 0))
+    show(f"distilled student, steps {few_steps}", clips_of(run_of(config, few), prompts, 0))
     for lr in args.lr:
         run = regressed(config, few, train, args.iterations, lr)
         show(f"after {args.iterations} iterations on its own clips, lr {lr:g}", clips_of(run, prompts, 0))

@@ -251,7 +251,7 @@ def test_the_lights_have_no_other_look():
 
 
 def test_the_shipped_students_are_those_of_the_regime():
-    """Sixteen steps are good, two are not, and the distilled student is good at two (docs/results.md)."""
+    """Sixteen steps are good, three are not, and the distilled student is good at three (docs/results.md)."""
     config = runs.regime()
     prompts = split_prompts().held_out * 2
     many, few = (shipped.load(name=name) for name in ("lights_many", "lights"))
@@ -260,6 +260,6 @@ def test_the_shipped_students_are_those_of_the_regime():
         regime.clips_of(regime.run_of(*pair), prompts, 0) for pair in ((sixteen, many), (config, many), (config, few))
     ]
     good, bad, distilled = (JUDGES["lights"](x, prompts, x)["general"] for x in taken)
-    assert bad < 0.8 < 0.9 < min(good, distilled)
+    assert bad < 0.88 < 0.92 < min(good, distilled), (good, bad, distilled)
     with pytest.raises(ConfigError, match="rollout.chunk=6, not 3"):
         changed(config, rollout__chunk=3)

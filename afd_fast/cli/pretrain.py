@@ -18,11 +18,11 @@ def pretrain(
     distill: Annotated[
         Path | None,
         typer.Option(
-            help="instead, distil this many-step student, which the command wrote, to two steps (Self-Forcing's DMD)"
+            help="instead, distil this many-step student, which the command wrote, to three steps (Self-Forcing's DMD)"
         ),
     ] = None,
 ) -> None:
-    """Train a base student of an embedded world's wrong physics from nothing, or distil one to two steps."""
+    """Train a base student of an embedded world's wrong physics from nothing, or distil one to three steps."""
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
     if distill is not None:

@@ -43,7 +43,7 @@ def demo_long() -> TrainConfig:
 
 
 def regime() -> TrainConfig:
-    """The regime that AFD is made for, small: a student distilled to two steps, prompts that leave much open, teacher=lights."""
+    """The regime that AFD is made for, small: a student distilled to three steps, prompts that leave much open, teacher=lights."""
     return replace(
         demo(),
         name="regime",
@@ -52,7 +52,7 @@ def regime() -> TrainConfig:
         prompts_per_step=8,
         rollouts_per_prompt=4,
         student=StudentConfig("lights"),
-        rollout=RolloutConfig(steps=(1000, 500), shift=1.0, chunk=6),
+        rollout=RolloutConfig(steps=(1000, 500, 250), shift=1.0, chunk=6),
     )
 
 

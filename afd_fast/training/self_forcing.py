@@ -20,10 +20,10 @@ from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students.student import Context, Family, StudentModule
 from afd_fast.training.state import generator
 
-STEPS = (1000.0, 500.0)
-ITERATIONS = 300
+STEPS = (1000.0, 500.0, 250.0)
+ITERATIONS = 600
 BATCH = 32
-LR, FAKE_LR = 3e-4, 1e-3
+LR, FAKE_LR = 3e-4, 1e-3  # the student's falls to 0
 FAKE_UPDATES = 3  # of the fake score per update of the student
 WARMUP = 30  # updates of the fake score before the first of the student
 EMA = 0.95
@@ -89,6 +89,8 @@ def distill(
         ends = replace(sampler, steps=sampler.steps[:depth])
         x0 = rollout(student, student.encode_text(context), noise, ends, generator=rng, grad_last_step=trains)
         if trains:
+            for group in of_student.param_groups:
+                group["lr"] = LR * (1 - step / iterations)
             seen = Noised(family, x0.detach(), context, rng)
             with torch.no_grad():
                 direction = dmd_direction(seen.x0, seen.clean(real), seen.clean(fake))
