@@ -108,6 +108,7 @@ class TrainConfig:
     rollouts_per_prompt: K, rollouts per prompt; with K = 1 every advantage is 0.
     shards: parts of the batch, each with its own random numbers, worked on one by one and shared by the ranks.
     fsdp: under torchrun, split the student's parameters over the ranks; checkpoints are DCP folders.
+    sequence_parallel: under torchrun, ranks that work on a shard together, each with its share of the student's tokens and heads.
     codec_crf: H.264 quality that both sides pass through before the discriminator; none: rounding to 8 bits only.
     global_std: divide advantages by the standard deviation over the batch (Table 3) rather than per prompt.
     shuffle_rewards: the control: advantages permuted across the batch.
@@ -125,6 +126,7 @@ class TrainConfig:
     rollouts_per_prompt: int = 8
     shards: int = 1
     fsdp: bool = False
+    sequence_parallel: int = 1
     codec_crf: int | None = None
     global_std: bool = False
     shuffle_rewards: bool = False
@@ -156,7 +158,16 @@ class TrainConfig:
         if self.method not in METHOD_NAMES:
             known = (f'"{name}"' for name in METHOD_NAMES)
             raise ConfigError(f"method must be {' or '.join(known)}, got {self.method!r}")
-        check_at_least(self, 1, "iterations", "teacher_clips", "prompts_per_step", "shards", "checkpoint_every")
+        check_at_least(
+            self,
+            1,
+            "iterations",
+            "teacher_clips",
+            "prompts_per_step",
+            "shards",
+            "sequence_parallel",
+            "checkpoint_every",
+        )
         check_at_least(self, 0, "seed")
         if self.rollouts_per_prompt < 2:
             raise ConfigError("rollouts_per_prompt must be at least 2: a single rollout has advantage 0")
@@ -182,6 +193,8 @@ class TrainConfig:
         if self.seed >= 2**63:
             raise ConfigError(f"seed must be below 2**63, got {self.seed}")
         self._check_family()
+        if self.sequence_parallel > 1 and self.rollout.graphs:
+            raise ConfigError("rollout.graphs cannot hold the exchanges of sequence_parallel: leave out one of the two")
         if self.stream.frames is not None and self.rollout.graphs:
             raise ConfigError(
                 "rollout.graphs cannot replay a stream's continuations: leave out one of it and stream.frames"

@@ -156,6 +156,7 @@ class RolloutConfig:
         if self.shift <= 0:
             raise ConfigError(f"shift must be a positive number, got {self.shift}")
         check_at_least(self, 1, "chunk", "unipc_steps")
+        check_at_least(self, 0, "guidance")
         if self.unipc_steps is not None and (self.steps != FOUR_STEPS or self.first_chunk_steps or not self.warp):
             raise ConfigError(
                 f"unipc_steps={self.unipc_steps} makes its own steps: leave out steps, first_chunk_steps and warp=false, which "

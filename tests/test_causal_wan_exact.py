@@ -170,6 +170,8 @@ def test_1_3b_forward_does_no_work_twice():
     (11.7 linear, 28.3 self-attention over 32760 keys, 0.4 cross-attention)."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    import afd_fast.estimate.meters  # noqa: F401  (counts the product that applies GELU)
+
     with torch.device("meta"):
         model = CausalWan(CausalWanConfig.wan_1_3b()).to(torch.bfloat16)
         text = model.encode_text(torch.empty(1, 512, 4096))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -297,7 +298,9 @@ class TestCommands:
             "afd_fast.generate.generate",
             lambda networks, todo, out, options, config, **_: seen.append((options, config)),
         )
-        monkeypatch.setattr("afd_fast.students.wan.family.load_networks", lambda *_, **__: None)
+        monkeypatch.setattr(
+            "afd_fast.students.wan.family.load_networks", lambda *_, **__: SimpleNamespace(student=None)
+        )
         with pytest.raises(AttributeError):  # `generate` above returns no statistics
             self.call("rollout", "--student", tmp_path / "student", "--base", tmp_path / "base", "--prompts", prompts,
                       "--out", tmp_path / "o", "--frames", 3, "--sink", 1, "--size", "704x1280")  # fmt: skip

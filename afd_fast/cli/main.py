@@ -128,7 +128,8 @@ def train(
 
     from afd_fast.config import to_dict
     from afd_fast.estimate import floor
-    from afd_fast.training.trainer import facts, new_run, teacher_of
+    from afd_fast.training.run import facts
+    from afd_fast.training.trainer import new_run, teacher_of
 
     with TemporaryDirectory() as cache:
         prepared = new_run(config)
@@ -299,13 +300,15 @@ def rollout(
     seeds: Annotated[str | None, typer.Option(help="such as 0,1,2: a video of every prompt with each of them")] = None,
     graphs: Annotated[bool, typer.Option("--graphs", help="replay forwards as CUDA graphs")] = False,
 ) -> None:
-    """Generate a video for every prompt with a causal Wan student: as its checkpoint says, as a --preset says, or as set."""
+    """Generate a video for every prompt with a causal Wan student: as its checkpoint says, as a --preset says, or as set.
+    Under torchrun all processes make each video together, each with its share of tokens and heads."""
     import torch
     from rich.progress import Progress
 
     from afd_fast.files.text import read_prompts
     from afd_fast.generate import generate, jobs
     from afd_fast.students.wan.family import load_networks
+    from afd_fast.video_io import write_video
 
     if graphs and not torch.cuda.is_available():
         raise ConfigError("--graphs records CUDA graphs, and there is no CUDA device here: leave it out")
@@ -319,8 +322,9 @@ def rollout(
         first_chunk_steps=first_chunk_steps, shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, rope=rope,
         sink_ema=sink_ema, unipc_steps=unipc_steps, guidance=guidance, graphs=graphs or None,
     )  # fmt: skip
-    networks = load_networks(student or "tiny", base, seed, lora=found.lora or None, preview=preview)
-    with Progress(console=console) as progress:
+    with cli.together(found) as ranks, Progress(console=console, disable=not ranks.lead) as progress:
+        networks = load_networks(student or "tiny", base, seed, lora=found.lora or None, preview=preview)
+        ranks.split_sequence(found.options.height, found.options.width, networks.student)
         task = progress.add_task("chunks", total=None)
         stats = generate(
             networks,
@@ -329,9 +333,11 @@ def rollout(
             found.options,
             found.config,
             negative=found.negative,
+            write=write_video if ranks.lead else lambda *_: None,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    console.print(stats.line())
+    if ranks.lead:
+        console.print(stats.line())
 
 
 @app.command()

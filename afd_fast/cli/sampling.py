@@ -1,7 +1,8 @@
 """Options of the commands that sample a causal Wan student, and the settings that they give: checked before anything is
 loaded, downloaded in bulk or created."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from afd_fast.errors import ConfigError
 if TYPE_CHECKING:
     from afd_fast.generate import GenerateOptions
     from afd_fast.rollout import RolloutConfig
+    from afd_fast.training.distributed import Ranks
 
 Preset = Annotated[
     str | None, typer.Option(help="a public project's sampler, such as self_forcing or longlive (docs/models.md)")
@@ -95,6 +97,18 @@ def sampling(
     options = GenerateOptions(frames, height, width, coder.fps if fps is None else fps, batch)
     chunk_count(frames, config)
     return Sampling(config, options, adapters, NEGATIVE_PROMPT if negative is None else negative)
+
+
+@contextlib.contextmanager
+def together(found: Sampling) -> "Iterator[Ranks]":
+    """torchrun's processes as one group that makes each video together; this one alone without torchrun. ConfigError for
+    graphs."""
+    from afd_fast.training.distributed import job
+
+    with job() as ranks:
+        if ranks.world > 1 and found.config.graphs:
+            raise ConfigError("--graphs cannot hold the exchanges between torchrun's processes: leave it out")
+        yield ranks.together(ranks.world)
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:

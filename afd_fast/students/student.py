@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from afd_fast.errors import ConfigError, check_at_least, check_fields
 from afd_fast.files.tensors import save_tensors
@@ -177,13 +178,19 @@ class StudentModule(nn.Module):
         """The student for many rollouts of one shape, its forwards recorded as CUDA graphs and replayed."""
         raise ConfigError(f"{type(self).__name__} cannot record CUDA graphs: set rollout.graphs=false")
 
+    def split_sequence(self, group: ProcessGroup | None, height: int, width: int) -> None:
+        """From now on the group's ranks share the tokens of each forward (None: each rank has all): they call it together
+        with equal inputs, of latents of height x width, and get the whole result; gradients of parameters add up over
+        the group. ValueError for what cannot be shared evenly."""
+        raise ConfigError(f"{type(self).__name__} has no split_sequence: set sequence_parallel=1")
+
     def shard_plan(self) -> ShardPlan:
         """See `ShardPlan`."""
         raise ConfigError(f"{type(self).__name__} has no shard_plan: set fsdp=false")
 
 
 REQUIRED = ("encode_text", "new_cache", "forward")
-OPTIONAL = ("timestep", "forward_teacher_forcing", "forward_block_causal", "graphed", "shard_plan")
+OPTIONAL = ("timestep", "forward_teacher_forcing", "forward_block_causal", "graphed", "split_sequence", "shard_plan")
 
 
 def check_student(student: nn.Module) -> None:

@@ -7,7 +7,7 @@ them bit for bit, with more to the rounding of a sum in another order.
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -25,23 +25,54 @@ PATIENCE = timedelta(days=30)  # for rank 0's work alone; torchrun ends a job wh
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of the job; alone by default. patient: a group that waits for PATIENCE where the default
-    one, after 10 or 30 minutes, takes its peers for dead."""
+    one, after 10 or 30 minutes, takes its peers for dead. split: successive ranks that work on a shard together, each with
+    its share of the student's tokens (`StudentModule.split_sequence`); peers: their group."""
 
     rank: int = 0
     world: int = 1
     patient: dist.ProcessGroup | None = None
+    split: int = 1
+    peers: dist.ProcessGroup | None = None
+
+    @property
+    def groups(self) -> int:
+        """Ranks that have shards of their own."""
+        return self.world // self.split
+
+    def together(self, split: int) -> "Ranks":
+        """The same with `split` ranks on a shard; alone, a shard needs no help. ConfigError where they do not divide."""
+        if split == 1 or self.world == 1:
+            return self
+        if self.world % split:
+            raise ConfigError(
+                f"sequence_parallel={split} cannot be formed by {self.world} processes: start a multiple of {split}"
+            )
+        peers, _ = dist.new_subgroups(split)
+        return replace(self, split=split, peers=peers)
 
     @property
     def lead(self) -> bool:
         """Whether this is rank 0, which evaluates, writes files and logs."""
         return self.rank == 0
 
+    def split_sequence(self, height: int, width: int, *students: StudentModule | None) -> None:
+        """Let the ranks of a group share the students' tokens, of latents of height x width. ConfigError where they cannot."""
+        for student in students:
+            if self.split > 1 and student is not None:
+                try:
+                    student.split_sequence(self.peers, height, width)
+                except ValueError as error:
+                    raise ConfigError(f"sequence_parallel={self.split}: {error}") from None
+
     def share(self, shards: int) -> range:
         """The shards of this rank. ConfigError when they cannot be shared out evenly."""
-        if shards % self.world:
-            raise ConfigError(f"shards={shards} cannot be shared by {self.world} processes: set shards={self.world}")
-        each = shards // self.world
-        return range(self.rank * each, (self.rank + 1) * each)
+        if shards % self.groups:
+            of = f"{self.groups} groups of " if self.split > 1 else ""
+            raise ConfigError(
+                f"shards={shards} cannot be shared by {of}{self.split if of else self.world} processes: set shards={self.groups}"
+            )
+        each, group = shards // self.groups, self.rank // self.split
+        return range(group * each, (group + 1) * each)
 
     def gather(self, prompts: list[str], rewards: Tensor) -> tuple[list[str], Tensor]:
         """Everybody's prompts and rewards [b], in the order of the shards: once per step, names with numbers."""
@@ -49,7 +80,8 @@ class Ranks:
             return prompts, rewards
         everybody: list = [None] * self.world
         dist.all_gather_object(everybody, (prompts, rewards.cpu()))
-        return [p for names, _ in everybody for p in names], torch.cat([r for _, r in everybody]).to(rewards.device)
+        leads = everybody[:: self.split]  # its peers have the same
+        return [p for names, _ in leads for p in names], torch.cat([r for _, r in leads]).to(rewards.device)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up the gradients of all ranks, in place, in one message. FSDP has done it for parameters it shards."""

@@ -10,9 +10,10 @@ import torch
 from afd_fast.config import TrainConfig
 from afd_fast.discriminators.discriminator import Clips, Discriminator, FeatureCache
 from afd_fast.rollout import RolloutConfig
+from afd_fast.students.lora import trainable
 from afd_fast.students.student import Family
 from afd_fast.teachers.dataset import Shard, shown
-from afd_fast.teachers.teacher import Request
+from afd_fast.teachers.teacher import Request, Teacher
 from afd_fast.training.distributed import Ranks
 from afd_fast.training.state import TrainState, generator
 from afd_fast.training.velocity import Chunking
@@ -98,3 +99,24 @@ class Run:
         if self.features is None or len(keys) != len(pixels):
             return shown(pixels, home)
         return self.features(keys, lambda i: shown(pixels[i], home), home)
+
+
+def facts(run: Run, teacher: Teacher) -> dict[str, str]:
+    """What a run would be, without running it: sizes of the networks and of their trained part, and the teacher's cost."""
+    config, family = run.config, run.family
+
+    def millions(module: torch.nn.Module) -> str:
+        whole, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (module.parameters(), trainable(module).values()))
+        return f"{whole:.2f} M, {trained:.2f} M of them trained"
+
+    video, trained = family.video, sum(p.numel() for p in trainable(family.student).values())
+    count = config.prompts_per_step * config.rollouts_per_prompt
+    found = {
+        "student parameters": millions(family.student),
+        "discriminator parameters": millions(run.discriminator),
+        "videos per iteration": f"{count} of {video.frames} frames, {video.height}x{video.width} pixels, {video.fps} fps",
+        "optimiser and average": f"{16 * trained / 2**30:.2f} GiB",
+    }
+    prompts = dict.fromkeys([p for part in teacher.split() for p in part])
+    cost = teacher.cost([Request(p, seed) for p in prompts for seed in range(config.teacher_clips)])
+    return found | ({"teacher's videos": cost} if cost else {})

@@ -15,19 +15,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypedDict, cast
 
-import torch
-
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.discriminators.discriminator import Discriminator, check_discriminator
 from afd_fast.errors import ConfigError, Interrupted, TrainingError, extra
 from afd_fast.judges import Scores
 from afd_fast.students.files import first_line
-from afd_fast.students.lora import trainable
 from afd_fast.students.student import Family, TrainedWeights, check_settings
 from afd_fast.students.student import family as make_family
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.dataset import BatchPlan, TeacherVideos, check_prompts, collect, open_teacher
-from afd_fast.teachers.teacher import Request, Teacher
+from afd_fast.teachers.teacher import Teacher
 from afd_fast.training import checkpoint
 from afd_fast.training.distributed import Ranks, job
 from afd_fast.training.evaluate import Evaluator
@@ -81,7 +78,9 @@ class Trainer:
         config, ranks = run.config, run.ranks
         self.shards = ranks.share(config.shards)
         self.plan = batch_plan(config)
-        self.lockstep = config.fsdp and ranks.world > 1  # the student runs only when it runs on every rank
+        self.lockstep = ranks.split > 1 or (
+            config.fsdp and ranks.world > 1
+        )  # the student runs only when it runs on every rank
         self.progress = progress(console)
         with self.progress:
             with ranks.lead_first():  # the others then find every video in the cache
@@ -279,7 +278,9 @@ def new_run(
         raise ConfigError(f"rollout.graphs records CUDA graphs, and the student is on {family.device}: leave it out")
     if discriminator is not None:
         check_discriminator(discriminator)
-    return Run(config, new_state(config, family, discriminator), ranks)
+    run = Run(config, new_state(config, family, discriminator), ranks)
+    ranks.split_sequence(family.latents.height, family.latents.width, family.student, run.state.reference)
+    return run
 
 
 def called_methods(config: TrainConfig) -> dict[str, str]:
@@ -291,6 +292,8 @@ def called_methods(config: TrainConfig) -> dict[str, str]:
         called["graphed"] = "rollout.graphs=true"
     if config.fsdp:
         called["shard_plan"] = "fsdp=true"
+    if config.sequence_parallel > 1:
+        called["split_sequence"] = f"sequence_parallel={config.sequence_parallel}"
     return called
 
 
@@ -348,6 +351,7 @@ def train(
     """
     folder = folder_of(config, out)
     with job() as ranks, contextlib.ExitStack() as held:
+        ranks = ranks.together(config.sequence_parallel)
         ranks.share(config.shards)
         with ranks.lead_first():
             if ranks.lead:
@@ -369,24 +373,3 @@ def train(
                 check_folder(folder, config, overwrite=overwrite, resume=False)  # it may have changed meanwhile
                 make_folder(folder, config)
         return Trainer(run, found, folder, console).train(resume=resume)
-
-
-def facts(run: Run, teacher: Teacher) -> dict[str, str]:
-    """What a run would be, without running it: sizes of the networks and of their trained part, and the teacher's cost."""
-    config, family = run.config, run.family
-
-    def millions(module: torch.nn.Module) -> str:
-        whole, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (module.parameters(), trainable(module).values()))
-        return f"{whole:.2f} M, {trained:.2f} M of them trained"
-
-    video, trained = family.video, sum(p.numel() for p in trainable(family.student).values())
-    count = config.prompts_per_step * config.rollouts_per_prompt
-    found = {
-        "student parameters": millions(family.student),
-        "discriminator parameters": millions(run.discriminator),
-        "videos per iteration": f"{count} of {video.frames} frames, {video.height}x{video.width} pixels, {video.fps} fps",
-        "optimiser and average": f"{16 * trained / 2**30:.2f} GiB",
-    }
-    prompts = dict.fromkeys([p for part in teacher.split() for p in part])
-    cost = teacher.cost([Request(p, seed) for p in prompts for seed in range(config.teacher_clips)])
-    return found | ({"teacher's videos": cost} if cost else {})

@@ -166,7 +166,7 @@ class Targets:
 def update_student(run: Run, targets: Sequence[Targets], recipe: NFTRecipe | None = None) -> Metrics:
     """One optimiser and EMA step on the NFT + prior loss, or another recipe of it."""
     recipe = recipe or policy_recipe(run)
-    scale = 1.0 if recipe.batch_reduction == "sum" else 1.0 / (len(targets) * run.ranks.world)
+    scale = 1.0 if recipe.batch_reduction == "sum" else 1.0 / (len(targets) * run.ranks.groups)
     run.state.optimizer.zero_grad()
     rows = [student_backward(run, x, recipe, run.generator("update", x.index), scale) for x in targets]
     with run.phase("optimiser"):

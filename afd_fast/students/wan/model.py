@@ -12,14 +12,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
+from afd_fast.errors import ConfigError
 from afd_fast.reference.flow import kind_of
 from afd_fast.reference.transformer import rope_tables, split_blocks
 from afd_fast.students.student import ShardPlan, Student, StudentModule, check_latents, check_text
-from afd_fast.students.wan.attention import Bidirectional, BlockCausal, Cached, TeacherForcing
+from afd_fast.students.wan.attention import Bidirectional, BlockCausal, Cached, Roped, TeacherForcing
 from afd_fast.students.wan.cache import KVCache
 from afd_fast.students.wan.layers import (
     PATCH,
@@ -31,6 +34,7 @@ from afd_fast.students.wan.layers import (
     WanText,
     time_sinusoid,
 )
+from afd_fast.students.wan.parallel import SequenceSplit
 
 
 class CausalWan(StudentModule):
@@ -68,6 +72,7 @@ class CausalWan(StudentModule):
         self.head = Head(c, self._settings)
         self._rope: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         self._graphed: Student | None = None
+        self._split: SequenceSplit | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,7 +145,7 @@ class CausalWan(StudentModule):
             frames=frames,
             height=height // PATCH,
             width=width // PATCH,
-            heads=self.config.num_heads,
+            heads=self.config.num_heads if self._split is None else self._split.heads,
             head_dim=self.config.dim // self.config.num_heads,
             window=window,
             sink=sink,
@@ -170,9 +175,20 @@ class CausalWan(StudentModule):
         """See `GraphedStudent`."""
         from afd_fast.students.wan.graphs import GraphedStudent
 
+        if self._split is not None:
+            raise ConfigError("CUDA graphs do not hold exchanges between ranks: leave out graphs or split_sequence")
         if self._graphed is None:
             self._graphed = GraphedStudent(self)
         return self._graphed
+
+    def split_sequence(self, group: ProcessGroup | None, height: int, width: int) -> None:
+        """See `StudentModule` and `parallel.SequenceSplit`."""
+        split = (
+            None if group is None or dist.get_world_size(group) == 1 else SequenceSplit(group, self.config.num_heads)
+        )
+        if split is not None:
+            split.check(height // PATCH, width // PATCH)
+        self._split = split
 
     def shard_plan(self) -> ShardPlan:
         """Block by block; the `modulation` tables, which are read between blocks, stay whole."""
@@ -222,11 +238,12 @@ class CausalWan(StudentModule):
         if cache is None:
             if blocks is not None or start_frame:
                 raise ValueError("blocks and start_frame need a cache; see forward_block_causal")
-            pattern: Pattern = Bidirectional(*rope)
+            pattern: Pattern = Bidirectional(*self._own(rope, frames), height * width, self._split)
             return self._unpatchify(self._transform(self._patchify(x), self._times(t, x), text, pattern), x)
         self._check_cache(cache, x)
         ranges = split_blocks(frames, blocks if blocks is not None else (frames,))
-        cached = Cached(*rope, cache, [(start_frame + a, start_frame + b) for a, b in ranges], write)
+        spans = [(start_frame + a, start_frame + b) for a, b in ranges]
+        cached = Cached(*self._own(rope, frames), cache, spans, write, self._split)
         out = self._unpatchify(self._transform(self._patchify(x), self._times(t, x), text, cached), x)
         cached.finish()
         return out
@@ -240,7 +257,8 @@ class CausalWan(StudentModule):
         frames = self._check(x, text)
         blocks = split_blocks(frames, chunk, independent_first_frame)
         size = (x.shape[3] // PATCH, x.shape[4] // PATCH)
-        pattern = BlockCausal(*self.rope(0, frames, *size), blocks, size[0] * size[1], window, sink, rope)
+        tables = self._own(self.rope(0, frames, *size), frames)
+        pattern = BlockCausal(*tables, blocks, size[0] * size[1], window, sink, rope, self._split)
         return self._unpatchify(self._transform(self._patchify(x), self._times(t, x), text, pattern), x)
 
     def forward_teacher_forcing(
@@ -264,7 +282,8 @@ class CausalWan(StudentModule):
         size = (x.shape[3] // PATCH, x.shape[4] // PATCH)
         tokens = size[0] * size[1]
         cos, sin = (torch.cat([a[: history * tokens], a]) for a in self.rope(0, frames, *size))
-        pattern = TeacherForcing(cos, sin, blocks, tokens, window, sink, rope)
+        tables = self._own((cos, sin), history + frames)
+        pattern = TeacherForcing(*tables, blocks, tokens, window, sink, rope, self._split)
         both = self._patchify(torch.cat([clean[:, :, :history], x], 2))
         times = torch.cat([past[:, :history], t], 1)
         out = self._transform(both, times, text, pattern, drop=history)
@@ -274,6 +293,11 @@ class CausalWan(StudentModule):
         self, patches: Tensor, t: Tensor | Conditioning, text: WanText, pattern: Pattern, drop: int = 0
     ) -> Tensor:
         """Patches [B, L, 4 C] -> head output; the first `drop` frames are left out of it."""
+        split, frames = self._split, 0
+        if split is not None:
+            assert isinstance(pattern, Roped)
+            frames = patches.shape[1] // pattern.tokens
+            patches = split.own(patches, frames)
         weight = self.patch_embedding.weight
         x = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
         conditioning = t if isinstance(t, Conditioning) else self.conditioning(t)
@@ -289,7 +313,15 @@ class CausalWan(StudentModule):
         if drop:
             tokens = x.shape[1] // e.shape[1]
             x, y, gate, e = x[:, drop * tokens :], y[:, drop * tokens :], gate[:, drop:], e[:, drop:]
-        return self.head(x, y, gate, e)
+        out = self.head(x, y, gate, e)
+        return out if split is None else split.whole(out, frames - drop)
+
+    def _own(self, tables: tuple[Tensor, Tensor], frames: int) -> tuple[Tensor, Tensor]:
+        """RoPE's tables [L, d / 2] of this rank's tokens."""
+        if self._split is None:
+            return tables
+        cos, sin = (self._split.own(a[None], frames)[0] for a in tables)
+        return cos, sin
 
     # ------------------------------------------------------------------ shapes
 
@@ -320,6 +352,8 @@ class CausalWan(StudentModule):
     def _check_size(self, height: int, width: int) -> None:
         if height % PATCH or width % PATCH or height < 1 or width < 1:
             raise ValueError(f"latent height and width must be even, got {height}x{width}")
+        if self._split is not None:
+            self._split.check(height // PATCH, width // PATCH)
 
     def _check(self, x: Tensor, text: WanText) -> int:
         check_latents("x", x, self.channels)

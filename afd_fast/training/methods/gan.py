@@ -87,7 +87,7 @@ def student_backward(run: Run, rollouts: Rollouts, pixels: Tensor, view: View | 
     if view is not None:
         pair = view(pair, run.generator("diffuse", rollouts.index))
     found = generator_loss(run, pair, rollouts.prompts)
-    (gradient,) = torch.autograd.grad(found.loss / (shards * run.ranks.world), leaf)
+    (gradient,) = torch.autograd.grad(found.loss / (shards * run.ranks.groups), leaf)
     pixels.backward(gradient.to(pixels))
     return {"loss": found.loss.item(), "reward": found.scores.mean().item()}
 
