@@ -264,7 +264,9 @@ BAD = {
                 "--videos d --fps inf", "--videos d student=toy", "--videos d --out p.txt"],
     "doctor": ["nonesuch", "demo nonesuch=1", "demo iterations=0", "demo iterations"],
     "keys": ["nonesuch", "''", "a b"],
-    "pretrain": ["--seed x", "--frames 0", "--frames 13", "--frames -3", "--out p.txt/x", "--out d"],
+    "pretrain": ["--seed x", "--frames 0", "--frames 13", "--frames -3", "--out p.txt/x", "--out d", "--world moon",
+                 "--world lights --frames 20", "--distill nowhere.safetensors", "--distill garbage.safetensors", "--distill d",
+                 "--distill garbage.safetensors --world lights", "--distill garbage.safetensors --frames 18"],
     "report": ["", "nowhere", "d", "p.txt"],
     "rollout --config tiny --prompts p.txt --out o":
              ["--frames 20", "--frames 0", "--frames -3", "--frames x", "--shift 0", "--shift nan", "--shift -1", "--shift inf",

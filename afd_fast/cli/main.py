@@ -13,11 +13,12 @@ from rich.markup import escape
 
 from afd_fast.cli import missing
 from afd_fast.cli import sampling as cli
-from afd_fast.cli.common import Keys, Out, Overwrite, Resume, Seed, check_writable, console, table
+from afd_fast.cli.common import Keys, Out, Overwrite, Resume, check_writable, console, table
 from afd_fast.cli.common import run as train_run
 from afd_fast.cli.distill import distill
 from afd_fast.cli.doctor import doctor
 from afd_fast.cli.evaluate import app as evaluation
+from afd_fast.cli.pretrain import pretrain
 from afd_fast.errors import AFDError, ConfigError, MissingExtra
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(evaluation, name="eval")
 app.command()(distill)
 app.command()(doctor)
+app.command()(pretrain)
 
 
 def _version(asked: bool) -> None:
@@ -248,23 +250,6 @@ def list_runs() -> None:
 
     for name, function in runs.RUNS.items():
         console.print(f"[bold]{name}[/]  {' '.join((function.__doc__ or '').split())}")
-
-
-@app.command()
-def pretrain(
-    out: Annotated[Path, typer.Option(help="where the weights go")] = Path("base_student.safetensors"),
-    seed: Seed = 0,
-    frames: Annotated[int, typer.Option(help="length of its clips; a multiple of 3")] = 12,
-) -> None:
-    """Train a base student of the embedded task from nothing: a few-step student of the wrong physics."""
-    from afd_fast.students.toy import shipped
-
-    if out.exists():
-        raise ConfigError(f"{out} exists; choose another --out")
-    if frames < 3 or frames % 3:
-        raise ConfigError(f"--frames must be a multiple of 3, got {frames}")
-    check_writable(out)
-    shipped.make(console, out, seed=seed, frames=frames)
 
 
 @app.command()

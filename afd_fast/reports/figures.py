@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from afd_fast.errors import extra
-from afd_fast.judges.physics import track
+from afd_fast.judges import JUDGES
 from afd_fast.reports.scores import METHODS, label_of
 
 with extra("train"):
@@ -101,12 +101,13 @@ def curves(
     return svg(figure, f"Curves over the iterations: {what}, and scores of the held-out prompts")
 
 
-def height_tracks(clips: Mapping[str, Tensor], method: str) -> str:
-    """The ball's height over time in every sample clip, as SVG."""
+def height_tracks(clips: Mapping[str, Tensor], method: str, judge: str) -> str:
+    """The height over time of all that moves in every sample clip, as the judge of this name sees it: SVG."""
     figure, axes = subplots(1, 3, 2.6, sharey=True)
+    heights = JUDGES[judge].heights
+    assert heights is not None
     for axis, (name, video) in zip(axes[0], clips.items()):
-        heights = track(video.flatten(0, 1).numpy() / 255)[0][..., 1]
-        axis.plot(heights.T, color=COLORS[name], lw=1, alpha=0.7)
+        axis.plot(heights(video.flatten(0, 1).numpy()).T, color=COLORS[name], lw=1, alpha=0.7)
         style(axis, {"base": "base student", "student": METHODS[method]}.get(name, name), "frame")
     axes[0, 0].set_ylabel("height", fontsize=8)
     return svg(figure, "Height of the ball over the frames: base student, trained student and teacher")

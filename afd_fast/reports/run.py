@@ -25,11 +25,13 @@ KINDS = ("base", "student", "teacher")
 
 
 class Samples(NamedTuple):
-    """What a finished run keeps to look at: P prompts, n clips [3, F, H, W] uint8 of each and of every kind. `clip` reads one."""
+    """What a finished run keeps to look at: P prompts, n clips [3, F, H, W] uint8 of each and of every kind. `clip` reads one.
+    judge: the name of the run's judge."""
 
     prompts: list[str]
     per_prompt: int
     fps: float
+    judge: str
     file: Any
 
     def clip(self, kind: str, index: int, prompt: int) -> Tensor:
@@ -51,7 +53,8 @@ def open_samples(run: Path) -> Iterator[Samples]:
             shapes = [tuple(file.get_slice(kind).get_shape()) for kind in KINDS]
             if len(set(shapes)) > 1 or len(shapes[0]) != 6:
                 raise ValueError(f"its clips have the shapes {shapes}")
-            yield Samples(json.loads(about["prompts"]), shapes[0][0], float(json.loads(about["fps"])), file)
+            judge = about.get("judge", "physics")  # the only one that drew tracks when files did not say
+            yield Samples(json.loads(about["prompts"]), shapes[0][0], float(json.loads(about["fps"])), judge, file)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be read ({error}): continue the run with --resume to make it again"
@@ -92,7 +95,7 @@ def write_report(run: str | Path) -> Path:
     judged = "residual_px" in teacher
     with open_samples(run) as samples:
         made = videos(clips_of(samples, METHODS[method]), samples.fps, path)
-        tracks = height_tracks({kind: samples.all(kind) for kind in KINDS}, method) if judged else None
+        tracks = height_tracks({kind: samples.all(kind) for kind in KINDS}, method, samples.judge) if judged else None
         prompts, count = samples.prompts, samples.per_prompt
     html = template("report.html").render(
         result=result, rows=table_rows(result), verdict=verdict(result, evaluations), prompts=prompts,

@@ -15,16 +15,20 @@ Better = Literal["low", "high", "teacher"]  # what is better: less, more, or clo
 Mark = Literal["better", "worse", ""]
 SCORES: dict[str, tuple[str, Better]] = {
     "residual_px": ("physics residual, px", "low"),
+    "energy_error": ("energy error, of a fall through the box", "low"),
     "frechet": ("Fréchet distance of trajectories", "low"),
     "gravity": ("measured gravity, box/s²", "teacher"),
     "gravity_error": ("gravity error, relative", "low"),
     "bounce_high": ("elasticity where the prompt says high", "teacher"),
     "bounce_low": ("elasticity where the prompt says low", "teacher"),
     "dynamic_px": ("dynamic degree, px/frame", "teacher"),
-    "general": ("general quality (mean of the next four)", "high"),
+    "diversity_px": ("distance of two clips of a prompt, px", "teacher"),
+    "general": ("general quality (mean of the indented rows)", "high"),
     "color": ("  color matches", "high"),
     "size": ("  size matches", "high"),
+    "light": ("  light matches", "high"),
     "shape": ("  shape is a disc", "high"),
+    "sharp": ("  edges are sharp", "high"),
     "motion": ("  motion matches", "high"),
     "flicker": ("background flicker, %", "low"),
     "background": ("background brightness", "teacher"),
@@ -38,6 +42,7 @@ SCORES: dict[str, tuple[str, Better]] = {
 FLIGHT = "no clip shows two frames of free flight"
 REBOUND = "no clip of such a prompt shows a fall and a rebound"
 WHY = {  # a score that is not a number
+    "diversity_px": "no prompt has two clips: set evaluation.rollouts=2 or more",
     "frechet": "needs two clips on each side: more held-out prompts, or evaluation.rollouts=2 and more teacher videos",
     "gravity": FLIGHT, "gravity_error": FLIGHT, "bounce_high": REBOUND, "bounce_low": REBOUND,
 }  # fmt: skip

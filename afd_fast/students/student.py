@@ -305,7 +305,7 @@ def placing(setting: str, device: str | None) -> Iterator[None]:
 class StudentConfig:
     """Which student, how large its videos are, and how much of it is trained.
 
-    name: toy, toy_long, tiny (a random CausalWan, to try things), pixel (made by afd-fast distill), another registered family, or a
+    name: toy, toy_long, lights (of two steps), lights_many (of sixteen), tiny (a random CausalWan, to try things), pixel (made by afd-fast distill), another registered family, or a
         checkpoint of a causal Wan.
     base: diffusers repository of a Wan student's text encoder and VAE; none: Wan2.1-T2V-1.3B. The file of a pixel student's weights.
     frames: latent frames of a Wan student's videos; none: 21, which are 81 frames of video.
@@ -355,8 +355,16 @@ WAN = FamilyEntry(
     windows=True,
 )
 _TOY = FamilyEntry("afd_fast.students.toy.family:toy_family", chunk=3)
+_LIGHTS = FamilyEntry("afd_fast.students.toy.family:toy_family", chunk=6)
 _PIXEL = FamilyEntry("afd_fast.students.toy.pixel:pixel_family", keys=("base",), chunk=3)
-FAMILIES: dict[str, FamilyEntry] = {"toy": _TOY, "toy_long": _TOY, "tiny": WAN, "pixel": _PIXEL}
+FAMILIES: dict[str, FamilyEntry] = {
+    "toy": _TOY,
+    "toy_long": _TOY,
+    "lights": _LIGHTS,
+    "lights_many": _LIGHTS,
+    "tiny": WAN,
+    "pixel": _PIXEL,
+}
 
 
 def register_family(name: str, entry: FamilyEntry) -> None:

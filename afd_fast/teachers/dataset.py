@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
-from afd_fast.teachers import physics
+from afd_fast.teachers import lights, physics
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.teacher import TEACHERS, Request, Teacher, hold_out
 from afd_fast.video_io import VideoFormat, checked, deliver, to_uint8
@@ -107,13 +107,15 @@ def check_prompts(teacher: str, train: Sequence[str], plan: BatchPlan) -> None:
 
 
 def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
-    """ "physics", "physics:dusk", "folder:PATH", "api:FILE" or a registered "KIND:..." for videos of this format. Nothing
+    """ "physics", "physics:dusk", "lights", "folder:PATH", "api:FILE" or a registered "KIND:..." for videos of this format. Nothing
     is fetched or paid for. ConfigError for another spec and for a teacher without usable videos or prompts."""
     kind, _, rest = spec.partition(":")
     if kind in TEACHERS:
         return TEACHERS[kind](rest, video, cache)
     if kind == "physics" and rest in ("", *physics.LOOKS):
         return physics.PhysicsTeacher(video.frames, look=rest or "day")  # makes a video faster than a file is read
+    if spec == "lights":
+        return lights.LightsTeacher(video.frames)
     size = (video.height, video.width)
     if kind == "folder" and rest:
         return FolderTeacher(rest, frames=video.frames, size=size, fps=video.fps)
@@ -122,7 +124,7 @@ def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
 
         return api.from_file(rest, frames=video.frames, size=size, fps=video.fps)
     known = "".join(f' or "{name}:..."' for name in TEACHERS)
-    raise ConfigError(f'teacher must be "physics" or "folder:PATH" or "api:FILE"{known}, got {spec!r}')
+    raise ConfigError(f'teacher must be "physics" or "lights" or "folder:PATH" or "api:FILE"{known}, got {spec!r}')
 
 
 def collect(teacher: Teacher, clips: int, codec_crf: int | None, track: Track) -> TeacherVideos:

@@ -94,19 +94,16 @@ def split_prompts(held_out: int = 16, look: str = "day") -> PromptSplit:
     return PromptSplit([prompts[i] for i in order[held_out:]], [prompts[i] for i in order[:held_out]])
 
 
-def initial_state(scene: Scene, rng: np.random.Generator) -> State:
-    """A random state at the first frame that shows the scene's motion."""
-    if scene.motion == "tossed up":
+def initial_state(motion: str, radius: float, rng: np.random.Generator) -> State:
+    """A random state at the first frame that shows the motion, one of MOTIONS."""
+    if motion == "tossed up":
         return State(
-            rng.uniform(0.2, 0.8),
-            rng.uniform(0.2, 0.35) + scene.radius / 2,
-            rng.uniform(-0.1, 0.1),
-            rng.uniform(1.2, 1.7),
+            rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.35) + radius / 2, rng.uniform(-0.1, 0.1), rng.uniform(1.2, 1.7)
         )
-    if scene.motion == "dropped":
+    if motion == "dropped":
         return State(rng.uniform(0.2, 0.8), rng.uniform(0.72, 0.86), rng.uniform(-0.08, 0.08), rng.uniform(-0.1, 0.1))
     x, vx = rng.uniform(0.2, 0.5), rng.uniform(0.5, 0.9)
-    if scene.motion == "thrown left":
+    if motion == "thrown left":
         x, vx = 1 - x, -vx
     return State(x, rng.uniform(0.55, 0.8), vx, rng.uniform(-0.1, 0.5))
 
@@ -168,7 +165,7 @@ def sample_clips(
     clips = []
     for prompt in prompts:
         scene = parse(prompt)
-        state = initial_state(scene, rng)
+        state = initial_state(scene.motion, scene.radius, rng)
         g = GRAVITY if gravity is None else rng.uniform(*gravity)
         e = scene.elasticity if elasticity is None else rng.uniform(*elasticity[scene.bounce])
         centres = simulate(scene.radius, state, g, e, frames)

@@ -175,5 +175,6 @@ class Evaluator:
             torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for p in prompts]) for i in range(count)
         ]
         clips = {"base": base, "student": student, "teacher": torch.stack(teacher)}
-        about = {"prompts": json.dumps(prompts), "fps": json.dumps(self.run.family.video.fps)}
+        fps = json.dumps(self.run.family.video.fps)
+        about = {"prompts": json.dumps(prompts), "fps": fps, "judge": self.data.teacher.judge}
         save_tensors({name: x.contiguous() for name, x in clips.items()}, path, about)

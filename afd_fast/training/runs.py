@@ -42,6 +42,20 @@ def demo_long() -> TrainConfig:
     return replace(demo(), name="demo_long", student=StudentConfig("toy_long"), prompts_per_step=6)
 
 
+def regime() -> TrainConfig:
+    """The regime that AFD is made for, small: a student distilled to two steps, prompts that leave much open, teacher=lights."""
+    return replace(
+        demo(),
+        name="regime",
+        iterations=200,
+        teacher="lights",
+        prompts_per_step=8,
+        rollouts_per_prompt=4,
+        student=StudentConfig("lights"),
+        rollout=RolloutConfig(steps=(1000, 500), shift=1.0, chunk=6),
+    )
+
+
 def afd_table3() -> TrainConfig:
     """The paper's run (Table 3) on a causal Wan 1.3B; set student=, discriminator= and teacher= (docs/training.md).
 
@@ -76,7 +90,7 @@ def afd_table3() -> TrainConfig:
     )
 
 
-RUNS = {f.__name__: f for f in (demo, demo_eq4, demo_lagged, demo_shuffled, demo_long, afd_table3)}
+RUNS = {f.__name__: f for f in (demo, demo_eq4, demo_lagged, demo_shuffled, demo_long, regime, afd_table3)}
 
 
 def get(name: str) -> TrainConfig:

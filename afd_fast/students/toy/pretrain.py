@@ -1,9 +1,11 @@
-"""The base student of the embedded task: rectified-flow training with teacher forcing on the *wrong* world,
-weak gravity and dead bounces. In four steps it samples about as well as in sixteen."""
+"""Base students of the embedded worlds: rectified-flow training with teacher forcing on a *wrong* world, weak gravity and dead
+bounces. On the first world four steps sample about as well as sixteen; on the lights a few steps do not, and its few-step student
+is distilled (training/self_forcing.py)."""
 
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,34 +18,60 @@ from afd_fast.reference.flow import forward_noise, x0_from_velocity
 from afd_fast.students.files import first_line, read_tensors
 from afd_fast.students.toy.model import ToyConfig, ToyStudent, encode_video
 from afd_fast.students.toy.text import tokenize
-from afd_fast.teachers.physics import FRAMES, all_prompts, sample_clips
+from afd_fast.teachers import lights, physics
 
 WRONG_GRAVITY = (0.3, 3.3)  # the truth is 3.0
 WRONG_ELASTICITY = {"low": (0.0, 0.385), "high": (0.0, 0.825)}  # the truth is 0.6 and 0.8
 Report = Callable[[int, int, float], None]  # step, of, loss
 
 
-def wrong_world_clips(count: int, seed: int = 0, frames: int = FRAMES) -> tuple[torch.Tensor, list[str]]:
-    """uint8 clips [count, 3, F, H, W] of the wrong world and their prompts."""
+@dataclass(frozen=True)
+class World:
+    """An embedded world and how its base student is pretrained: `clips` clips, `steps` of `batch`. horizon: the steps over which the
+    learning rate would fall to its end; a student that stops before it is good at many steps and not yet at few."""
+
+    sample_clips: Callable[..., torch.Tensor]  # physics.sample_clips or one of its kind
+    prompts: list[str]
+    student: ToyConfig
+    clips: int
+    steps: int
+    horizon: int
+    batch: int
+
+
+PHYSICS = World(
+    physics.sample_clips, physics.all_prompts(), ToyConfig(), clips=16000, steps=3000, horizon=3000, batch=64
+)
+LIGHTS = World(
+    lights.sample_clips,
+    lights.all_prompts(),
+    ToyConfig(frames=lights.FRAMES, height=lights.SIZE, width=lights.SIZE, chunk=6, patch=6, text_len=16),
+    clips=16000,
+    steps=1250,
+    horizon=3000,
+    batch=24,
+)
+WORLDS = {"physics": PHYSICS, "lights": LIGHTS}
+
+
+def wrong_world_clips(world: World, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
+    """uint8 clips [world.clips, 3, F, H, W] of the wrong world and their prompts."""
     rng = np.random.default_rng(seed)
-    prompts = [all_prompts()[i] for i in rng.integers(0, len(all_prompts()), count)]
-    return sample_clips(prompts, rng, WRONG_GRAVITY, WRONG_ELASTICITY, frames), prompts
+    prompts = [world.prompts[i] for i in rng.integers(0, len(world.prompts), world.clips)]
+    return world.sample_clips(prompts, rng, WRONG_GRAVITY, WRONG_ELASTICITY, world.student.frames), prompts
 
 
-def pretrain(
-    steps: int, *, seed: int = 0, frames: int = FRAMES, clips: int = 16000, batch: int = 64, lr: float = 2e-3,
-    report: Report,
-) -> ToyStudent:  # fmt: skip
+def pretrain(world: World, *, seed: int = 0, report: Report) -> ToyStudent:
     """A many-step student of the wrong world (EMA weights)."""
     torch.manual_seed(seed)
-    data, prompts = wrong_world_clips(clips, seed, frames)
-    ids = tokenize(prompts)
+    data, prompts = wrong_world_clips(world, seed)
+    ids = tokenize(prompts, world.student.text_len)
 
     def draw() -> Batch:
-        pick = torch.randint(0, clips, (batch,))
+        pick = torch.randint(0, world.clips, (world.batch,))
         return Batch(encode_video(data[pick].float() / 255), ids[pick])
 
-    return fit(ToyStudent(ToyConfig(frames=frames)), draw, steps, lr=lr, report=report)
+    return fit(ToyStudent(world.student), draw, world.steps, horizon=world.horizon, lr=2e-3, report=report)
 
 
 class Batch(NamedTuple):
@@ -92,9 +120,11 @@ class Kept:
 
 
 def fit(
-    model: ToyStudent, draw: Callable[[], Batch], steps: int, *, lr: float, report: Report, kept: Kept | None = None
-) -> ToyStudent:
-    """Rectified-flow training with teacher forcing on the batches that `draw` makes. Returns the averaged student."""
+    model: ToyStudent, draw: Callable[[], Batch], steps: int, *, horizon: int | None = None, lr: float, report: Report,
+    kept: Kept | None = None,
+) -> ToyStudent:  # fmt: skip
+    """Rectified-flow training with teacher forcing on the batches that `draw` makes. Returns the averaged student. horizon: of the
+    learning rate's cosine; None: `steps`."""
     average = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-2)
     parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
@@ -105,7 +135,8 @@ def fit(
         torch.set_rng_state(before["rng"])
     for step in range(before["step"] if before else 0, steps):
         for group in optimizer.param_groups:
-            group["lr"] = float(lr * min(1, step / 100) * (0.5 * (1 + np.cos(np.pi * step / steps)) + 0.02))
+            cosine = 0.5 * (1 + np.cos(np.pi * step / (horizon or steps)))
+            group["lr"] = float(lr * min(1, step / 100) * (cosine + 0.02))
         x0, ids = draw()
         t = torch.sigmoid(torch.randn(len(x0), model.chunks, dtype=torch.float32) * 1.2 + 0.3).repeat_interleave(
             model.config.chunk, 1

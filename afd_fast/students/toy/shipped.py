@@ -1,10 +1,10 @@
-"""The demo's base student: shipped weights, and the run that made them."""
+"""The embedded worlds' base students: shipped weights, and the runs that made them."""
 
 import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from afd_fast.files.tensors import save_tensors
 from afd_fast.students.files import loading
 from afd_fast.students.toy import pretrain
 from afd_fast.students.toy.model import ToyConfig, ToyStudent
-from afd_fast.teachers.physics import FRAMES
 
 with extra("demo"):
     from rich.console import Console
@@ -21,14 +20,17 @@ with extra("demo"):
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from safetensors import safe_open
 
-STEPS = 3000
 TIMED = 6  # steps after which the rest is foretold
-SHIPPED = {"toy": "base_student.safetensors", "toy_long": "base_student_long.safetensors"}
+SHIPPED = {
+    "toy": "base_student.safetensors",
+    "toy_long": "base_student_long.safetensors",
+    "lights": "lights_few_steps.safetensors",
+    "lights_many": "lights_many_steps.safetensors",
+}
 
 
 def load(path: Path | None = None, *, name: str = "toy") -> ToyStudent:
-    """A shipped base student ("toy" of 12 frames, "toy_long" of 24), or one that `make` or a run wrote. ConfigError for
-    another file."""
+    """A shipped base student, or one that `make` or a run wrote. ConfigError for another file."""
     with as_file(files("afd_fast") / "assets" / SHIPPED[name]) as shipped, loading("toy student", path or shipped):
         with safe_open(path or shipped, "pt") as file:
             student = ToyStudent(ToyConfig(**json.loads(file.metadata()["config"])))
@@ -68,8 +70,12 @@ def shown(console: Console) -> Iterator[pretrain.Report]:
         yield report
 
 
-def make(console: Console, out: Path, *, seed: int = 0, frames: int = FRAMES) -> ToyStudent:
-    """Pretrain a base student from nothing; `out` gets the weights, with command, seed and loss as metadata."""
+def make(console: Console, out: Path, *, name: str = "physics", seed: int = 0, frames: int | None = None) -> ToyStudent:
+    """Pretrain the base student of a world of `pretrain.WORLDS` from nothing; `out` gets the weights, with command, seed and loss
+    as metadata. frames: of its clips; None: the world's."""
+    world = pretrain.WORLDS[name]
+    if frames is not None:
+        world = replace(world, student=replace(world.student, frames=frames))
     losses: list[float] = []
     with shown(console) as show:
 
@@ -77,13 +83,20 @@ def make(console: Console, out: Path, *, seed: int = 0, frames: int = FRAMES) ->
             losses.append(loss)
             show(step, of, loss)
 
-        student = pretrain.pretrain(STEPS, seed=seed, frames=frames, report=report)
-    about = {
-        "config": json.dumps(asdict(student.config)),
-        "command": f"afd-fast pretrain --seed {seed} --frames {frames}",
-        "seed": str(seed),
-        "loss": f"{sum(losses[-200:]) / 200:.4f}",  # mean of the last 200 steps
-    }
-    save_tensors(student.state_dict(), out, about)
-    console.print(f"{escape(str(out))}: loss {about['loss']}")
+        student = pretrain.pretrain(world, seed=seed, report=report)
+    command = f"afd-fast pretrain --world {name} --seed {seed} --frames {world.student.frames}"
+    loss = f"{sum(losses[-200:]) / len(losses[-200:]):.4f}"  # mean of the last 200 steps
+    save(student, out, world=name, command=command, seed=str(seed), loss=loss)
+    console.print(f"{escape(str(out))}: loss {loss}")
     return student
+
+
+def save(student: ToyStudent, out: Path, **about: str) -> None:
+    """Write a base student's weights, with what made them as metadata: world, command, seed, figures."""
+    save_tensors(student.state_dict(), out, {"config": json.dumps(asdict(student.config)), **about})
+
+
+def world_of(path: Path) -> str:
+    """The world whose wrong physics a base student that `save` wrote has learnt. ConfigError for another file."""
+    with loading("toy student", path), safe_open(path, "pt") as file:
+        return str(file.metadata().get("world", "physics"))  # which older files do not say

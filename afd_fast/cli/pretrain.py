@@ -1,0 +1,59 @@
+"""`afd-fast pretrain`: the base students of the embedded worlds, from nothing."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from afd_fast.cli.common import Seed, check_writable, console
+from afd_fast.errors import ConfigError
+
+
+def pretrain(
+    out: Annotated[Path, typer.Option(help="where the weights go")] = Path("base_student.safetensors"),
+    seed: Seed = 0,
+    world: Annotated[str | None, typer.Option(help='"physics", one ball, or "lights", two lights')] = None,
+    frames: Annotated[int | None, typer.Option(help="length of its clips, whole chunks; none: the world's")] = None,
+    distill: Annotated[
+        Path | None,
+        typer.Option(
+            help="instead, distil this many-step student, which the command wrote, to two steps (Self-Forcing's DMD)"
+        ),
+    ] = None,
+) -> None:
+    """Train a base student of an embedded world's wrong physics from nothing, or distil one to two steps."""
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another --out")
+    if distill is not None:
+        if world is not None or frames is not None:
+            raise ConfigError("--distill takes world and frames from its file: leave out --world and --frames")
+        return _distill(distill, out, seed)
+    from afd_fast.students.toy import shipped
+    from afd_fast.students.toy.pretrain import WORLDS
+
+    name = world or "physics"
+    if name not in WORLDS:
+        raise ConfigError(f"--world must be {' or '.join(WORLDS)}, got {name!r}")
+    chunk = WORLDS[name].student.chunk
+    if frames is not None and (frames < chunk or frames % chunk):
+        raise ConfigError(f"--frames must be a multiple of {chunk}, got {frames}")
+    check_writable(out)
+    shipped.make(console, out, name=name, seed=seed, frames=frames)
+
+
+def _distill(many: Path, out: Path, seed: int) -> None:
+    from afd_fast.students.toy import shipped
+    from afd_fast.students.toy.family import of_student
+    from afd_fast.students.toy.model import ToyStudent
+    from afd_fast.students.toy.pretrain import WORLDS
+    from afd_fast.training import self_forcing
+
+    student, name = shipped.load(many), shipped.world_of(many)
+    check_writable(out)
+    with shipped.shown(console) as report:
+        made = self_forcing.distill(of_student(student), WORLDS[name].prompts, seed=seed, report=report)
+    assert isinstance(made, ToyStudent)
+    command = f"afd-fast pretrain --distill {many.name} --seed {seed}"
+    shipped.save(made, out, world=name, command=command, seed=str(seed))
+    console.print(escape(str(out)))

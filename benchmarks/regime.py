@@ -1,0 +1,103 @@
+"""Whether the regime that AFD is made for exists on the lights: the preconditions of every comparison there, in one table.
+
+    python -m benchmarks.regime [--many FILE] [--few FILE] [--clips 16] [--iterations 100] [--lr 0.003]
+
+1. The many-step student is good at many steps and bad at the few of the student that was distilled from it.
+2. The distilled student is good at these few steps.
+3. Flow-matching regression (SFT's update) on the distilled student's *own* samples hurts it already. They can teach it nothing
+   new, so what is lost is lost to regression.
+
+Clips of the held-out prompts, judged against the wrong world that both students have learnt; that world's own clips come first.
+"""
+
+import argparse
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from afd_fast.config import TrainConfig, with_values
+from afd_fast.judges import JUDGES
+from afd_fast.students.toy import shipped
+from afd_fast.students.toy.family import of_student
+from afd_fast.students.toy.model import ToyStudent
+from afd_fast.students.toy.pretrain import WRONG_ELASTICITY, WRONG_GRAVITY
+from afd_fast.teachers import lights
+from afd_fast.teachers.dataset import Shard
+from afd_fast.training import compare, runs
+from afd_fast.training.loop import train_step
+from afd_fast.training.rollouts import clip, sample_policy
+from afd_fast.training.run import Run
+from afd_fast.training.state import generator, new_state
+from afd_fast.video_io import to_uint8
+
+SCORES = ("general", "size", "light", "shape", "sharp", "motion", "dynamic_px", "diversity_px", "frechet", "flicker")
+
+
+def run_of(config: TrainConfig, student: ToyStudent, keys: Mapping[str, Any] = MappingProxyType({})) -> Run:
+    """A run of SFT on a copy of the student. keys: of the configuration."""
+    (variant,) = compare.methods(config, ["sft"])
+    config = with_values(config, {**variant.keys, **keys})
+    return Run(config, new_state(config, of_student(copy.deepcopy(student))))
+
+
+def clips_of(run: Run, prompts: Sequence[str], number: int) -> Tensor:
+    """Clips [N, 3, F, H, W] uint8 of a run's averaged student; number: of their noise."""
+    return to_uint8(clip(run, sample_policy(run, prompts, generator(0, number, "regime"), average=True)))
+
+
+def regressed(config: TrainConfig, few: ToyStudent, prompts: Sequence[str], iterations: int, lr: float) -> Run:
+    """A run that has learnt by SFT from the clips of the distilled student itself, new ones at every iteration."""
+    source = run_of(config, few)
+    run = run_of(config, few, {"iterations": iterations, "update.lr": lr})
+    rows = config.prompts_per_step * config.rollouts_per_prompt
+    for step in range(iterations):
+        words = [prompts[i] for i in np.random.default_rng([1, step]).integers(len(prompts), size=rows)]
+        train_step(run, [Shard(0, words, clips_of(source, words, 1 + step))])
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--many", type=Path, help="many-step student; default: the shipped one")
+    parser.add_argument("--few", type=Path, help="few-step student; default: the shipped one")
+    parser.add_argument("--clips", type=int, default=16, help="of each held-out prompt")
+    parser.add_argument("--iterations", type=int, default=100, help="of the regression")
+    parser.add_argument("--lr", type=float, nargs="+", default=[3e-3], help="of the regression")
+    args = parser.parse_args()
+    config = runs.regime()
+    train, held = lights.split_prompts()
+    prompts = held * args.clips
+    many, few = (shipped.load(file, name=name) for file, name in ((args.many, "lights_many"), (args.few, "lights")))
+
+    def wrong(seed: int) -> Tensor:
+        return lights.sample_clips(prompts, np.random.default_rng(seed), WRONG_GRAVITY, WRONG_ELASTICITY)
+
+    def show(name: str, clips: Tensor) -> None:
+        found = JUDGES["lights"](clips, prompts, reference)
+        print(f"| {name} |" + "".join(f" {found[key]:.3f} |" for key in SCORES), flush=True)
+
+    def at(steps: int) -> TrainConfig:
+        even = tuple(1000 * (1 - i / steps) for i in range(steps))
+        return replace(config, rollout=replace(config.rollout, steps=even))
+
+    reference = wrong(0)
+    print(f"| {len(prompts)} clips of {len(held)} held-out prompts |" + "".join(f" {key} |" for key in SCORES))
+    print("|---" * (1 + len(SCORES)) + "|")
+    show("the wrong world itself", wrong(1))
+    for steps in (16, 4, 2):
+        show(f"many-step student, {steps} steps", clips_of(run_of(at(steps), many), prompts, 0))
+    count = len(config.rollout.steps)
+    show(f"distilled student, {count} steps", clips_of(run_of(config, few), prompts, 0))
+    for lr in args.lr:
+        run = regressed(config, few, train, args.iterations, lr)
+        show(f"after {args.iterations} iterations on its own clips, lr {lr:g}", clips_of(run, prompts, 0))
+
+
+if __name__ == "__main__":
+    main()
