@@ -43,7 +43,7 @@ class GenerateStats:
         latency = sum(self.first_chunk_seconds) / len(self.first_chunk_seconds)
         dit = "DiT, the VAE beside it," if self.overlapped else "DiT only"
         return (
-            f"{self.videos} videos, {self.frames} frames: {dit} {self.frames / self.dit_seconds:.2f} FPS, "
+            f"{self.videos} video{'s' * (self.videos != 1)}, {self.frames} frames: {dit} {self.frames / self.dit_seconds:.2f} FPS, "
             f"with VAE {self.frames / self.video_seconds:.2f} FPS, first chunk after {latency:.2f} s "
             "(frames of video per second over all videos; text encoding and mp4 writing not counted)"
         )

@@ -295,6 +295,11 @@ def test_a_dry_run_has_what_was_chosen_and_what_it_means(say):
     assert "every other key is as demo has it: afd-fast keys demo" in said
 
 
+def test_a_dry_run_of_train_lists_what_is_left_out(say, videos):
+    status, said = say("train demo --dry-run teacher=folder:mine prompts_per_step=2")
+    assert status == 0 and "left out: mine/short.mp4" in said and "left out: mine/broken.mp4" in said, said
+
+
 def test_long_words_go_on_in_the_next_line():
     path = "/a/" + "long/" * 30 + "path"
     shown = common.table("", "found")

@@ -274,7 +274,7 @@ class TestCommand:
             (("run", "vbench", "o"), "--env PATH"),
             (("run", "fvd", "o", "--env", "e"), "--env PATH"),
             (("run", "videophy2", "o", "--env", "e"), "--checkpoint PATH"),
-            (("run", "flickering", "o"), "o holds no manifest.csv; make it with"),
+            (("run", "flickering", "o"), "o is not there: give a folder that `afd-fast eval export` made"),
             (("collect", "o"), "eval export"),
         ],
     )

@@ -135,7 +135,8 @@ def train(
 
     with TemporaryDirectory() as cache:
         prepared = new_run(config)
-        found = facts(prepared, teacher_of(prepared, None, Path(cache)))
+        teacher = teacher_of(prepared, None, Path(cache))
+        found = facts(prepared, teacher)
     usual, now = to_dict(runs.get(run)), to_dict(config)
     parts = ("name", "method", "iterations", "student.name", "teacher", "discriminator.name")
     chosen = {key: value for key, value in now.items() if key in parts or value != usual[key]}
@@ -143,6 +144,8 @@ def train(
     for key, value in (chosen | found | floor(config)).items():
         shown.add_row(key, escape(str(value)))
     console.print(shown)
+    for problem in teacher.problems:
+        console.print(f"[yellow]left out:[/] {escape(problem)}")
     console.print(f"every other key is as {escape(run)} has it: afd-fast keys {escape(run)}", highlight=False)
 
 

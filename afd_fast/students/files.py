@@ -33,7 +33,10 @@ def check_source(source: str | Path) -> None:
     if path.exists():
         raise ConfigError(f"{name} is neither a file nor a folder: check the path")
     if isinstance(source, Path) or path.suffix in _FILES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise MissingFileError(f"{name} is neither a file, a folder nor an owner/name repository: check the path")
+        raise MissingFileError(
+            f"{name} is neither a file, a folder nor an owner/name repository: check the path (docs/models.md says where checkpoints "
+            "are downloaded)"
+        )
     if path.parent.exists():
         raise MissingFileError(f"{name} is missing in the folder {path.parent}: check the path")
 

@@ -120,7 +120,7 @@ class Kept:
 
 
 def fit(
-    model: ToyStudent, draw: Callable[[], Batch], steps: int, *, lr: float, horizon: int | None = None, report: Report,
+    model: ToyStudent, draw: Callable[[], Batch], steps: int, *, horizon: int | None = None, lr: float, report: Report,
     kept: Kept | None = None,
 ) -> ToyStudent:  # fmt: skip
     """Rectified-flow training with teacher forcing on the batches that `draw` makes. Returns the averaged student. horizon: of the
@@ -135,9 +135,8 @@ def fit(
         torch.set_rng_state(before["rng"])
     for step in range(before["step"] if before else 0, steps):
         for group in optimizer.param_groups:
-            group["lr"] = float(
-                lr * min(1, step / 100) * (0.5 * (1 + np.cos(np.pi * step / (horizon or steps))) + 0.02)
-            )
+            cosine = 0.5 * (1 + np.cos(np.pi * step / (horizon or steps)))
+            group["lr"] = float(lr * min(1, step / 100) * (cosine + 0.02))
         x0, ids = draw()
         t = torch.sigmoid(torch.randn(len(x0), model.chunks, dtype=torch.float32) * 1.2 + 0.3).repeat_interleave(
             model.config.chunk, 1
