@@ -243,11 +243,15 @@ def test_a_run_on_the_lights_is_judged_and_reported_by_their_judge(tmp_path, tin
     assert page.count("<svg") == 2 and "distance of two clips" in page
 
 
-def test_the_lights_have_no_other_look():
-    video = of_student(ToyStudent(ToyConfig(frames=6))).video
+def test_the_lights_have_one_look_and_one_size():
+    video = of_student(ToyStudent(ToyConfig(frames=6, height=SIZE, width=SIZE))).video
     assert open_teacher("lights", video, None).frames == 6
     with pytest.raises(ConfigError, match='teacher must be "physics" or "lights"'):
         open_teacher("lights:dusk", video, None)
+    with pytest.raises(
+        ConfigError, match="makes videos of 24x24 pixels, and this student of 16x16: set student=lights"
+    ):
+        open_teacher("lights", of_student(ToyStudent()).video, None)
 
 
 def test_the_shipped_students_are_those_of_the_regime():

@@ -114,9 +114,14 @@ def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
         return TEACHERS[kind](rest, video, cache)
     if kind == "physics" and rest in ("", *physics.LOOKS):
         return physics.PhysicsTeacher(video.frames, look=rest or "day")  # makes a video faster than a file is read
-    if spec == "lights":
-        return lights.LightsTeacher(video.frames)
     size = (video.height, video.width)
+    if spec == "lights":
+        if size != (lights.SIZE, lights.SIZE):
+            raise ConfigError(
+                f"teacher=lights makes videos of {lights.SIZE}x{lights.SIZE} pixels, and this student of "
+                f"{video.height}x{video.width}: set student=lights, as the run regime does"
+            )
+        return lights.LightsTeacher(video.frames)
     if kind == "folder" and rest:
         return FolderTeacher(rest, frames=video.frames, size=size, fps=video.fps)
     if kind == "api" and rest:
