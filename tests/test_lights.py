@@ -27,7 +27,7 @@ from afd_fast.teachers.lights import (
     sample_tracks,
     split_prompts,
 )  # fmt: skip
-from afd_fast.teachers.physics import BACKGROUND, BOUNCES, FPS, GRAVITY, State, simulate
+from afd_fast.teachers.physics import BACKGROUND, FPS, GRAVITY, State, simulate
 from afd_fast.teachers.teacher import PromptSplit
 from afd_fast.training import runs, train
 from benchmarks import regime
@@ -150,10 +150,12 @@ def test_wrong_gravity_is_measured_as_what_it_is(truth, gravity):
 
 
 def test_bounces_are_measured_and_belong_to_the_prompt(truth):
-    words = {word: (value, value) for word, value in zip(BOUNCES, (0.2, 0.4))}
-    dead = clips(PROMPTS * 2, elasticity=words)
-    found, true = scores(dead), scores(truth)
-    assert found["bounce_high"] < true["bounce_high"] - 0.2 and found["bounce_low"] < true["bounce_low"] - 0.2
+    true = scores(truth)
+    assert true["bounce_low"] == pytest.approx(0.6, abs=0.02) and true["bounce_high"] == pytest.approx(0.8, abs=0.02)
+    for low, high in ((0.2, 0.4), (0.4, 0.9)):
+        found = scores(clips(PROMPTS * 2, elasticity={"low": (low, low), "high": (high, high)}))
+        assert found["bounce_low"] == pytest.approx(low, abs=0.03)
+        assert found["bounce_high"] == pytest.approx(high, abs=0.03)
     other = [p.replace("low", "?").replace("high", "low").replace("?", "high") for p in PROMPTS * 2]
     assert residual(truth, other).mean() > 1.5 * residual(truth, PROMPTS * 2).mean()
 

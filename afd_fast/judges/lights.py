@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from afd_fast.judges.physics import frechet, measured_bounce, measured_gravity
+from afd_fast.judges.physics import frechet, measured_gravity
 from afd_fast.teachers.lights import CHANNELS, RADIUS, WIND, flight, parse
 from afd_fast.teachers.physics import BACKGROUND, BOUNCES, FPS, GRAVITY
 
 WINDS = np.linspace(-WIND, WIND, 17)
 DARK = 0.12  # what is less bright than this above the background is not a light's
+NEAR = 0.12  # of the floor, box sides: a light that turns there has bounced
 MOTION = {"thrown left": (-1, -0.06), "thrown right": (0.06, 1), "dropped": (-0.13, 0.13), "tossed up": (-0.13, 0.13)}
 
 
@@ -138,6 +139,21 @@ def _of_finite(function: Callable[[np.ndarray], np.floating], values: np.ndarray
     return float(function(found)) if len(found) else float("nan")
 
 
+def first_bounce(heights: np.ndarray) -> np.ndarray:
+    """[M] elasticity sqrt(rebound height / fall height) of the first bounce of tracks [M, F], later ones being lower and at last
+    rest; NaN where a track does not show it."""
+    out = np.full(len(heights), np.nan)
+    for i, y in enumerate(heights - RADIUS):
+        rises, low = np.diff(y) > 0, y < NEAR
+        turns = 1 + np.flatnonzero(~rises[:-1] & rises[1:] & low[1:-1])  # frames before and after which it is higher
+        found = [k for k in turns if 2 <= k < len(y) - 4 and y[:k].max() > 0.2]
+        if found:
+            k = found[0]
+            end = next((j for j in turns if j > k + 1), len(y))
+            out[i] = np.sqrt(y[k:end].max().clip(0) / y[:k].max())
+    return out
+
+
 def _features(centres: np.ndarray) -> np.ndarray:
     x, y = np.moveaxis(centres, -1, 0)
     return np.concatenate([y, np.diff(y, axis=2) * 3, x], 2).reshape(len(centres), -1)
@@ -159,7 +175,7 @@ def evaluate(clips: np.ndarray, prompts: list[str], reference: np.ndarray) -> di
     centres = found.centres
     best = fit(centres, bounces)
     heights, radius = centres[..., 1].reshape(-1, centres.shape[2]), np.full(2 * len(clips), RADIUS)  # light by light
-    gravity, bounce = measured_gravity(heights, radius), measured_bounce(heights, radius)
+    gravity, bounce = measured_gravity(heights, radius), first_bounce(heights)
     out = {
         "residual_px": (best.distance * width).mean(),
         "energy_error": abs(energy(centres) - energy(best.tracks)).mean() / GRAVITY,
