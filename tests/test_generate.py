@@ -228,7 +228,7 @@ def test_the_command_says_what_is_wrong_and_leaves_no_folder(tmp_path):
     with pytest.raises(ConfigError, match="20 latent frames do not divide"):
         rollout_command(tmp_path, "--frames", 20)
     assert not (tmp_path / "o").exists()
-    assert "1 videos" in rollout_command(tmp_path, "--frames", 3)
+    assert "1 video, 9 frames" in rollout_command(tmp_path, "--frames", 3)
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["0000-a-ball.mp4"]
 
 
