@@ -254,6 +254,8 @@ def test_the_lights_have_one_look_and_one_size():
         ConfigError, match="makes videos of 24x24 pixels, and this student of 16x16: set student=lights"
     ):
         open_teacher("lights", of_student(ToyStudent()).video, None)
+    with pytest.raises(ConfigError, match="teacher=physics makes videos of 16x16 pixels, and this student of 24x24"):
+        open_teacher("physics", of_student(shipped.load(name="lights")).video, None)
 
 
 def test_the_shipped_students_are_those_of_the_regime():

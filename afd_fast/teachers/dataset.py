@@ -112,15 +112,12 @@ def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
     kind, _, rest = spec.partition(":")
     if kind in TEACHERS:
         return TEACHERS[kind](rest, video, cache)
-    if kind == "physics" and rest in ("", *physics.LOOKS):
-        return physics.PhysicsTeacher(video.frames, look=rest or "day")  # makes a video faster than a file is read
     size = (video.height, video.width)
+    if kind == "physics" and rest in ("", *physics.LOOKS):
+        _check_size(spec, physics.SIZE, video, "student=toy")
+        return physics.PhysicsTeacher(video.frames, look=rest or "day")  # makes a video faster than a file is read
     if spec == "lights":
-        if size != (lights.SIZE, lights.SIZE):
-            raise ConfigError(
-                f"teacher=lights makes videos of {lights.SIZE}x{lights.SIZE} pixels, and this student of "
-                f"{video.height}x{video.width}: set student=lights, as the run regime does"
-            )
+        _check_size(spec, lights.SIZE, video, "student=lights, as the run regime does")
         return lights.LightsTeacher(video.frames)
     if kind == "folder" and rest:
         return FolderTeacher(rest, frames=video.frames, size=size, fps=video.fps)
@@ -130,6 +127,14 @@ def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
         return api.from_file(rest, frames=video.frames, size=size, fps=video.fps)
     known = "".join(f' or "{name}:..."' for name in TEACHERS)
     raise ConfigError(f'teacher must be "physics" or "lights" or "folder:PATH" or "api:FILE"{known}, got {spec!r}')
+
+
+def _check_size(spec: str, side: int, video: VideoFormat, remedy: str) -> None:
+    """ConfigError for a student whose videos are not an embedded teacher's squares."""
+    if (video.height, video.width) != (side, side):
+        raise ConfigError(
+            f"teacher={spec} makes videos of {side}x{side} pixels, and this student of {video.height}x{video.width}: set {remedy}"
+        )
 
 
 def collect(teacher: Teacher, clips: int, codec_crf: int | None, track: Track) -> TeacherVideos:
