@@ -158,16 +158,8 @@ class TrainConfig:
         if self.method not in METHOD_NAMES:
             known = (f'"{name}"' for name in METHOD_NAMES)
             raise ConfigError(f"method must be {' or '.join(known)}, got {self.method!r}")
-        check_at_least(
-            self,
-            1,
-            "iterations",
-            "teacher_clips",
-            "prompts_per_step",
-            "shards",
-            "sequence_parallel",
-            "checkpoint_every",
-        )
+        check_at_least(self, 1, "iterations", "teacher_clips", "prompts_per_step", "shards")
+        check_at_least(self, 1, "sequence_parallel", "checkpoint_every")
         check_at_least(self, 0, "seed")
         if self.rollouts_per_prompt < 2:
             raise ConfigError("rollouts_per_prompt must be at least 2: a single rollout has advantage 0")

@@ -245,8 +245,8 @@ def step_table(steps: tuple[float, ...], shift: float, warp: bool = True) -> lis
 def unipc_table(steps: int, shift: float) -> list[Step]:
     """The steps of `unipc`: sigmas evenly from 0.999 towards 0 and shifted, t their whole thousandths (Wan2.1
     `wan/utils/fm_solvers_unipc.py`, `set_timesteps`)."""
-    even = np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1]
-    return [Step(float(int(s * 1000)), float(np.float32(s))) for s in shift * even / (1 + (shift - 1) * even)]
+    even = torch.from_numpy(np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1])
+    return [Step(float(int(s * 1000)), float(np.float32(s))) for s in shift_sigma(even, shift).tolist()]
 
 
 def unipc(steps: list[Step]) -> Any:

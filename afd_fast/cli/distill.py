@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 
 STEPS = 600  # of the base student's pretraining
 CLIPS = 8  # used of a prompt, at most
-ANY = (
-    12  # prompts of an iteration before the folder's are counted: what may be said of shards then is not said too early
-)
+# prompts of an iteration before the folder's are counted: what may be said of shards then is not said too early
+ANY = 12
 
 
 def distill(

@@ -1,7 +1,7 @@
 """Judges: scores of finished clips from pixels alone, never from the discriminator."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -18,30 +18,6 @@ def _clips(videos: np.ndarray, prompts: Sequence[str], reference: np.ndarray) ->
 def _unit(videos: np.ndarray) -> np.ndarray:
     """8-bit pixels -> float32 in [0, 1]."""
     return videos.astype(np.float32) / np.float32(255)
-
-
-def _physics(videos: np.ndarray, prompts: Sequence[str], reference: np.ndarray) -> Scores:
-    return physics.evaluate(_unit(videos), list(prompts), _unit(reference))
-
-
-def _physics_fault(videos: np.ndarray, prompts: list[str]) -> np.ndarray:
-    return physics.physics_residual(_unit(videos), prompts)
-
-
-def _height(videos: np.ndarray) -> np.ndarray:
-    return physics.track(_unit(videos)).centres[..., 1]
-
-
-def _lights(videos: np.ndarray, prompts: Sequence[str], reference: np.ndarray) -> Scores:
-    return lights.evaluate(_unit(videos), list(prompts), _unit(reference))
-
-
-def _lights_fault(videos: np.ndarray, prompts: list[str]) -> np.ndarray:
-    return lights.residual(_unit(videos), prompts)
-
-
-def _heights_of_lights(videos: np.ndarray) -> np.ndarray:
-    return lights.track(_unit(videos)).centres[..., 1].reshape(-1, videos.shape[2])
 
 
 def _dynamic(videos: np.ndarray, prompts: list[str]) -> np.ndarray:
@@ -67,22 +43,31 @@ class Judge(NamedTuple):
         return self.scores(videos.numpy(), prompts, reference.numpy())
 
 
+class _HasCentres(Protocol):
+    """What an embedded world's judge finds in clips: centres [N, ..., F, 2] of all that moves."""
+
+    @property
+    def centres(self) -> np.ndarray: ...
+
+
+def _of_world(
+    evaluate: Callable[[np.ndarray, list[str], np.ndarray], Scores],
+    residual: Callable[[np.ndarray, list[str]], np.ndarray],
+    track: Callable[[np.ndarray], _HasCentres],
+) -> Judge:
+    """The judge of an embedded world, whose functions take clips [N, 3, F, H, W] in [0, 1]."""
+    return Judge(
+        scores=lambda videos, prompts, reference: evaluate(_unit(videos), list(prompts), _unit(reference)),
+        headline=("residual_px", "frechet", "general"),
+        by_clip=lambda videos, prompts: residual(_unit(videos), prompts),
+        fault=True,
+        free_reference=True,
+        heights=lambda videos: track(_unit(videos)).centres[..., 1].reshape(-1, videos.shape[2]),
+    )
+
+
 JUDGES = {
-    "physics": Judge(
-        _physics,
-        ("residual_px", "frechet", "general"),
-        _physics_fault,
-        fault=True,
-        free_reference=True,
-        heights=_height,
-    ),
-    "lights": Judge(
-        _lights,
-        ("residual_px", "frechet", "general"),
-        _lights_fault,
-        fault=True,
-        free_reference=True,
-        heights=_heights_of_lights,
-    ),
+    "physics": _of_world(physics.evaluate, physics.physics_residual, physics.track),
+    "lights": _of_world(lights.evaluate, lights.residual, lights.track),
     "clips": Judge(_clips, ("dynamic", "frechet"), _dynamic),
 }

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from afd_fast.judges.physics import frechet, measured_gravity
+from afd_fast.judges.physics import flicker, frechet, measured_gravity, moments
 from afd_fast.teachers.lights import CHANNELS, RADIUS, WIND, flight, parse
 from afd_fast.teachers.physics import BACKGROUND, BOUNCES, FPS, GRAVITY
 
@@ -47,18 +47,13 @@ class Fit(NamedTuple):
 
 def track(clips: np.ndarray) -> Tracks:
     """The lights in clips [N, 3, F, H, W] with values in [0, 1]."""
-    height, width = clips.shape[-2:]
+    width = clips.shape[-1]
     bright = (clips[:, CHANNELS] - BACKGROUND) / (1 - BACKGROUND)  # [N, 2, F, H, W]
     mass = np.where(bright > DARK, bright, 0)
-    total = mass.sum((-1, -2)) + 1e-6
-    yy, xx = np.mgrid[0:height, 0:width]
-    cx, cy = (mass * xx).sum((-1, -2)) / total, (mass * yy).sum((-1, -2)) / total
-    square = (xx - cx[..., None, None]) ** 2 + (yy - cy[..., None, None]) ** 2
     disc = np.pi * (RADIUS * width) ** 2
     return Tracks(
-        np.stack([(cx + 0.5) / width, 1 - (cy + 0.5) / height], -1),
-        np.sqrt((mass * square).sum((-1, -2)) / total) / width,
-        total / disc,
+        *moments(mass),
+        (mass.sum((-1, -2)) + 1e-6) / disc,
         (bright > 0.5).sum((-1, -2)) / disc,
         ((bright > 0.25) & (bright < 0.75)).sum((-1, -2)) / (2 * np.pi * RADIUS * width),
         (clips[:, 3 - sum(CHANNELS)] - BACKGROUND).max((-1, -2)) / (1 - BACKGROUND),
@@ -197,7 +192,5 @@ def evaluate(clips: np.ndarray, prompts: list[str], reference: np.ndarray) -> di
     asked = [(MOTION[m], d) for scene, moved in zip(scenes, dx) for m, d in zip(scene.motions, moved) if m]
     out["motion"] = np.mean([low < d < high for (low, high), d in asked])
     out["general"] = np.mean([out[k] for k in ("color", "size", "light", "shape", "sharp", "motion")])
-    bright = clips.max(1)  # [N, F, H, W]
-    still = (bright[:, 1:] < BACKGROUND + 0.25) & (bright[:, :-1] < BACKGROUND + 0.25)
-    out["flicker"] = 100 * abs(np.diff(clips, axis=2)).mean(1)[still].mean()
+    out["flicker"] = flicker(clips)
     return {k: float(v) for k, v in out.items()}

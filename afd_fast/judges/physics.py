@@ -36,8 +36,12 @@ def by_day(clips: np.ndarray, prompts: list[str]) -> np.ndarray:
 
 def track(clips: np.ndarray) -> Track:
     """The ball's track in clips [N, 3, F, H, W] with values in [0, 1]."""
-    mass = clips.max(1) - BACKGROUND  # [N, F, H, W]
-    mass = np.where(mass > 0.12, mass, 0)
+    bright = clips.max(1) - BACKGROUND  # [N, F, H, W]
+    return moments(np.where(bright > 0.12, bright, 0))
+
+
+def moments(mass: np.ndarray) -> Track:
+    """Centre and spread of the mass [..., H, W] of one body, with these leading axes."""
     height, width = mass.shape[-2:]
     total = mass.sum((-1, -2)) + 1e-6
     yy, xx = np.mgrid[0:height, 0:width]
@@ -119,6 +123,13 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return float(mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
+def flicker(clips: np.ndarray) -> np.floating:
+    """Mean absolute change of background pixels between frames, percent, of clips [N, 3, F, H, W] in [0, 1]."""
+    bright = clips.max(1)  # [N, F, H, W]
+    still = (bright[:, 1:] < BACKGROUND + 0.25) & (bright[:, :-1] < BACKGROUND + 0.25)
+    return 100 * abs(np.diff(clips, axis=2)).mean(1)[still].mean()
+
+
 def _features(centres: np.ndarray) -> np.ndarray:
     x, y = centres[..., 0], centres[..., 1]
     return np.concatenate([y, np.diff(y, axis=1) * 3, x], 1)
@@ -168,7 +179,6 @@ def evaluate(clips: np.ndarray, prompts: list[str], reference: np.ndarray) -> di
     out["motion"] = np.mean([limits[s.motion][0] < d < limits[s.motion][1] for s, d in zip(scenes, dx)])
     out["general"] = np.mean([out[k] for k in ("color", "size", "shape", "motion")])
 
-    still = (bright[:, 1:] < BACKGROUND + 0.25) & (bright[:, :-1] < BACKGROUND + 0.25)
-    out["flicker"] = 100 * abs(np.diff(clips, axis=2)).mean(1)[still].mean()
+    out["flicker"] = flicker(clips)
     out["background"] = background
     return {k: float(v) for k, v in out.items()}

@@ -117,11 +117,11 @@ def fitted(state: Mapping[str, Tensor], adapter: Mapping[str, Product]) -> dict[
 
 
 def merge_products(state: dict[str, Tensor], adapters: Sequence[Mapping[str, Product]]) -> dict[str, Tensor]:
-    """A state dict with adapters added, layer by layer; each weight is rounded once. Raises ValueError as `fitted`."""
+    """A state dict with adapters added, which are `fitted` to it; each weight is rounded once."""
     merged = dict(state)
     layers: dict[str, list[Product]] = {}
     for adapter in adapters:
-        for key, product in fitted(state, adapter).items():
+        for key, product in adapter.items():
             layers.setdefault(key, []).append(product)
     for key, products in layers.items():
         weight = state[key]
@@ -149,7 +149,8 @@ def merge_lora_state(state: dict[str, Tensor], lora: dict[str, Tensor], scale: f
     for name, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise ValueError(f"{name} has lora_{next(iter(pair))} only")
-    return merge_products(state, [{name: Product(pair["A"], pair["B"], scale) for name, pair in pairs.items()}])
+    adapter = {name: Product(pair["A"], pair["B"], scale) for name, pair in pairs.items()}
+    return merge_products(state, [fitted(state, adapter)])
 
 
 class _LoraProducts(torch.autograd.Function):

@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from afd_fast.errors import ConfigError, check_at_least, check_fields
 from afd_fast.files.tensors import save_tensors
 from afd_fast.reference.flow import check_float
 from afd_fast.video_io import VideoFormat
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # which some builds of PyTorch lack
 
 Context = Any  # what a family's text encoder returns for B prompts: a tensor [B, ...] or a list of B tensors
 Text = Any  # what `Student.encode_text` returns: a tensor, or a list, tuple, dict or dataclass of tensors
@@ -178,7 +180,7 @@ class StudentModule(nn.Module):
         """The student for many rollouts of one shape, its forwards recorded as CUDA graphs and replayed."""
         raise ConfigError(f"{type(self).__name__} cannot record CUDA graphs: set rollout.graphs=false")
 
-    def split_sequence(self, group: ProcessGroup | None, height: int, width: int) -> None:
+    def split_sequence(self, group: "ProcessGroup | None", height: int, width: int) -> None:
         """From now on the group's ranks share the tokens of each forward (None: each rank has all): they call it together
         with equal inputs, of latents of height x width, and get the whole result; gradients of parameters add up over
         the group. ValueError for what cannot be shared evenly."""

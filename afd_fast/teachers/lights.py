@@ -17,7 +17,18 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from afd_fast.teachers.physics import BACKGROUND, BOUNCES, FPS, GRAVITY, MOTIONS, Range, initial_state
+from afd_fast.teachers.physics import (
+    BACKGROUND,
+    BOUNCES,
+    FPS,
+    GRAVITY,
+    MOTIONS,
+    Range,
+    clip_rng,
+    coverage,
+    initial_state,
+    shuffled_split,
+)
 from afd_fast.teachers.teacher import PromptSplit, TeacherBase
 
 FRAMES, SIZE = 18, 24
@@ -72,9 +83,7 @@ def all_prompts() -> list[str]:
 
 def split_prompts(held_out: int = 8) -> PromptSplit:
     """Training and held-out prompts; the split is the same for every seed, so that runs can be compared."""
-    prompts = all_prompts()
-    order = np.random.default_rng(0).permutation(len(prompts))
-    return PromptSplit([prompts[i] for i in order[held_out:]], [prompts[i] for i in order[:held_out]])
+    return shuffled_split(all_prompts(), held_out)
 
 
 def flight(
@@ -137,12 +146,9 @@ def sample_tracks(
 
 def render(centres: np.ndarray, size: int = SIZE) -> np.ndarray:
     """Two antialiased discs, each in its colour channel: centres [2, F, 2] -> uint8 [3, F, H, W]."""
-    yy, xx = np.mgrid[0:size, 0:size]
     image = np.full((3, centres.shape[1], size, size), BACKGROUND)
     for channel, track in zip(CHANNELS, centres):
-        px, py = track[:, 0, None, None] * size - 0.5, (1 - track[:, 1, None, None]) * size - 0.5
-        cover = np.clip(RADIUS * size - np.hypot(xx - px, yy - py) + 0.5, 0, 1)  # [F, H, W]
-        image[channel] = BACKGROUND + cover * (1 - BACKGROUND)
+        image[channel] = BACKGROUND + coverage(track, RADIUS, size) * (1 - BACKGROUND)
     return (image * 255 + 0.5).astype(np.uint8)
 
 
@@ -170,8 +176,7 @@ class LightsTeacher(TeacherBase):
         self.name = "lights-1" if frames == FRAMES else f"lights-1-{frames}"
 
     def __call__(self, prompt: str, seed: int) -> Tensor:
-        rng = np.random.default_rng([seed, *prompt.encode()])  # the start must depend on the prompt as well as the seed
-        return sample_clips([prompt], rng, frames=self.frames)[0].float() / 255
+        return sample_clips([prompt], clip_rng(prompt, seed), frames=self.frames)[0].float() / 255
 
     def split(self) -> PromptSplit:
         return split_prompts()

@@ -89,9 +89,18 @@ def all_prompts() -> list[str]:
 
 def split_prompts(held_out: int = 16, look: str = "day") -> PromptSplit:
     """Training and held-out prompts; the split is the same for every seed and look, so that runs can be compared."""
-    prompts = [p if look == "day" else f"{p}, {look}" for p in all_prompts()]
+    return shuffled_split([p if look == "day" else f"{p}, {look}" for p in all_prompts()], held_out)
+
+
+def shuffled_split(prompts: Sequence[str], held_out: int) -> PromptSplit:
+    """The prompts in an order that is always the same; the first `held_out` of them are held out."""
     order = np.random.default_rng(0).permutation(len(prompts))
     return PromptSplit([prompts[i] for i in order[held_out:]], [prompts[i] for i in order[:held_out]])
+
+
+def clip_rng(prompt: str, seed: int) -> np.random.Generator:
+    """The random numbers of one clip: its start must depend on the prompt as well as the seed."""
+    return np.random.default_rng([seed, *prompt.encode()])
 
 
 def initial_state(motion: str, radius: float, rng: np.random.Generator) -> State:
@@ -136,14 +145,19 @@ def simulate(
     return centres
 
 
+def coverage(centres: np.ndarray, radius: float, size: int) -> np.ndarray:
+    """How much of every pixel an antialiased disc covers: centres [F, 2] -> [F, H, W] in [0, 1]."""
+    yy, xx = np.mgrid[0:size, 0:size]
+    px = centres[:, 0, None, None] * size - 0.5
+    py = (1 - centres[:, 1, None, None]) * size - 0.5
+    return np.clip(radius * size - np.hypot(xx - px, yy - py) + 0.5, 0, 1)
+
+
 def render(
     centres: np.ndarray, radius: float, color: Sequence[float], look: str = "day", size: int = SIZE
 ) -> np.ndarray:
     """An antialiased disc on the look's background: centres [F, 2] -> uint8 [3, F, H, W]. color: RGB in [0, 1]."""
-    yy, xx = np.mgrid[0:size, 0:size]
-    px = centres[:, 0, None, None] * size - 0.5
-    py = (1 - centres[:, 1, None, None]) * size - 0.5
-    cover = np.clip(radius * size - np.hypot(xx - px, yy - py) + 0.5, 0, 1)  # [F, H, W]
+    cover = coverage(centres, radius, size)
     rgb = np.asarray(color)[:, None, None, None]
     image = BACKGROUND + cover * (rgb - BACKGROUND)
     if look != "day":
@@ -186,8 +200,7 @@ class PhysicsTeacher(TeacherBase):
         self.name = "physics-1" if frames == FRAMES else f"physics-1-{frames}"
 
     def __call__(self, prompt: str, seed: int) -> Tensor:
-        rng = np.random.default_rng([seed, *prompt.encode()])  # the start must depend on the prompt as well as the seed
-        return sample_clips([prompt], rng, frames=self.frames)[0].float() / 255
+        return sample_clips([prompt], clip_rng(prompt, seed), frames=self.frames)[0].float() / 255
 
     def split(self) -> PromptSplit:
         return split_prompts(look=self.look)

@@ -67,10 +67,8 @@ class Ranks:
     def share(self, shards: int) -> range:
         """The shards of this rank. ConfigError when they cannot be shared out evenly."""
         if shards % self.groups:
-            of = f"{self.groups} groups of " if self.split > 1 else ""
-            raise ConfigError(
-                f"shards={shards} cannot be shared by {of}{self.split if of else self.world} processes: set shards={self.groups}"
-            )
+            who = f"{self.world} processes" if self.split == 1 else f"{self.groups} groups of {self.split} processes"
+            raise ConfigError(f"shards={shards} cannot be shared by {who}: set shards={self.groups}")
         each, group = shards // self.groups, self.rank // self.split
         return range(group * each, (group + 1) * each)
 

@@ -78,9 +78,8 @@ class Trainer:
         config, ranks = run.config, run.ranks
         self.shards = ranks.share(config.shards)
         self.plan = batch_plan(config)
-        self.lockstep = ranks.split > 1 or (
-            config.fsdp and ranks.world > 1
-        )  # the student runs only when it runs on every rank
+        # the student runs only when it runs on every rank
+        self.lockstep = ranks.split > 1 or (config.fsdp and ranks.world > 1)
         self.progress = progress(console)
         with self.progress:
             with ranks.lead_first():  # the others then find every video in the cache

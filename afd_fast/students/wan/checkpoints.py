@@ -269,11 +269,12 @@ def load_student(
         sampler = of_config(settings or {})
         if config is None:
             config = _config_from_json(settings) if settings else infer_config(state)
+    fitting = []
     for adapter_path, adapter in adapters:
         with _naming(adapter_path):  # and not the student's, which is sound
-            fitted(state, adapter)
-    if adapters:
-        state = merge_products(state, [adapter for _, adapter in adapters])
+            fitting.append(fitted(state, adapter))
+    if fitting:
+        state = merge_products(state, fitting)
     with torch.device("meta"):
         model = CausalWan(config, **options)
     _check_state(model, state, path)

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from afd_fast.errors import ConfigError
@@ -181,12 +180,11 @@ class CausalWan(StudentModule):
             self._graphed = GraphedStudent(self)
         return self._graphed
 
-    def split_sequence(self, group: ProcessGroup | None, height: int, width: int) -> None:
+    def split_sequence(self, group: "dist.ProcessGroup | None", height: int, width: int) -> None:
         """See `StudentModule` and `parallel.SequenceSplit`."""
-        split = (
-            None if group is None or dist.get_world_size(group) == 1 else SequenceSplit(group, self.config.num_heads)
-        )
-        if split is not None:
+        split = None
+        if group is not None and dist.get_world_size(group) > 1:
+            split = SequenceSplit(group, self.config.num_heads)
             split.check(height // PATCH, width // PATCH)
         self._split = split
 

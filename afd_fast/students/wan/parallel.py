@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def _exchange(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _exchange(parts: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """Part i [P, ...] goes to rank i; part i of the result is rank i's."""
     out = torch.empty_like(parts, memory_format=torch.contiguous_format)
     dist.all_to_all_single(out, parts.contiguous(), group=group)
@@ -40,7 +40,7 @@ class _Linear(torch.autograd.Function):
 class SequenceSplit:
     """A rank's share of tokens and heads. Raises ValueError where they cannot be shared evenly."""
 
-    def __init__(self, group: dist.ProcessGroup, heads: int):
+    def __init__(self, group: "dist.ProcessGroup", heads: int):
         self.group, self.ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         if heads % self.ranks:
             raise ValueError(f"{self.ranks} ranks cannot share {heads} heads: use a number of ranks that divides them")
