@@ -12,7 +12,7 @@ from afd_fast.discriminators.discriminator import Clips, Discriminator, FeatureC
 from afd_fast.rollout import RolloutConfig
 from afd_fast.students.lora import trainable
 from afd_fast.students.student import Family
-from afd_fast.teachers.dataset import Shard, shown
+from afd_fast.teachers.dataset import Shard, prompts_of, shown
 from afd_fast.teachers.teacher import Request, Teacher
 from afd_fast.training.distributed import Ranks
 from afd_fast.training.state import TrainState, generator
@@ -117,6 +117,6 @@ def facts(run: Run, teacher: Teacher) -> dict[str, str]:
         "videos per iteration": f"{count} of {video.frames} frames, {video.height}x{video.width} pixels, {video.fps} fps",
         "optimiser and average": f"{16 * trained / 2**30:.2f} GiB",
     }
-    prompts = dict.fromkeys([p for part in teacher.split() for p in part])
+    prompts = dict.fromkeys([p for part in prompts_of(teacher, config.teacher_prompts) for p in part])
     cost = teacher.cost([Request(p, seed) for p in prompts for seed in range(config.teacher_clips)])
     return found | ({"teacher's videos": cost} if cost else {})
