@@ -172,10 +172,10 @@ def test_training_and_its_tests_need_no_optional_package():
 
 def drawing():
     """The floors, top first, each room with the rooms below that it imports."""
-    lines = []
+    drawn, lines = arrows(), []
     for rooms in reversed(FLOORS):
         for name in rooms:
-            below = sorted((b for a, b in arrows() if a == name), key=lambda b: (-RANK[b], b))
+            below = sorted((b for a, b in drawn if a == name), key=lambda b: (-RANK[b], b))
             lines.append(f"{RANK[name]:2d}  {name:15s} -> {', '.join(below) or '-'}")
     return "\n".join(lines)
 
