@@ -223,7 +223,7 @@ def sources(config: "TrainConfig") -> Iterator[Check]:
 
     def teacher() -> None:
         if kind == "folder":
-            prompts = list(dict.fromkeys(entry.prompt for entry in read_manifest(Path(rest))))
+            prompts = list(dict.fromkeys(entry.prompt for entry in read_manifest(Path(rest)) if entry.weight))
             check_prompts(config.teacher, hold_out(prompts).train, batch_plan(config))
         if kind == "api" and not Path(rest).is_file():
             raise ConfigError(f"{rest} is not there: write it (docs/teachers.md)")

@@ -74,6 +74,9 @@ class CachedTeacher:
     def seeds(self, prompt: str, wanted: Iterable[int]) -> list[int]:
         return self.teacher.seeds(prompt, wanted)
 
+    def weight(self, prompt: str, seed: int) -> float:
+        return self.teacher.weight(prompt, seed)
+
     def familiar(self, prompts: Sequence[str]) -> list[str]:
         return self.teacher.familiar(prompts)
 
