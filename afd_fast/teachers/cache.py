@@ -77,6 +77,9 @@ class CachedTeacher:
     def weight(self, prompt: str, seed: int) -> float:
         return self.teacher.weight(prompt, seed)
 
+    def file(self, prompt: str, seed: int) -> str:
+        return self.path(prompt, seed).name
+
     def familiar(self, prompts: Sequence[str]) -> list[str]:
         return self.teacher.familiar(prompts)
 

@@ -67,6 +67,9 @@ class TeacherVideos:
     weights: dict[str, list[float]] = field(
         default_factory=dict
     )  # prompt -> [M] in (0, 1]; a prompt without them has ones
+    names: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # prompt -> [M] files in the teacher's folder, or seeds in words
     problems: list[str] = field(default_factory=list)
 
     def clips(self, prompts: Sequence[str], seeds: Iterable[int]) -> Tensor:
@@ -171,5 +174,6 @@ def collect(teacher: Teacher, clips: int, codec_crf: int | None, track: Track, *
     data = TeacherVideos(teacher, train, held_out, codec_crf, problems=list(teacher.problems))
     for prompt in track(list(dict.fromkeys(train + held_out)), "reading teacher videos"):
         data.videos[prompt] = torch.stack([to_uint8(data.clips([prompt], [seed])[0]) for seed in seeds[prompt]])
+        data.names[prompt] = [teacher.file(prompt, seed) or f"seed {seed}" for seed in seeds[prompt]]
         data.weights[prompt] = [teacher.weight(prompt, seed) for seed in seeds[prompt]]
     return data
