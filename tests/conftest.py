@@ -1,4 +1,5 @@
 import os
+import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers and the processes they start share the cores
 import numpy as np
@@ -8,7 +9,17 @@ import torch  # and of afd_fast, only what a fixture imports: the core's tests r
 
 def pytest_addoption(parser):
     parser.addoption("--trainers", metavar="PATH", help="a folder of trainers' checkouts, for test_trainers.py")
+    parser.addoption("--seed", type=int, default=0, help="of the random numbers that a test does not seed itself")
     parser.addoption("--time", action="store_true", help="test_trainers.py also prints times and memory (with -s)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """A test's numbers are the same whatever ran before it."""
+    seed = item.config.getoption("--seed")
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 @pytest.fixture(autouse=True)

@@ -258,7 +258,7 @@ def test_a_full_disk_is_one_line_with_a_remedy(tmp_path, run, stage):
     folder = tmp_path / "new" if stage == "metrics" else run
     (run / "result.json").unlink()
     done = subprocess.run(
-        [sys.executable, "-c", FULL, stage, str(folder)], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", FULL, stage, str(folder)], capture_output=True, text=True,
         cwd=Path(__file__).parent.parent, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     (line,) = done.stderr.strip().splitlines()
