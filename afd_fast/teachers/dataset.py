@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
-from afd_fast.teachers import lights, physics
+from afd_fast.teachers import lights, mixed, physics
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.teacher import TEACHERS, Request, Teacher, hold_out
 from afd_fast.video_io import VideoFormat, checked, deliver, to_uint8
@@ -124,8 +124,11 @@ def check_prompts(teacher: str, train: Sequence[str], plan: BatchPlan) -> None:
 
 
 def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
-    """ "physics", "physics:dusk", "lights", "folder:PATH", "api:FILE" or a registered "KIND:..." for videos of this format. Nothing
-    is fetched or paid for. ConfigError for another spec and for a teacher without usable videos or prompts."""
+    """ "physics", "physics:dusk", "lights", "folder:PATH", "api:FILE" or a registered "KIND:..." for videos of this format, or several
+    as `mixed.parse` takes them. Nothing is fetched or paid for. ConfigError for another spec and for a teacher without usable videos or
+    prompts."""
+    if (shares := mixed.parse(spec)) is not None:
+        return mixed.MixedTeacher({one: open_teacher(one, video, cache) for one in shares}, shares)
     kind, _, rest = spec.partition(":")
     if kind in TEACHERS:
         return TEACHERS[kind](rest, video, cache)
