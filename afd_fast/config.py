@@ -104,6 +104,7 @@ class TrainConfig:
     iterations: updates of the student, warm-up included.
     teacher: physics, physics:dusk, lights, folder:PATH (with manifest.csv or manifest.jsonl), api:FILE (docs/teachers.md), a registered one, or several, [a,b].
     teacher_clips: finished videos asked for per prompt.
+    teacher_prompts: training prompts, the teacher's first ones; none: all.
     prompts_per_step: prompts per iteration.
     rollouts_per_prompt: K, rollouts per prompt; with K = 1 every advantage is 0.
     shards: parts of the batch, each with its own random numbers, worked on one by one and shared by the ranks.
@@ -122,6 +123,7 @@ class TrainConfig:
     iterations: int = 300
     teacher: str = "physics"
     teacher_clips: int = 4
+    teacher_prompts: int | None = None
     prompts_per_step: int = 12
     rollouts_per_prompt: int = 8
     shards: int = 1
@@ -158,7 +160,7 @@ class TrainConfig:
         if self.method not in METHOD_NAMES:
             known = (f'"{name}"' for name in METHOD_NAMES)
             raise ConfigError(f"method must be {' or '.join(known)}, got {self.method!r}")
-        check_at_least(self, 1, "iterations", "teacher_clips", "prompts_per_step", "shards")
+        check_at_least(self, 1, "iterations", "teacher_clips", "teacher_prompts", "prompts_per_step", "shards")
         check_at_least(self, 1, "sequence_parallel", "checkpoint_every")
         check_at_least(self, 0, "seed")
         if self.rollouts_per_prompt < 2:

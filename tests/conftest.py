@@ -18,7 +18,6 @@ def pytest_runtest_setup(item):
     """A test's numbers are the same whatever ran before it."""
     seed = item.config.getoption("--seed")
     torch.manual_seed(seed)
-    np.random.seed(seed)
     random.seed(seed)
 
 

@@ -539,6 +539,17 @@ def test_training_on_an_api(provider, tmp_path):
     assert ticks.count("fetching teacher videos") == 8
 
 
+def test_fewer_prompts_are_asked_for_where_the_run_says_so(provider, tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(f"a ball {word}" for word in ("one", "two", "three", "four", "five")))
+    (tmp_path / "ark.json").write_text(json.dumps(description(provider)))
+    teacher = open_teacher(f"api:{tmp_path / 'ark.json'}", VideoFormat(12, 16, 16, 10), tmp_path)
+    with pytest.raises(ConfigError, match="teacher_prompts=5 asks for more than the 4 training prompts of"):
+        collect(teacher, 1, None, lambda items, what: items, train_prompts=5)
+    assert not provider.tasks
+    data = collect(teacher, 1, None, lambda items, what: items, train_prompts=2)
+    assert data.train_prompts == teacher.split().train[:2] and len(provider.tasks) == 2 + len(data.held_out)
+
+
 class Frames(DiffusionPipeline):
     """A pipeline with `.frames`, as the video pipelines of diffusers have."""
 

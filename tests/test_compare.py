@@ -13,7 +13,7 @@ import pytest
 from afd_fast.config import to_dict, with_overrides, with_values
 from afd_fast.errors import ConfigError
 from afd_fast.training import runs as named
-from afd_fast.training.compare import ABLATIONS, compare, log_of, methods, runs
+from afd_fast.training.compare import ABLATIONS, compare, log_of, methods, own_overrides, runs
 from afd_fast.training.lock import COMPARISON, RUN, check_unused, locked
 from afd_fast.training.methods import METHODS
 from afd_fast.training.run_folder import finished, make_folder
@@ -72,6 +72,26 @@ def test_every_method_and_setting_is_a_valid_configuration(tmp_path):
         methods(config, ["ppo"])
     with pytest.raises(ConfigError, match="update.chunked"):
         with_overrides(config, ["update.chunked=true", "update.history=block_causal"])
+
+
+def test_settings_of_one_method_alone():
+    config = with_overrides(named.demo(), ["iterations=60"])
+    common, own = own_overrides(
+        ["teacher=folder:a=b", "afd:discriminator.width=8", "iterations=60", "sft:update.lr=1e-4"]
+    )
+    assert common == ["teacher=folder:a=b", "iterations=60"]
+    afd, sft = methods(config, ["afd", "sft"], own)
+    assert afd.keys["discriminator.width"] == 8 and afd.keys["update.lr"] == config.update.lr
+    assert sft.keys["update.lr"] == 1e-4 and "discriminator.width" not in sft.keys
+    assert methods(config, ["gan"])[0].keys == methods(config, ["gan", "afd"], {"afd": ["iterations=40"]})[0].keys
+    for names, wrong, message in (
+        (["afd"], "ppo:update.lr=1", "unknown method 'ppo'"),
+        (["afd"], "sft:update.lr=1", "settings for sft, which is not compared"),
+        (["sft"], "sft:update.rate=1", "unknown key 'update.rate'"),
+        (["sft"], "sft:update.lr=x", "update.lr=x: expected a finite number"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            methods(config, names, own_overrides([wrong])[1])
 
 
 def test_a_foreign_folder_is_refused(tmp_path):

@@ -88,7 +88,8 @@ class TestDivision:
             "t1": "b",
         }
         train, held_out = found.split()
-        assert held_out == ["a 7", "b 14", "b 15"] and len(train) == 21
+        assert held_out == ["b 14", "a 7", "b 15"] and len(train) == 21
+        assert [p[0] for p in train[:6]] == list("babbab")  # teacher_prompts=6 takes of both
 
     @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
     def test_common_prompts_are_divided_by_the_shares(self, share):
@@ -112,7 +113,7 @@ class TestDivision:
         assert (a.asked, b.asked, len(ticks)) == (requests[:2], requests[2:], 6)
         assert found("a 1", 0).mean() == 0.25 and found("b 1", 0).mean() == 0.75
         assert found.cost(requests) == "a (2 videos): 2 for 3 USD; b (4 videos): free"
-        assert found.counts() == {"a": "7 trained on, 1 held out", "b": "7 trained on, 1 held out"}
+        assert found.counts(found.split()) == {"a": "7 trained on, 1 held out", "b": "7 trained on, 1 held out"}
         with pytest.raises(ConfigError, match="no teacher of .* knows the prompt 'c'"):
             found("c", 0)
 

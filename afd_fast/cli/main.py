@@ -201,15 +201,17 @@ def compare_methods(
     out: Out = None,
     jobs: Jobs = 1,
 ) -> None:
-    """Train RUN with several methods over several seeds: one table, one report. The same command continues after a stop."""
+    """Train RUN with several methods over several seeds: one table, one report. METHOD:key=value is a setting of one method
+    alone. The same command continues after a stop."""
     from afd_fast.training import compare
 
     names = [name for name in dict.fromkeys(methods.split(",")) if name and name != "base"]
+    common, own = compare.own_overrides(overrides or [])
 
     def rows(config: "TrainConfig") -> list[compare.Variant]:
-        return compare.methods(config, names)
+        return compare.methods(config, names, own)
 
-    _compare(run, overrides, rows, seeds, out or Path("runs") / f"compare-{run}", jobs)
+    _compare(run, common, rows, seeds, out or Path("runs") / f"compare-{run}", jobs)
 
 
 @app.command()

@@ -55,7 +55,7 @@ def review(
         def track(items: Any, about: str) -> Any:
             yield from bar.track(items, description=about)
 
-        data = collect(teacher, clips, config.codec_crf, track, fetch=False)
+        data = collect(teacher, clips, config.codec_crf, track, config.teacher_prompts, fetch=False)
         found = look(prepared, data, track, steps)
     write_review(out, found, data, prepared.family.video.fps)
     shown = table("clip", "weight", "what looks wrong", title=escape(teacher.name))

@@ -14,7 +14,7 @@ from torch import Tensor
 from afd_fast.errors import ConfigError
 from afd_fast.teachers import lights, mixed, physics
 from afd_fast.teachers.folder import FolderTeacher
-from afd_fast.teachers.teacher import TEACHERS, Request, Teacher, hold_out
+from afd_fast.teachers.teacher import TEACHERS, PromptSplit, Request, Teacher, hold_out
 from afd_fast.video_io import VideoFormat, checked, deliver, to_uint8
 
 Track = Callable[[Sequence, str], Iterable]  # like rich.progress.track: (items, description) -> the items
@@ -123,6 +123,16 @@ def check_prompts(teacher: str, train: Sequence[str], plan: BatchPlan) -> None:
         )
 
 
+def prompts_of(teacher: Teacher, count: int | None) -> PromptSplit:
+    """A teacher's prompts with only the first `count` training prompts; None: all. ConfigError where it has fewer."""
+    train, held_out = teacher.split()
+    if count is not None and count > len(train):
+        raise ConfigError(
+            f"teacher_prompts={count} asks for more than the {len(train)} training prompts of {teacher.name}"
+        )
+    return PromptSplit(train[:count], held_out)
+
+
 def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
     """ "physics", "physics:dusk", "lights", "folder:PATH", "api:FILE" or a registered "KIND:..." for videos of this format, or several
     as `mixed.parse` takes them. Nothing is fetched or paid for. ConfigError for another spec and for a teacher without usable videos or
@@ -157,10 +167,13 @@ def _check_size(spec: str, side: int, video: VideoFormat, remedy: str) -> None:
         )
 
 
-def collect(teacher: Teacher, clips: int, codec_crf: int | None, track: Track, *, fetch: bool = True) -> TeacherVideos:
-    """Ask for `clips` videos of every prompt before training starts. fetch: False for those that are there, so that nothing is bought.
-    ConfigError without training prompts."""
-    train, held_out = teacher.split()
+def collect(
+    teacher: Teacher, clips: int, codec_crf: int | None, track: Track, train_prompts: int | None = None, *,
+    fetch: bool = True,
+) -> TeacherVideos:  # fmt: skip
+    """Ask for `clips` videos of every prompt before training starts. ConfigError without training prompts.
+    train_prompts: as of `prompts_of`. fetch: False for the videos that are there, so that nothing is bought."""
+    train, held_out = prompts_of(teacher, train_prompts)
     prompts = list(dict.fromkeys(train + held_out))
     if fetch:
         requests = [Request(p, seed) for p in prompts for seed in range(clips)]

@@ -93,17 +93,21 @@ class MixedTeacher(TeacherBase):
         return self.teachers[self.owner[prompt]]
 
     def split(self) -> PromptSplit:
-        def mine(spec: str, prompts: Iterable[str]) -> list[str]:
-            return [prompt for prompt in prompts if self.owner[prompt] == spec]
+        """Each teacher's prompts in its order, and all of them evenly mixed, so that the first few are everybody's."""
+
+        def merged(lists: Mapping[str, Sequence[str]]) -> list[str]:
+            mine = [[p for p in prompts if self.owner[p] == spec] for spec, prompts in lists.items()]
+            placed = [((i + 0.5) / len(prompts), p) for prompts in mine for i, p in enumerate(prompts)]
+            return [prompt for _, prompt in sorted(placed, key=lambda place: place[0])]
 
         return PromptSplit(
-            [p for spec, part in self.parts.items() for p in mine(spec, part.train)],
-            [p for spec, part in self.parts.items() for p in mine(spec, part.held_out)],
+            merged({spec: part.train for spec, part in self.parts.items()}),
+            merged({spec: part.held_out for spec, part in self.parts.items()}),
         )
 
-    def counts(self) -> dict[str, str]:
-        """Of each teacher how many prompts are its, in words."""
-        train, held_out = ([self.owner[p] for p in prompts] for prompts in self.split())
+    def counts(self, split: PromptSplit) -> dict[str, str]:
+        """Of each teacher how many of these prompts are its, in words."""
+        train, held_out = ([self.owner[p] for p in prompts] for prompts in split)
         return {s: f"{train.count(s)} trained on, {held_out.count(s)} held out" for s in self.teachers}
 
     def __call__(self, prompt: str, seed: int) -> Tensor:

@@ -10,9 +10,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from afd_fast import threads
@@ -42,16 +44,37 @@ class Variant:
 Variants = Callable[[TrainConfig], list[Variant]]
 
 
-def methods(config: TrainConfig, names: list[str]) -> list[Variant]:
-    """ "afd" and the baselines, each with its method's defaults. ConfigError for other names."""
-    found = []
-    for name in names:
+def methods(
+    config: TrainConfig, names: list[str], own: Mapping[str, list[str]] = MappingProxyType({})
+) -> list[Variant]:
+    """ "afd" and the baselines, each with its method's defaults. own: "key=value" strings of one method alone, by its name.
+    ConfigError for other names."""
+    for name in [*names, *own]:
         if name not in METHODS:
             raise ConfigError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    if unused := [name for name in own if name not in names]:
+        raise ConfigError(f"settings for {', '.join(unused)}, which is not compared: add it to --methods")
+    found = []
+    for name in names:
         method = METHODS[name]
-        rate = {"update.lr": config.update.lr * method.lr_scale}
-        found.append(Variant(name, {"method": name, **method.defaults, **rate}))
+        keys = {"method": name, **method.defaults, "update.lr": config.update.lr * method.lr_scale}
+        usual = with_values(config, keys)
+        given = to_dict(with_overrides(usual, own.get(name, [])))
+        keys |= {key: value for key, value in given.items() if value != to_dict(usual)[key]}
+        found.append(Variant(name, keys))
     return found
+
+
+def own_overrides(overrides: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The "key=value" strings of all methods, and those written "METHOD:key=value" by method."""
+    common, own = [], defaultdict[str, list[str]](list)
+    for item in overrides:
+        name, colon, rest = item.partition(":")
+        if colon and "=" not in name:
+            own[name].append(rest)
+        else:
+            common.append(item)
+    return common, dict(own)
 
 
 def _scaled(key: str, *factors: float) -> Variants:

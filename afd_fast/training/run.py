@@ -12,7 +12,7 @@ from afd_fast.discriminators.discriminator import Clips, Discriminator, FeatureC
 from afd_fast.rollout import RolloutConfig
 from afd_fast.students.lora import trainable
 from afd_fast.students.student import Family
-from afd_fast.teachers.dataset import Shard, shown
+from afd_fast.teachers.dataset import Shard, prompts_of, shown
 from afd_fast.teachers.mixed import MixedTeacher
 from afd_fast.teachers.teacher import Request, Teacher
 from afd_fast.training.distributed import Ranks
@@ -119,8 +119,9 @@ def facts(run: Run, teacher: Teacher) -> dict[str, str]:
         "videos per iteration": f"{count} of {video.frames} frames, {video.height}x{video.width} pixels, {video.fps} fps",
         "optimiser and average": f"{16 * trained / 2**30:.2f} GiB",
     }
-    prompts = dict.fromkeys([p for part in teacher.split() for p in part])
+    split = prompts_of(teacher, config.teacher_prompts)
+    prompts = dict.fromkeys([p for part in split for p in part])
     cost = teacher.cost([Request(p, seed) for p in prompts for seed in range(config.teacher_clips)])
     if isinstance(teacher, MixedTeacher):
-        found |= {f"prompts of {spec}": about for spec, about in teacher.counts().items()}
+        found |= {f"prompts of {spec}": about for spec, about in teacher.counts(split).items()}
     return found | ({"teacher's videos": cost} if cost else {})

@@ -23,7 +23,7 @@ from afd_fast.students.files import first_line
 from afd_fast.students.student import Family, TrainedWeights, check_settings
 from afd_fast.students.student import family as make_family
 from afd_fast.teachers.cache import CachedTeacher
-from afd_fast.teachers.dataset import BatchPlan, TeacherVideos, check_prompts, collect, open_teacher
+from afd_fast.teachers.dataset import BatchPlan, TeacherVideos, check_prompts, collect, open_teacher, prompts_of
 from afd_fast.teachers.mixed import MixedTeacher
 from afd_fast.teachers.teacher import Teacher
 from afd_fast.training import checkpoint
@@ -85,8 +85,10 @@ class Trainer:
         self.progress = progress(console)
         with self.progress:
             with ranks.lead_first():  # the others then find every video in the cache
-                self.data: TeacherVideos = collect(teacher, config.teacher_clips, config.codec_crf, self._track)
-            check_prompts(teacher.name, teacher.split().train, self.plan)  # some may have been refused
+                self.data: TeacherVideos = collect(
+                    teacher, config.teacher_clips, config.codec_crf, self._track, config.teacher_prompts
+                )
+            check_prompts(teacher.name, self.data.train_prompts, self.plan)  # some may have been refused
             if isinstance(teacher, MixedTeacher):
                 run.teachers = teacher.owner
             with ranks.led():
@@ -317,8 +319,9 @@ def teacher_of(run: Run, teacher: Teacher | None, cache: Path) -> Teacher:
         found = open_teacher(run.config.teacher, run.family.video, cache)
     else:
         found = CachedTeacher(teacher, cache, fit=run.family.video)
-    check_prompts(found.name, found.split().train, batch_plan(run.config))
-    prompts = list(dict.fromkeys(prompt for part in found.split() for prompt in part))
+    split = prompts_of(found, run.config.teacher_prompts)
+    check_prompts(found.name, split.train, batch_plan(run.config))
+    prompts = list(dict.fromkeys(prompt for part in split for prompt in part))
     refused = [line for prompt in prompts if (line := _refusal(run, prompt))]
     if refused:
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
