@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from afd_fast.cli.common import Keys, Out, check_place, console, table
+from afd_fast.cli.common import Keys, check_place, console, table
 from afd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ def review(
     weights: Annotated[
         bool, typer.Option("--weights", help="write the weights into the manifest of the teacher's folder")
     ] = False,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of clips.csv and clips.html; default runs/review-TEACHER")
+    ] = None,
 ) -> None:
     """List the clips of RUN's teacher that look wrong, worst first: frozen, black, cut, copied, not what the prompt says, or moving like
     the base student. Nothing is bought: of an API the videos that are there."""
