@@ -34,6 +34,8 @@ PRESETS: dict[str, Sampler] = {
     "longlive": {"steps": FOUR_STEPS, "shift": 5.0, "chunk": 3, "window": 12, "sink": 3},
     # the same, configs/longlive_inference_infinity.yaml: use_infinite_attention
     "longlive_infinity": {"steps": FOUR_STEPS, "shift": 5.0, "chunk": 3, "window": 12, "sink": 3, "rope": "relative"},
+    # the same, main 7860ad9: configs/inference.yaml, one shot; LongLive 2.0 on Wan2.2-TI2V-5B
+    "longlive2": {"unipc_steps": 4, "shift": 5.0, "chunk": 8, "window": 32, "sink": 8},
     # yesiltepe-hidir/infinity-rope 63d7b84: configs/self_forcing_dmd.yaml
     "infinity_rope": {"steps": FOUR_STEPS, "shift": 5.0, "chunk": 3, "window": 6, "sink": 1, "rope": "relative"},
     # JaydenLyh/Reward-Forcing 4317f5a: configs/reward_forcing.yaml, compression_alpha of wan/modules/causal_model.py

@@ -1,6 +1,7 @@
 """Checkouts of public projects as `benchmarks.parity` imports them: theirs where it computes, stand-ins where it does not."""
 
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -100,6 +101,39 @@ def load(checkout: Path) -> Replaced:
         if (checkout / "pipeline/interactive_causal_inference.py").exists():
             theirs.module("pipeline.interactive_causal_inference")
     return theirs
+
+
+def load_longlive2(checkout: Path) -> None:
+    """LongLive 2.0's causal model, wrapper and pipeline. Its Triton kernels, which the CPU cannot run, are switched off by its own
+    variables."""
+    os.environ |= {"LLV2_TRITON_ROPE": "0", "LLV2_TRITON_ADALN": "0"}
+    theirs = Replaced(checkout)
+    for name in ("wan_5b", "wan_5b.modules", "wan_5b.utils", "utils", "pipeline"):
+        theirs.package(name)
+    nothing: Any = object
+    for module, name in (
+        ("omegaconf", "OmegaConf"), ("transformers.models.x_clip.modeling_x_clip", "x_clip_loss"),
+        ("wan_5b.modules.tokenizers", "HuggingfaceTokenizer"), ("wan_5b.modules.vae2_2", "_video_vae"), ("wan_5b.modules.t5", "umt5_xxl"),
+    ):  # fmt: skip
+        theirs.stand_in(module, **{name: nothing})
+    theirs.stand_in("utils.dataset", DEFAULT_SCENE_CUT_PREFIX="The scene transitions. ")
+    if importlib.util.find_spec("einops") is None:
+        theirs.stand_in("einops", repeat=nothing)
+    with uncompiled():
+        attention = theirs.module("wan_5b.modules.attention")
+        attention.attention = attention.flash_attention = sdpa
+        for name in (
+            "utils.config", "utils.position_embedding_utils", "utils.i2v_conditioning", "utils.prompt_conditioning", "utils.scheduler",
+            "wan_5b.modules.model", "wan_5b.modules.causal_model", "wan_5b.utils.fm_solvers", "wan_5b.utils.fm_solvers_unipc",
+            "utils.wan_5b_wrapper", "pipeline.causal_diffusion_inference",
+        ):  # fmt: skip
+            theirs.module(name)
+    sizes = {
+        "num_heads": SIZES.num_heads,
+        "head_dim": SIZES.dim // SIZES.num_heads,
+        "num_transformer_blocks": SIZES.num_layers,
+    }
+    sys.modules["utils.config"].wan_default_config["Wan2.2-TI2V-5B"] |= sizes
 
 
 class _Blank(type):

@@ -2,8 +2,8 @@
 
     python -m benchmarks.parity PROJECT CHECKOUT [--dtype float32|float64] [--case NAME]
 
-PROJECT and the commit that was compared: self_forcing 33593df, causal_forcing 1fc7bbc, longlive e52d9ef (branch v1.0),
-infinity_rope 63d7b84, reward_forcing 4317f5a; fastvideo 2f3d407, of which the self-attention runs, with its cache and positions,
+PROJECT and the commit that was compared: self_forcing 33593df, causal_forcing 1fc7bbc, longlive e52d9ef (branch v1.0), longlive2
+7860ad9 (main), infinity_rope 63d7b84, reward_forcing 4317f5a; fastvideo 2f3d407, of which the self-attention runs, with its cache and positions,
 inside CausalWan and `rollout`. CHECKOUT is a folder with that repository. Runs on the CPU with a small CausalWan. What is theirs: the model, the cache, the wrapper, the schedule and the
 pipeline's loop. What is not: text encoder and VAE (stand-ins that pass embeddings and latents on), flash-attn (PyTorch's SDPA),
 and what is replaced in the source as it is read: the sizes that it holds as numbers (1560 tokens per frame, 12 heads of 128, 30
@@ -25,7 +25,7 @@ from torch import Tensor
 from afd_fast.reference.transformer import rms_norm
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students import CausalWan
-from benchmarks.checkouts import HEIGHT, SIZES, TOKENS, WIDTH, load, load_fastvideo
+from benchmarks.checkouts import HEIGHT, SIZES, TOKENS, WIDTH, load, load_fastvideo, load_longlive2
 from benchmarks.peers import sdpa
 from benchmarks.rows import Arguments
 
@@ -80,6 +80,10 @@ CASES = {
         Case("infinite", INFINITE, frames=42, batch=1, model="causal_model_infinity"),
         Case("infinite, prompt switches", INFINITE, 30, 1, (9, 16, 24), True, KEPT, "causal_model_infinity"),
         Case("infinite, sink rewritten", INFINITE, 30, 1, (16, 24), "sink", REWRITTEN, "causal_model_infinity"),
+    ],
+    "longlive2": [
+        Case("UniPC, window 32, sink 8", RolloutConfig.preset("longlive2"), frames=56),
+        Case("UniPC, guidance", RolloutConfig.preset("longlive2", window=16, guidance=3.0), frames=32),
     ],
     "infinity_rope": [
         Case("window 6, sink 1", RolloutConfig(window=6, sink=1, rope="relative"), frames=30, batch=1),
@@ -209,17 +213,19 @@ def official(case: Case, given: Prepared) -> Tensor:
         student = FastVideo(ours, case.config, case.batch)
         return rollout(student, ours.encode_text(texts[0][None]), noise, case.config, renoise=draws)
     config, modules = case.config, sys.modules
+    second = "wan_5b" in modules  # LongLive 2.0
+    wan, utilities = ("wan_5b", "utils.wan_5b_wrapper") if second else ("wan", "utils.wan_wrapper")
     with torch.device("meta"):
-        model = modules[f"wan.modules.{case.model}"].CausalWanModel(
+        model = modules[f"{wan}.modules.{case.model}"].CausalWanModel(
             **{n: getattr(SIZES, n) for n in ("dim", "ffn_dim", "num_heads", "num_layers", "text_len", "text_dim", "freq_dim", "in_dim", "out_dim")},
             cross_attn_norm=True, local_attn_size=config.window or -1, sink_size=config.sink,
         )  # fmt: skip
     model = model.to_empty(device="cpu").to(ours.dtype).eval()
     model.load_state_dict(ours.state_dict())
     d = SIZES.dim // SIZES.num_heads
-    rope = modules["wan.modules.model"].rope_params
+    rope = modules[f"{wan}.modules.model"].rope_params
     model.freqs = torch.cat([rope(1024, d - 4 * (d // 6)), rope(1024, 2 * (d // 6)), rope(1024, 2 * (d // 6))], 1)
-    wrapper = modules["utils.wan_wrapper"].WanDiffusionWrapper.__new__(modules["utils.wan_wrapper"].WanDiffusionWrapper)
+    wrapper = modules[utilities].WanDiffusionWrapper.__new__(modules[utilities].WanDiffusionWrapper)
     torch.nn.Module.__init__(wrapper)
     wrapper.model, wrapper.uniform_timestep, wrapper.seq_len = model, False, 10**6
     wrapper.scheduler = modules["utils.scheduler"].FlowMatchScheduler(
@@ -234,6 +240,19 @@ def official(case: Case, given: Prepared) -> Tensor:
     )  # fmt: skip
     latents = noise.transpose(1, 2)
     text, vae = TextStandIn(texts), VAEStandIn()
+    if second:
+        wrapper._compiled_model_call = None
+        settings |= Options(
+            num_train_timestep=1000, timestep_shift=config.shift, guidance_scale=config.guidance or 1.0, negative_prompt="1",
+            image_or_video_shape=[case.batch, case.frames, SIZES.in_dim, HEIGHT, WIDTH],
+            inference=Options(sampling_steps=config.unipc_steps, sink_size=config.sink, local_attn_size=config.window),
+        )  # fmt: skip
+        chunks = [["0"] * (case.frames // config.chunk)] * case.batch
+        diffusion = modules["pipeline.causal_diffusion_inference"].CausalDiffusionInferencePipeline(
+            Options(settings), "cpu", generator=wrapper, text_encoder=text, vae=vae
+        )
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            return diffusion.inference(latents, chunks, return_latents=True).transpose(1, 2)
     if config.unipc_steps is not None:
         settings |= Options(
             num_train_timestep=1000, timestep_shift=config.shift, guidance_scale=config.guidance, negative_prompt="1"
@@ -295,7 +314,7 @@ def main() -> None:
     parser.add_argument("--case", help="only this one")
     parser.add_argument("--record", type=Path, help="write their last chunks here, as tests/golden/rollouts has them")
     args = parser.parsed()
-    (load_fastvideo if args.project == "fastvideo" else load)(args.checkout)
+    {"fastvideo": load_fastvideo, "longlive2": load_longlive2}.get(args.project, load)(args.checkout)
     failed, recorded = False, {}
     for case in CASES[args.project]:
         if args.case in (None, case.name):

@@ -40,13 +40,18 @@ def test_rollouts_are_the_projects(project, case):
         ("reward_forcing", "window 9, sink 3, averaged", {"sink_ema": None}),
         ("infinity_rope", "window 12, sink 1", {"rope": "absolute"}),
         ("causal_forcing", "AR diffusion", {"guidance": 2.9}),
+        ("longlive2", "UniPC, window 32, sink 8", {"sink": 0}),
+        ("longlive2", "UniPC, window 32, sink 8", {"window": 24}),
+        ("longlive2", "UniPC, window 32, sink 8", {"unipc_steps": 5}),
         ("causal_forcing", "AR diffusion", {"unipc_steps": 19}),
     ],
 )
 def test_another_setting_is_another_video(project, name, changes):
     """Each setting that the comparison is about is seen by it."""
     case = next(case for case in CASES[project] if case.name == name)
-    of_rollout = {k: v for k, v in changes.items() if k in ("rope", "sink_ema", "guidance", "unipc_steps")}
+    of_rollout = {
+        k: v for k, v in changes.items() if k in ("rope", "sink_ema", "guidance", "unipc_steps", "window", "sink")
+    }
     if of_rollout:
         changes = {"config": replace(case.config, **of_rollout)}
     assert away(project, case, **changes) > 1e-4
