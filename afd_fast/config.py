@@ -102,7 +102,7 @@ class TrainConfig:
     method: afd, or a baseline: sft, gan, dmd, rejection.
     seed: of every random number of the run.
     iterations: updates of the student, warm-up included.
-    teacher: physics, physics:dusk, lights, folder:PATH (with manifest.csv or manifest.jsonl), api:FILE (docs/teachers.md), or a registered one.
+    teacher: physics, physics:dusk, lights, folder:PATH (with manifest.csv or manifest.jsonl), api:FILE (docs/teachers.md), a registered one, or several, [a,b].
     teacher_clips: finished videos asked for per prompt.
     teacher_prompts: training prompts, the teacher's first ones; none: all.
     prompts_per_step: prompts per iteration.

@@ -17,6 +17,7 @@ from benchmarks.rows import COLUMNS, CUDA, CYCLES, Clock, Times, append_rows, co
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
+    "bad_clips --world lights --rate 0.3 --seeds 1 --steps 0": "| lights, 30% |",
     "run --shape tiny --batch 1 --seconds 0.01": "fused",
     "rollout forward operators --size tiny --repeats 1": "four_steps",
     "discriminator --size tiny --pairs 2 --repeats 1": "packed",

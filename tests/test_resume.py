@@ -292,7 +292,7 @@ def test_a_finished_run_is_extended(run):
     environment, iterations, teacher = result["notes"]
     assert environment.startswith("after iteration 4: ") and "threads is 1, was 8" in environment
     assert "iterations is 6, was 4, and the learning rate follows the longer cosine" in iterations
-    assert "the teacher's videos have changed: 'a " in teacher
+    assert "the teacher's videos or their weights have changed: 'a " in teacher
     assert "threads is 1, was 8" in write_report(run).read_text()
 
 

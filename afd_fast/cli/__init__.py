@@ -8,6 +8,7 @@ _EXTRA = {
     "doctor": "demo",
     "pretrain": "demo",
     "report": "demo",
+    "review": "demo",
     "rollout": "eval",
     "eval": "eval",
 }  # the rest: train

@@ -191,7 +191,7 @@ def checked_run(config: "TrainConfig") -> Iterator[Check]:
 def packages(config: "TrainConfig") -> Iterator[Check]:
     from afd_fast.students.student import WAN, entry
 
-    small = entry(config.student.name) is not WAN and not config.teacher.startswith("api:")
+    small = entry(config.student.name) is not WAN and "api:" not in config.teacher
     extra = "demo" if small else "train"
     missing = not_installed(extra)
     state: Literal["ok", "fails"] = "fails" if missing else "ok"
@@ -204,12 +204,13 @@ def sources(config: "TrainConfig") -> Iterator[Check]:
     from afd_fast.discriminators.config import DISCRIMINATORS
     from afd_fast.students.files import check_source
     from afd_fast.students.student import FAMILIES
+    from afd_fast.teachers import mixed
     from afd_fast.teachers.dataset import check_prompts
     from afd_fast.teachers.folder import read_manifest
     from afd_fast.teachers.teacher import hold_out
     from afd_fast.training.trainer import batch_plan
 
-    kind, _, rest = config.teacher.partition(":")
+    teachers = list(mixed.parse(config.teacher) or [config.teacher])
 
     def student() -> None:
         if config.student.name not in FAMILIES:
@@ -222,11 +223,14 @@ def sources(config: "TrainConfig") -> Iterator[Check]:
             check_source(config.discriminator.name)
 
     def teacher() -> None:
-        if kind == "folder":
-            prompts = list(dict.fromkeys(entry.prompt for entry in read_manifest(Path(rest))))
-            check_prompts(config.teacher, hold_out(prompts).train, batch_plan(config))
-        if kind == "api" and not Path(rest).is_file():
-            raise ConfigError(f"{rest} is not there: write it (docs/teachers.md)")
+        for spec in teachers:
+            kind, _, rest = spec.partition(":")
+            if kind == "folder":
+                prompts = list(dict.fromkeys(entry.prompt for entry in read_manifest(Path(rest)) if entry.weight))
+                if len(teachers) == 1:
+                    check_prompts(config.teacher, hold_out(prompts).train, batch_plan(config))
+            if kind == "api" and not Path(rest).is_file():
+                raise ConfigError(f"{rest} is not there: write it (docs/teachers.md)")
 
     for what, check, value in (
         ("student", student, config.student.name), ("discriminator", discriminator, config.discriminator.name),

@@ -19,6 +19,7 @@ from afd_fast.cli.distill import distill
 from afd_fast.cli.doctor import doctor
 from afd_fast.cli.evaluate import app as evaluation
 from afd_fast.cli.pretrain import pretrain
+from afd_fast.cli.review import review
 from afd_fast.errors import AFDError, ConfigError, MissingExtra
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ app.add_typer(evaluation, name="eval")
 app.command()(distill)
 app.command()(doctor)
 app.command()(pretrain)
+app.command()(review)
 
 
 def _version(asked: bool) -> None:

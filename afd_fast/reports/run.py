@@ -100,7 +100,7 @@ def write_report(run: str | Path) -> Path:
     html = template("report.html").render(
         result=result, rows=table_rows(result), verdict=verdict(result, evaluations), prompts=prompts,
         videos=[made[i * count : (i + 1) * count] for i in range(len(prompts))], curves=curves(metrics, evaluations, teacher, method),
-        tracks=tracks, seconds=phases(metrics), last=evaluations[-1], judged=judged, method=METHODS[method],
+        tracks=tracks, seconds=phases(metrics), last=evaluations[-1], judged=judged, headline="residual_px" if judged else "dynamic", method=METHODS[method],
     )  # fmt: skip
     path.write_text(html)
     return path

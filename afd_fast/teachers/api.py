@@ -109,6 +109,10 @@ class APITeacher(TeacherBase):
         """Those of the wanted seeds whose videos are on disk."""
         return [seed for seed in wanted if self._has(self._id(prompt, seed))]
 
+    def file(self, prompt: str, seed: int) -> str:
+        """The name of a video in the folder."""
+        return self._ledger.video(self._id(prompt, seed)).name
+
     @property
     def problems(self) -> list[str]:
         """Videos that are not available, one line each."""

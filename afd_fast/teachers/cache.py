@@ -74,6 +74,12 @@ class CachedTeacher:
     def seeds(self, prompt: str, wanted: Iterable[int]) -> list[int]:
         return self.teacher.seeds(prompt, wanted)
 
+    def weight(self, prompt: str, seed: int) -> float:
+        return self.teacher.weight(prompt, seed)
+
+    def file(self, prompt: str, seed: int) -> str:
+        return self.path(prompt, seed).name
+
     def familiar(self, prompts: Sequence[str]) -> list[str]:
         return self.teacher.familiar(prompts)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
-from afd_fast.teachers import lights, physics
+from afd_fast.teachers import lights, mixed, physics
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.teacher import TEACHERS, PromptSplit, Request, Teacher, hold_out
 from afd_fast.video_io import VideoFormat, checked, deliver, to_uint8
@@ -64,6 +64,12 @@ class TeacherVideos:
     held_out: list[str]
     codec_crf: int | None
     videos: dict[str, Tensor] = field(default_factory=dict)  # prompt -> [M, 3, F, H, W] uint8, through the door
+    weights: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # prompt -> [M] in (0, 1]; a prompt without them has ones
+    names: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # prompt -> [M] files in the teacher's folder, or seeds in words
     problems: list[str] = field(default_factory=list)
 
     def clips(self, prompts: Sequence[str], seeds: Iterable[int]) -> Tensor:
@@ -79,14 +85,25 @@ class TeacherVideos:
         out = first.new_empty(len(clips), *first.shape, dtype=first.dtype, pin_memory=pinned)
         return torch.stack(clips, out=out)
 
+    def _pick(self, prompt: str, rng: np.random.Generator, second: np.random.Generator) -> int:
+        """A video's number. The uniform draw stands with the chance weight / largest weight, so that weights of one leave it alone;
+        the draw in its place is by weight, which makes both together proportional to the weights."""
+        pick = int(rng.integers(len(self.videos[prompt])))
+        weights = np.array(self.weights.get(prompt, [1.0] * (pick + 1)))
+        if second.random() < weights[pick] / weights.max():
+            return pick
+        return int(second.choice(len(weights), p=weights / weights.sum()))
+
     def batch(self, plan: BatchPlan, step: int, shards: Iterable[int]) -> list[Shard]:
-        """The named shards of iteration `step`: K rows for each of P prompts, a random teacher video for each row.
-        A function of (seed, step)."""
-        rng = np.random.default_rng([plan.seed, step])
+        """The named shards of iteration `step`: K rows for each of P prompts, a random teacher video for each row. A video is drawn
+        in proportion to its weight among its prompt's, and a prompt to the largest of them. A function of (seed, step)."""
+        rng, second = np.random.default_rng([plan.seed, step]), np.random.default_rng([plan.seed, step, 1])
         count = min(plan.prompts, len(self.train_prompts))
-        chosen = [self.train_prompts[i] for i in rng.permutation(len(self.train_prompts))[:count]]
+        order = [self.train_prompts[i] for i in rng.permutation(len(self.train_prompts))]
+        passed = [second.random() < max(self.weights.get(p, (1.0,))) for p in order]
+        chosen = [p for kept in (True, False) for p, ok in zip(order, passed) if ok is kept][:count]
         prompts = [p for p in chosen for _ in range(plan.rollouts)]
-        picks = [int(rng.integers(len(self.videos[p]))) for p in prompts]
+        picks = [self._pick(p, rng, second) for p in prompts]
         rows, parts = len(prompts) // plan.shards, []
         for index in shards:
             mine = slice(index * rows, (index + 1) * rows)
@@ -117,8 +134,11 @@ def prompts_of(teacher: Teacher, count: int | None) -> PromptSplit:
 
 
 def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
-    """ "physics", "physics:dusk", "lights", "folder:PATH", "api:FILE" or a registered "KIND:..." for videos of this format. Nothing
-    is fetched or paid for. ConfigError for another spec and for a teacher without usable videos or prompts."""
+    """ "physics", "physics:dusk", "lights", "folder:PATH", "api:FILE" or a registered "KIND:..." for videos of this format, or several
+    as `mixed.parse` takes them. Nothing is fetched or paid for. ConfigError for another spec and for a teacher without usable videos or
+    prompts."""
+    if (shares := mixed.parse(spec)) is not None:
+        return mixed.MixedTeacher({one: open_teacher(one, video, cache) for one in shares}, shares)
     kind, _, rest = spec.partition(":")
     if kind in TEACHERS:
         return TEACHERS[kind](rest, video, cache)
@@ -148,17 +168,19 @@ def _check_size(spec: str, side: int, video: VideoFormat, remedy: str) -> None:
 
 
 def collect(
-    teacher: Teacher, clips: int, codec_crf: int | None, track: Track, train_prompts: int | None = None
-) -> TeacherVideos:
+    teacher: Teacher, clips: int, codec_crf: int | None, track: Track, train_prompts: int | None = None, *,
+    fetch: bool = True,
+) -> TeacherVideos:  # fmt: skip
     """Ask for `clips` videos of every prompt before training starts. ConfigError without training prompts.
-    train_prompts: as of `prompts_of`."""
+    train_prompts: as of `prompts_of`. fetch: False for the videos that are there, so that nothing is bought."""
     train, held_out = prompts_of(teacher, train_prompts)
     prompts = list(dict.fromkeys(train + held_out))
-    requests = [Request(p, seed) for p in prompts for seed in range(clips)]
-    ticks = iter(track(requests, "fetching teacher videos"))
-    teacher.fetch(requests, lambda: next(ticks, None))
-    for _ in ticks:  # to the end of the bar
-        pass
+    if fetch:
+        requests = [Request(p, seed) for p in prompts for seed in range(clips)]
+        ticks = iter(track(requests, "fetching teacher videos"))
+        teacher.fetch(requests, lambda: next(ticks, None))
+        for _ in ticks:  # to the end of the bar
+            pass
     seeds = {p: teacher.seeds(p, range(clips)) for p in prompts}  # of an API some videos may be refused
     train, held_out = [p for p in train if seeds[p]], [p for p in held_out if seeds[p]]
     if not held_out:
@@ -168,4 +190,6 @@ def collect(
     data = TeacherVideos(teacher, train, held_out, codec_crf, problems=list(teacher.problems))
     for prompt in track(list(dict.fromkeys(train + held_out)), "reading teacher videos"):
         data.videos[prompt] = torch.stack([to_uint8(data.clips([prompt], [seed])[0]) for seed in seeds[prompt]])
+        data.names[prompt] = [teacher.file(prompt, seed) or f"seed {seed}" for seed in seeds[prompt]]
+        data.weights[prompt] = [teacher.weight(prompt, seed) for seed in seeds[prompt]]
     return data

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
-from afd_fast.files.tables import read_csv, write_csv
+from afd_fast.teachers.folder import Entry, read_manifest, write_manifest
 from afd_fast.teachers.teacher import TeacherBase, nothing
 from afd_fast.video_io import checked, write_video
 
@@ -50,12 +50,12 @@ def write_folder(
         raise ConfigError("no prompts to ask the teacher for")
     folder.mkdir(parents=True, exist_ok=True)
     rows = [(p, f"{i:05d}-{seed}.mp4", seed) for i, p in enumerate(prompts) for seed in range(per_prompt)]
-    manifest = folder / "manifest.csv"
+    manifest, known = folder / "manifest.csv", dict[str, Entry]()
     if manifest.exists():
-        known = {row["video"]: row["prompt"] for row in read_csv(manifest, ("prompt", "video"))}
-        if any(known.get(name, prompt) != prompt for prompt, name, _ in rows):
+        known = {entry.video: entry for entry in read_manifest(folder)}
+        if any(known.get(name, Entry(prompt, name)).prompt != prompt for prompt, name, _ in rows):
             raise ConfigError(f"{manifest} names other prompts: choose another folder")
-    write_csv(manifest, ("prompt", "video"), ((prompt, name) for prompt, name, _ in rows))
+    write_manifest(folder, [known.get(name, Entry(prompt, name)) for prompt, name, _ in rows])
     for prompt, name, seed in rows:
         if not (folder / name).exists():
             video, partial = checked(teacher(prompt, seed), prompt, seed), folder / f"{name}.{os.getpid()}.part"

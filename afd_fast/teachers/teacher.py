@@ -50,6 +50,12 @@ class Teacher(Protocol):
     def seeds(self, prompt: str, wanted: Iterable[int]) -> list[int]:
         """Those of the wanted seeds that are different videos."""
 
+    def weight(self, prompt: str, seed: int) -> float:
+        """How often training draws this video, in (0, 1]: half as often as others with 0.5."""
+
+    def file(self, prompt: str, seed: int) -> str:
+        """The name of this video's file in the teacher's folder; empty where it keeps none."""
+
     def familiar(self, prompts: Sequence[str]) -> list[str]:
         """These prompts in the domain the base student knows, if the teacher shows another one: what the student
         forgets is measured on them. Empty where there is no other domain."""
@@ -89,6 +95,12 @@ class TeacherBase:
 
     def seeds(self, prompt: str, wanted: Iterable[int]) -> list[int]:
         return list(wanted)
+
+    def weight(self, prompt: str, seed: int) -> float:
+        return 1.0
+
+    def file(self, prompt: str, seed: int) -> str:
+        return ""
 
     def familiar(self, prompts: Sequence[str]) -> list[str]:
         return []

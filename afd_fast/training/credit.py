@@ -24,7 +24,15 @@ def assign_credit(run: Run, rollouts: Sequence[Rollouts]) -> Metrics:
     prompts, rewards = run.ranks.gather(names, torch.cat(scores))  # [A * B]
     tracker = run.state.tracker
     tracker.clear()  # statistics are of one iteration
-    advantages = tracker.update(prompts, rewards).float()
+    advantages = torch.zeros_like(rewards, dtype=torch.float32)
+    teachers = [run.teachers.get(name) or run.teachers.get(name.rpartition("#")[0], "") for name in prompts]
+    for teacher in dict.fromkeys(
+        teachers
+    ):  # with global_std a scale of its own: one that D scores in another range counts as much
+        rows = torch.tensor([one == teacher for one in teachers], device=rewards.device)
+        advantages[rows] = tracker.update(
+            [p for p, one in zip(prompts, teachers) if one == teacher], rewards[rows]
+        ).float()
     if run.config.shuffle_rewards:
         advantages = advantages[torch.randperm(len(advantages), generator=run.generator("shuffle"))]
     r = reward_to_r(advantages, clip=run.config.loss.adv_clip)

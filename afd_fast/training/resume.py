@@ -33,11 +33,13 @@ def reopen(out: Path, config: TrainConfig, note: Note) -> None:
 
 
 def check_teacher(out: Path, data: TeacherVideos, note: Note) -> None:
-    """Note which of the teacher's videos differ from those that the run started with; the first call keeps their hashes."""
-    path = out / "teacher.json"
-    now = {
-        prompt: hashlib.sha256(videos.contiguous().numpy().data).hexdigest() for prompt, videos in data.videos.items()
-    }
+    """Note which of the teacher's videos, or of their weights, differ from those that the run started with; the first call keeps
+    their hashes."""
+    path, now = out / "teacher.json", {}
+    for prompt, videos in data.videos.items():
+        digest, weights = hashlib.sha256(videos.contiguous().numpy().data), data.weights.get(prompt, [1.0])
+        digest.update(repr(weights).encode() if min(weights) < 1 else b"")
+        now[prompt] = digest.hexdigest()
     if path.exists():
         try:
             before = read_json(path)
@@ -47,7 +49,7 @@ def check_teacher(out: Path, data: TeacherVideos, note: Note) -> None:
         odd = [prompt for prompt in {**before, **now} if before.get(prompt) != now.get(prompt)]
         if odd:
             more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
-            note(f"the teacher's videos have changed: {', '.join(map(repr, odd[:SHOWN]))}{more}")
+            note(f"the teacher's videos or their weights have changed: {', '.join(map(repr, odd[:SHOWN]))}{more}")
     write_json(path, now)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from afd_fast.rollout import RolloutConfig
 from afd_fast.students.lora import trainable
 from afd_fast.students.student import Family
 from afd_fast.teachers.dataset import Shard, prompts_of, shown
+from afd_fast.teachers.mixed import MixedTeacher
 from afd_fast.teachers.teacher import Request, Teacher
 from afd_fast.training.distributed import Ranks
 from afd_fast.training.state import TrainState, generator
@@ -35,12 +36,13 @@ def profiled(name: str) -> Iterator[None]:
 
 @dataclass
 class Run:
-    """One run on this rank. seconds: of this iteration's phases, by name."""
+    """One run on this rank. seconds: of this iteration's phases, by name. teachers: of several, by prompt which one is its."""
 
     config: TrainConfig
     state: TrainState
     ranks: Ranks = Ranks()
     seconds: Metrics = field(default_factory=dict)
+    teachers: Mapping[str, str] = field(default_factory=dict)
     features: FeatureCache | None = None  # of the teacher's clips, where the discriminator keeps them
 
     def __post_init__(self) -> None:
@@ -117,6 +119,9 @@ def facts(run: Run, teacher: Teacher) -> dict[str, str]:
         "videos per iteration": f"{count} of {video.frames} frames, {video.height}x{video.width} pixels, {video.fps} fps",
         "optimiser and average": f"{16 * trained / 2**30:.2f} GiB",
     }
-    prompts = dict.fromkeys([p for part in prompts_of(teacher, config.teacher_prompts) for p in part])
+    split = prompts_of(teacher, config.teacher_prompts)
+    prompts = dict.fromkeys([p for part in split for p in part])
     cost = teacher.cost([Request(p, seed) for p in prompts for seed in range(config.teacher_clips)])
+    if isinstance(teacher, MixedTeacher):
+        found |= {f"prompts of {spec}": about for spec, about in teacher.counts(split).items()}
     return found | ({"teacher's videos": cost} if cost else {})

@@ -24,6 +24,7 @@ from afd_fast.students.student import Family, TrainedWeights, check_settings
 from afd_fast.students.student import family as make_family
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.dataset import BatchPlan, TeacherVideos, check_prompts, collect, open_teacher, prompts_of
+from afd_fast.teachers.mixed import MixedTeacher
 from afd_fast.teachers.teacher import Teacher
 from afd_fast.training import checkpoint
 from afd_fast.training.distributed import Ranks, job
@@ -58,11 +59,12 @@ NOTED = ("loss", "reward", "margin", "accuracy")  # shown at the progress bar
 
 class RunResult(TypedDict):
     """The content of result.json: scores of the base student, the trained one and the teacher, and how they were made.
-    problems: videos left out. notes: what differs from a run left alone: environments, teachers, damage."""
+    teachers: of several, each with the numbers of its prompts and the student's first headline score on them. problems: videos left out. notes: what differs from a run left alone: environments, teachers, damage."""
 
     rows: dict[str, Scores]
     prompts: dict[str, int]
     clips_judged: int
+    teachers: dict[str, dict[str, float]]
     problems: list[str]
     notes: list[str]
     seconds: float
@@ -87,6 +89,8 @@ class Trainer:
                     teacher, config.teacher_clips, config.codec_crf, self._track, config.teacher_prompts
                 )
             check_prompts(teacher.name, self.data.train_prompts, self.plan)  # some may have been refused
+            if isinstance(teacher, MixedTeacher):
+                run.teachers = teacher.owner
             with ranks.led():
                 self.evaluator = Evaluator(run, self.data, self._track)
         for done in list(self.progress.task_ids):
@@ -227,6 +231,15 @@ class Trainer:
             self.evaluator.save_samples(self.out / "samples.safetensors")
             return self._result(weights, seconds) if self.run.ranks.lead and weights is not None else None
 
+    def _by_teacher(self, by_prompt: Sequence[float]) -> dict[str, dict[str, float]]:
+        owner, found = self.run.teachers, dict[str, dict[str, float]]()
+        for spec in dict.fromkeys(owner.values()):
+            scores = [score for prompt, score in zip(self.data.held_out, by_prompt) if owner[prompt] == spec]
+            found[spec] = {"train": sum(owner[p] == spec for p in self.data.train_prompts), "held_out": len(scores)}
+            if scores:
+                found[spec][self.evaluator.judge.headline[0]] = sum(scores) / len(scores)
+        return found
+
     def _result(self, weights: TrainedWeights, seconds: float) -> RunResult:
         config, evaluations = self.run.config, read_rows(self.journal.evaluations)
         held = len(self.data.held_out)
@@ -236,6 +249,7 @@ class Trainer:
             rows=rows,
             prompts={"train": len(self.data.train_prompts), "held_out": held},
             clips_judged=held * config.evaluation.rollouts,
+            teachers=self._by_teacher(evaluations[-1].get("by_prompt", [])),
             problems=self.data.problems,
             notes=[f"after iteration {row['step']}: {row['text']}" for row in read_rows(self.journal.notes)],
             seconds=seconds,
