@@ -64,12 +64,8 @@ class TeacherVideos:
     held_out: list[str]
     codec_crf: int | None
     videos: dict[str, Tensor] = field(default_factory=dict)  # prompt -> [M, 3, F, H, W] uint8, through the door
-    weights: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # prompt -> [M] in (0, 1]; a prompt without them has ones
-    names: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # prompt -> [M] files in the teacher's folder, or seeds in words
+    weights: dict[str, list[float]] = field(default_factory=dict)  # prompt -> [M] in (0, 1]; none: ones
+    names: dict[str, list[str]] = field(default_factory=dict)  # prompt -> [M] files of the teacher, or seeds in words
     problems: list[str] = field(default_factory=list)
 
     def clips(self, prompts: Sequence[str], seeds: Iterable[int]) -> Tensor:

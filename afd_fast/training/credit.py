@@ -26,13 +26,10 @@ def assign_credit(run: Run, rollouts: Sequence[Rollouts]) -> Metrics:
     tracker.clear()  # statistics are of one iteration
     advantages = torch.zeros_like(rewards, dtype=torch.float32)
     teachers = [run.teachers.get(name) or run.teachers.get(name.rpartition("#")[0], "") for name in prompts]
-    for teacher in dict.fromkeys(
-        teachers
-    ):  # with global_std a scale of its own: one that D scores in another range counts as much
+    for teacher in dict.fromkeys(teachers):  # each with a scale of its own, which matters with global_std
         rows = torch.tensor([one == teacher for one in teachers], device=rewards.device)
-        advantages[rows] = tracker.update(
-            [p for p, one in zip(prompts, teachers) if one == teacher], rewards[rows]
-        ).float()
+        own = [prompt for prompt, one in zip(prompts, teachers) if one == teacher]
+        advantages[rows] = tracker.update(own, rewards[rows]).float()
     if run.config.shuffle_rewards:
         advantages = advantages[torch.randperm(len(advantages), generator=run.generator("shuffle"))]
     r = reward_to_r(advantages, clip=run.config.loss.adv_clip)
