@@ -6,6 +6,7 @@ Legend: B rows of the whole batch, K per prompt, b of a shard, A active clips pe
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from afd_fast.reference.advantage import reward_to_r
 from afd_fast.training.rollouts import Rollouts
@@ -22,14 +23,7 @@ def assign_credit(run: Run, rollouts: Sequence[Rollouts]) -> Metrics:
         clips = len(x.scores) // len(x.prompts)
         names += [f"{p}#{clip}" if clip else p for clip in range(clips) for p in x.prompts]
     prompts, rewards = run.ranks.gather(names, torch.cat(scores))  # [A * B]
-    tracker = run.state.tracker
-    tracker.clear()  # statistics are of one iteration
-    advantages = torch.zeros_like(rewards, dtype=torch.float32)
-    teachers = [run.teachers.get(name) or run.teachers.get(name.rpartition("#")[0], "") for name in prompts]
-    for teacher in dict.fromkeys(teachers):  # each with a scale of its own, which matters with global_std
-        rows = torch.tensor([one == teacher for one in teachers], device=rewards.device)
-        own = [prompt for prompt, one in zip(prompts, teachers) if one == teacher]
-        advantages[rows] = tracker.update(own, rewards[rows]).float()
+    advantages = normalised(run, prompts, rewards).float()
     if run.config.shuffle_rewards:
         advantages = advantages[torch.randperm(len(advantages), generator=run.generator("shuffle"))]
     r = reward_to_r(advantages, clip=run.config.loss.adv_clip)
@@ -44,3 +38,18 @@ def assign_credit(run: Run, rollouts: Sequence[Rollouts]) -> Metrics:
         "reward_std_in_prompt": within.std(1, unbiased=False).mean().item(),
         "r_std": r.std().item(),
     }
+
+
+def normalised(run: Run, prompts: list[str], rewards: Tensor) -> Tensor:
+    """Advantages [A * B] of this iteration's rewards. Of several teachers each has a scale of its own, which matters with
+    global_std."""
+    tracker = run.state.tracker
+    tracker.clear()  # statistics are of one iteration
+    if not run.teachers:
+        return tracker.update(prompts, rewards)
+    owners = [run.teachers.get(name) or run.teachers[name.rpartition("#")[0]] for name in prompts]
+    advantages = torch.zeros_like(rewards, dtype=torch.float64)
+    for teacher in dict.fromkeys(owners):
+        rows = [i for i, owner in enumerate(owners) if owner == teacher]
+        advantages[rows] = tracker.update([prompts[i] for i in rows], rewards[rows]).to(advantages)
+    return advantages
