@@ -326,9 +326,10 @@ class TestCommand:
     def test_from_a_folder_to_its_weights(self, videos):
         out = videos / "review"
         result = self.call(f"teacher=folder:{videos}", "--steps", 1, "--weights", "--out", out)
-        said = " ".join(result.output.split())
+        said = "".join(result.output.split())  # a long path is broken where the line ends
         assert result.exit_code == 0, result.output
-        assert "short.mp4: 3 frames at 10 fps, 12 are needed" in said and "1 more cannot be used at all." in said
+        for line in ("short.mp4: 3 frames at 10 fps, 12 are needed", "1 more cannot be used at all."):
+            assert "".join(line.split()) in said
         rows = read_csv(out / "clips.csv", ("prompt", "video", "weight", "reasons", "physics_score", "prompt_score"))
         assert len(rows) == 13 and "3 frames at 10 fps" in rows[0]["reasons"]
         gone = {row["video"]: row["reasons"] for row in rows[1:] if float(row["weight"]) == 0}
