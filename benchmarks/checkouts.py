@@ -32,6 +32,9 @@ class Replaced:
             "32760": str(21 * TOKENS), "4680": str(3 * TOKENS), "3120": str(2 * TOKENS), "1560": str(TOKENS),
         }  # fmt: skip
 
+        if importlib.util.find_spec("einops") is None:
+            self.stand_in("einops", repeat=object)
+
     def package(self, name: str) -> None:
         """An empty package, so that its __init__ does not import all of it."""
         module = types.ModuleType(name)
@@ -81,8 +84,6 @@ def load(checkout: Path) -> Replaced:
     theirs.stand_in("wan.modules.tokenizers", HuggingfaceTokenizer=nothing)
     theirs.stand_in("wan.modules.vae", _video_vae=nothing)
     theirs.stand_in("wan.modules.t5", umt5_xxl=nothing)
-    if importlib.util.find_spec("einops") is None:
-        theirs.stand_in("einops", repeat=nothing)
     with uncompiled():
         attention = theirs.module("wan.modules.attention")
         attention.attention = attention.flash_attention = sdpa
@@ -117,8 +118,6 @@ def load_longlive2(checkout: Path) -> None:
     ):  # fmt: skip
         theirs.stand_in(module, **{name: nothing})
     theirs.stand_in("utils.dataset", DEFAULT_SCENE_CUT_PREFIX="The scene transitions. ")
-    if importlib.util.find_spec("einops") is None:
-        theirs.stand_in("einops", repeat=nothing)
     with uncompiled():
         attention = theirs.module("wan_5b.modules.attention")
         attention.attention = attention.flash_attention = sdpa

@@ -240,29 +240,28 @@ def official(case: Case, given: Prepared) -> Tensor:
     )  # fmt: skip
     latents = noise.transpose(1, 2)
     text, vae = TextStandIn(texts), VAEStandIn()
-    if second:
-        wrapper._compiled_model_call = None
-        settings |= Options(
-            num_train_timestep=1000, timestep_shift=config.shift, guidance_scale=config.guidance or 1.0, negative_prompt="1",
-            image_or_video_shape=[case.batch, case.frames, SIZES.in_dim, HEIGHT, WIDTH],
-            inference=Options(sampling_steps=config.unipc_steps, sink_size=config.sink, local_attn_size=config.window),
-        )  # fmt: skip
-        chunks = [["0"] * (case.frames // config.chunk)] * case.batch
-        diffusion = modules["pipeline.causal_diffusion_inference"].CausalDiffusionInferencePipeline(
-            Options(settings), "cpu", generator=wrapper, text_encoder=text, vae=vae
-        )
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            return diffusion.inference(latents, chunks, return_latents=True).transpose(1, 2)
     if config.unipc_steps is not None:
         settings |= Options(
-            num_train_timestep=1000, timestep_shift=config.shift, guidance_scale=config.guidance, negative_prompt="1"
+            num_train_timestep=1000,
+            timestep_shift=config.shift,
+            guidance_scale=config.guidance or 1.0,
+            negative_prompt="1",
         )
+        texts_of_rows: list[Any] = ["0"] * case.batch
+        if second:  # a text for each chunk
+            wrapper._compiled_model_call = None
+            settings |= Options(
+                image_or_video_shape=[case.batch, case.frames, SIZES.in_dim, HEIGHT, WIDTH],
+                inference=Options(sink_size=config.sink, local_attn_size=config.window),
+            )
+            texts_of_rows = [["0"] * (case.frames // config.chunk)] * case.batch
         diffusion = modules["pipeline.causal_diffusion_inference"].CausalDiffusionInferencePipeline(
             Options(settings), "cpu", generator=wrapper, text_encoder=text, vae=vae
         )
         diffusion.sampling_steps = config.unipc_steps
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            return diffusion.inference(latents, ["0"] * case.batch, return_latents=True)[1].transpose(1, 2)
+            found = diffusion.inference(latents, texts_of_rows, return_latents=True)
+        return (found if second else found[1]).transpose(1, 2)
     interactive = "pipeline.interactive_causal_inference" in modules and bool(case.switches)
     where = modules["pipeline.interactive_causal_inference" if interactive else "pipeline.causal_inference"]
     pipeline = getattr(where, "InteractiveCausalInferencePipeline" if interactive else "CausalInferencePipeline")(

@@ -188,10 +188,17 @@ def checked_run(config: "TrainConfig") -> Iterator[Check]:
     yield from memory(config)
 
 
+def _teachers(config: "TrainConfig") -> list[str]:
+    """The specs of the run's teachers."""
+    from afd_fast.teachers import mixed
+
+    return list(mixed.parse(config.teacher) or [config.teacher])
+
+
 def packages(config: "TrainConfig") -> Iterator[Check]:
     from afd_fast.students.student import WAN, entry
 
-    small = entry(config.student.name) is not WAN and "api:" not in config.teacher
+    small = entry(config.student.name) is not WAN and not any(spec.startswith("api:") for spec in _teachers(config))
     extra = "demo" if small else "train"
     missing = not_installed(extra)
     state: Literal["ok", "fails"] = "fails" if missing else "ok"
@@ -204,13 +211,12 @@ def sources(config: "TrainConfig") -> Iterator[Check]:
     from afd_fast.discriminators.config import DISCRIMINATORS
     from afd_fast.students.files import check_source
     from afd_fast.students.student import FAMILIES
-    from afd_fast.teachers import mixed
     from afd_fast.teachers.dataset import check_prompts
     from afd_fast.teachers.folder import read_manifest
     from afd_fast.teachers.teacher import hold_out
     from afd_fast.training.trainer import batch_plan
 
-    teachers = list(mixed.parse(config.teacher) or [config.teacher])
+    teachers = _teachers(config)
 
     def student() -> None:
         if config.student.name not in FAMILIES:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from afd_fast.errors import ConfigError, VideoError
+from afd_fast.files.durable import settle
 from afd_fast.files.tables import inside, read_csv, write_csv
 from afd_fast.files.text import check_folder, read_text
 from afd_fast.teachers.teacher import TeacherBase
@@ -64,7 +65,7 @@ def write_manifest(folder: Path, entries: Sequence[Entry]) -> Path:
     partial = source.with_name(f"{source.name}.{os.getpid()}.part")
     lines = (json.dumps({key: row[key] for key in columns if key in row}, ensure_ascii=False) for row in rows)
     partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    partial.replace(source)
+    settle(partial, source)
     return source
 
 

@@ -59,9 +59,8 @@ def methods(
         method = METHODS[name]
         keys = {"method": name, **method.defaults, "update.lr": config.update.lr * method.lr_scale}
         usual = with_values(config, keys)
-        given = to_dict(with_overrides(usual, own.get(name, [])))
-        keys |= {key: value for key, value in given.items() if value != to_dict(usual)[key]}
-        found.append(Variant(name, keys))
+        before, given = to_dict(usual), to_dict(with_overrides(usual, own.get(name, [])))
+        found.append(Variant(name, keys | {key: value for key, value in given.items() if value != before[key]}))
     return found
 
 

@@ -180,14 +180,14 @@ def _fit(
     def draw(count: int) -> int:
         return int(torch.randint(count, (), generator=rng))
 
+    foreign = {prompt: [x for x in seen if x.prompt != prompt] or seen for prompt in {x.prompt for x in seen}}
     for _ in range(steps):
         next(ticks, None)
         picks = [seen[draw(len(seen))] for _ in range(clips.size)]
         if contrast == "physics":
             others = [Request(key.prompt, -1 - draw(ROLLOUTS)) for key in picks]
         else:
-            foreign = [[x for x in seen if x.prompt != key.prompt] or seen for key in picks]
-            others = [found[draw(len(found))] for found in foreign]
+            others = [foreign[key.prompt][draw(len(foreign[key.prompt]))] for key in picks]
         optimizer.zero_grad()
         pair = clips.pair(picks, others)
         run.discriminator.paired_loss(*pair, [key.prompt for key in picks], objective, rng=rng).loss.backward()
