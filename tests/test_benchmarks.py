@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
+from afd_fast.errors import ConfigError
+from afd_fast.training import runs
+from afd_fast.training.compare import runs as planned
+from benchmarks import budget, report
 from benchmarks.rows import COLUMNS, CUDA, CYCLES, Clock, Times, append_rows, commit
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +57,25 @@ def test_rows_go_to_a_file_and_a_page(tmp_path: Path) -> None:
     output("report", rows, "--out", page)
     assert "No GPU has been measured" in page.read_text() and page.read_text().count("| nft_afd |") == 1
     assert next(tmp_path.glob("page-cpu-x*.png")).read_bytes().startswith(b"\x89PNG")
+
+
+def test_budgets_are_asked_for_as_prompts_and_clips(tmp_path: Path) -> None:
+    """A budget is what both methods ask their teacher for, and the picture is drawn from comparison.json's rows."""
+    budgets = [16, 32, 448]
+    asked = {}
+    for folder, config in planned(runs.regime(), budget.variants(runs.regime(), budgets), 1, tmp_path).items():
+        asked[folder.name] = (
+            config.method,
+            (config.teacher_prompts or 32) * config.teacher_clips,
+            config.teacher_in_group,
+        )
+    assert asked == {f"{m} {n}-0": (m, n, m == "afd") for n in budgets for m in ("sft", "afd")}
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        budget.keys_of(100)
+    scores = {key: {"mean": 1.0, "values": [0.5, 1.5]} for key in budget.SCORES}
+    names = [f"{m} {n}" for n in budgets for m in ("sft", "afd")]
+    budget.draw(dict.fromkeys(["base", "teacher", *names], scores), budgets, tmp_path / "budget.png")
+    assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
 
 
 def row(case: str, variant: str, shape: str, ms: float, kind: str = "forward", **more: str) -> dict[str, str]:

@@ -73,6 +73,7 @@ def test_overrides_are_typed():
         ("iterations", "key=value"),
         ("update.v_old=new", "v_old must be"),
         ("rollouts_per_prompt=1", "at least 2"),
+        ("teacher_in_group=2", "true or false"),
         ("iterations=0", "at least 1"),
     ],
 )
@@ -98,6 +99,15 @@ def test_graphs_are_refused_where_nothing_could_be_replayed():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="CUDA graphs, and the student is on cpu"):
             new_run(with_overrides(TrainConfig(), [*keys, "rollout.chunk=3"]))
+
+
+def test_a_teachers_clip_joins_whole_rollouts_of_afd_alone():
+    for given, message in (
+        (["method=sft"], "needs method=afd"),
+        (["student=tiny", "stream.frames=42"], "leave out stream.frames"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            with_overrides(TrainConfig(), [*given, "teacher_in_group=true"])
 
 
 def test_every_key_has_a_meaning():

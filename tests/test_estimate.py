@@ -295,7 +295,15 @@ def test_command(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["method=sft", "student.frames=7", "rollout.window=9", "stream.frames=42", "update.history=block_causal"]
+    "wrong",
+    [
+        "method=sft",
+        "student.frames=7",
+        "rollout.window=9",
+        "stream.frames=42",
+        "update.history=block_causal",
+        "teacher_in_group=true",
+    ],
 )
 def test_what_cannot_be_counted_is_said(wrong):
     with pytest.raises(ConfigError, match="counts method=|whole chunks"):

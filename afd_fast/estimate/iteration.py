@@ -55,9 +55,10 @@ class Networks:
 
 def networks(config: TrainConfig) -> Networks:
     """ConfigError for what a student cannot have, and for what is not counted."""
-    if config.method != "afd" or config.update.history != "detached" or config.stream.frames or config.rollout.window:
+    uncounted = config.stream.frames or config.rollout.window or config.teacher_in_group
+    if config.method != "afd" or config.update.history != "detached" or uncounted:
         raise ConfigError(
-            "estimate counts method=afd with update.history=detached, without stream.frames and rollout.window"
+            "estimate counts method=afd with update.history=detached, without stream.frames, rollout.window and teacher_in_group"
         )
     if not config.student.lora_rank:
         raise ConfigError("estimate counts adapters: set student.lora_rank above 0")

@@ -47,7 +47,7 @@ def regime() -> TrainConfig:
     return replace(
         demo(),
         name="regime",
-        iterations=200,
+        iterations=120,
         teacher="lights",
         prompts_per_step=8,
         rollouts_per_prompt=4,

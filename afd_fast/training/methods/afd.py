@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from afd_fast.teachers.dataset import Shard
 from afd_fast.training.credit import assign_credit
 from afd_fast.training.methods.method import Method
-from afd_fast.training.rollouts import decode, draw_place, sample, score
+from afd_fast.training.rollouts import decode, draw_place, sample, score, with_teacher
 from afd_fast.training.run import Metrics, Run
 from afd_fast.training.update import Targets, update_discriminator, update_student
 
@@ -23,6 +23,9 @@ def iteration(run: Run, shards: Sequence[Shard]) -> Metrics:
     with run.phase("score"):
         for x in rollouts:
             score(run, x)
+    if run.config.teacher_in_group:
+        with run.phase("encode"):
+            rollouts = [with_teacher(run, x, shard) for x, shard in zip(rollouts, shards)]
     metrics |= assign_credit(run, rollouts)
     if active is not None:
         metrics["place"] = float(active.start)
