@@ -302,11 +302,13 @@ def test_command(tmp_path):
         "rollout.window=9",
         "stream.frames=42",
         "update.history=block_causal",
+        "fsdp=true",
+        "sequence_parallel=2",
         "teacher_in_group=true",
     ],
 )
 def test_what_cannot_be_counted_is_said(wrong):
-    with pytest.raises(ConfigError, match="counts method=|whole chunks"):
+    with pytest.raises(ConfigError, match="counts method=|counts one GPU|whole chunks"):
         networks("student=tiny", "update.chunked=false", wrong)
     with pytest.raises(ConfigError, match="known: h100, h200"):
         estimate.gpu_of("b200")

@@ -60,6 +60,8 @@ def networks(config: TrainConfig) -> Networks:
         raise ConfigError(
             "estimate counts method=afd with update.history=detached, without stream.frames, rollout.window and teacher_in_group"
         )
+    if config.fsdp or config.sequence_parallel > 1:
+        raise ConfigError("estimate counts one GPU that holds the whole student: leave out fsdp and sequence_parallel")
     if not config.student.lora_rank:
         raise ConfigError("estimate counts adapters: set student.lora_rank above 0")
     wan = entry(config.student.name) is WAN
