@@ -1,11 +1,18 @@
 """Distillation to few steps: DMD's gradient, its step on a many-step student, and the command."""
 
+import contextlib
 import copy
+import signal
+import sys
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from afd_fast.cli.main import main
+from afd_fast.students.toy import pretrain, shipped
 from afd_fast.students.toy.family import of_student
 from afd_fast.students.toy.model import ToyConfig, ToyStudent
 from afd_fast.training import self_forcing
@@ -104,3 +111,45 @@ def test_the_student_does_not_move_before_the_fake_score_has_learnt(monkeypatch)
     family = small_family()
     made = self_forcing.distill(family, ["a"], iterations=7, report=silent).state_dict()
     assert all(torch.equal(v, made[k]) for k, v in family.student.state_dict().items())
+
+
+@pytest.mark.parametrize("steps, stop", [(6, 4), (40, 33)])  # of pretraining, and of the distillation with its warm-up
+def test_a_stopped_command_continues_bit_for_bit(tmp_path, monkeypatch, capfd, steps, stop):
+    distilled = steps == 40
+    world = replace(pretrain.PHYSICS, student=SMALL, clips=8, steps=6, batch=2)
+    monkeypatch.setitem(pretrain.WORLDS, "physics", world)
+    monkeypatch.setattr(self_forcing, "BATCH", 2)
+    monkeypatch.setattr(self_forcing, "distill", partial(self_forcing.distill, iterations=40))
+    monkeypatch.chdir(tmp_path)
+    shipped.save(small_family().student, tmp_path / "many.safetensors", world="physics")
+    seen, stops = [], []
+
+    @contextlib.contextmanager
+    def shown(console):
+        def report(step, of, loss):
+            seen.append(step)
+            if [step] == stops:
+                signal.raise_signal(signal.SIGTERM)
+
+        yield report
+
+    monkeypatch.setattr(shipped, "shown", shown)
+
+    def make(out, status):
+        words = ["--distill", "many.safetensors"] if distilled else ["--world", "physics"]
+        monkeypatch.setattr(sys, "argv", ["afd-fast", "pretrain", *words, "--out", out])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert (end.value.code or 0) == status
+
+    make("whole.safetensors", 0)
+    stops.append(stop)
+    make("base.safetensors", 130)
+    assert "the same command continues" in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "base.safetensors").exists() and (tmp_path / "base.state").exists()
+    seen.clear(), stops.clear()
+    make("base.safetensors", 0)
+    assert seen == list(range(stop + 1, steps + 1))
+    whole, again = (shipped.load(tmp_path / f"{name}.safetensors").state_dict() for name in ("whole", "base"))
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+    assert {p.name for p in tmp_path.iterdir()} == {f"{n}.safetensors" for n in ("many", "whole", "base")}

@@ -1,6 +1,9 @@
 """What the commands share: the terminal, options, a training run from its configuration to its report."""
 
+import contextlib
+import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +16,7 @@ from afd_fast.errors import ConfigError
 if TYPE_CHECKING:
     from afd_fast.config import TrainConfig
     from afd_fast.students import Family
+    from afd_fast.students.toy.pretrain import Kept, Report
 
 console = Console(emoji=False)  # a path may hold ":x:"
 
@@ -55,6 +59,26 @@ def check_place(out: Path) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         what = "cannot be written" if nearest.is_dir() else "is a file"
         raise ConfigError(f"{out} cannot be made, as {nearest} {what}: choose another --out")
+
+
+@contextlib.contextmanager
+def keeping(base: Path, made: Mapping[str, Any]) -> Iterator[tuple["Report", "Kept"]]:
+    """Around the minutes that make a base student's file `base`: the bar, and what keeps them. A stop ends them after the step that
+    runs, and the same command continues; `made`: what tells these minutes from others."""
+    from afd_fast.students.toy import shipped
+    from afd_fast.students.toy.pretrain import Kept
+    from afd_fast.training.progress import on_stop_signal
+
+    check_writable(base)
+    kept = Kept(base.with_suffix(".state"), json.dumps(made))
+
+    def stop(*_: object) -> None:
+        kept.stop = True
+        console.print("stopping after this step ...")
+
+    with shipped.shown(console) as report, on_stop_signal(stop):
+        yield report, kept
+    kept.path.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:

@@ -1,7 +1,6 @@
 """`afd-fast distill`: a small student of a user's own videos, on any machine."""
 
 import hashlib
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,9 @@ from afd_fast.cli.common import (
     Overwrite,
     Resume,
     check_place,
-    check_writable,
     console,
     height_width,
+    keeping,
     run,
     table,
 )
@@ -235,20 +234,10 @@ def _pretrain(
 ) -> None:
     """Make the base student's file; it appears whole or not at all. What is done of it is kept next to it."""
     from afd_fast.files.durable import settle
-    from afd_fast.students.toy import pixel, shipped
-    from afd_fast.students.toy.pretrain import Kept
-    from afd_fast.training.progress import on_stop_signal
+    from afd_fast.students.toy import pixel
 
-    check_writable(base)
-    kept = Kept(base.with_suffix(".state"), json.dumps(made))
-
-    def stop(*_: object) -> None:
-        kept.stop = True
-        console.print("stopping after this step ...")
-
-    with shipped.shown(console) as report, on_stop_signal(stop):
+    with keeping(base, made) as (report, kept):
         student = pixel.pretrain(clips, video, steps, seed=seed, report=report, kept=kept)
-    partial = base.with_suffix(".part")
-    pixel.save(student, video, partial, made)
-    settle(partial, base)
-    kept.path.unlink(missing_ok=True)
+        partial = base.with_suffix(".part")
+        pixel.save(student, video, partial, made)
+        settle(partial, base)

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from afd_fast.cli import missing
 from afd_fast.cli import sampling as cli
-from afd_fast.cli.common import Keys, Out, Overwrite, Resume, check_writable, console, table
+from afd_fast.cli.common import Keys, Out, Overwrite, Resume, console, keeping, table
 from afd_fast.cli.common import run as train_run
 from afd_fast.cli.distill import distill
 from afd_fast.cli.doctor import doctor
@@ -101,8 +101,8 @@ def demo(
         check_folder(out, config, overwrite=overwrite, resume=resume)
         weights = out.with_name(f"{out.name}.base.safetensors")
         if not weights.exists():
-            check_writable(weights)
-            shipped.make(console, weights)
+            with keeping(weights, {"world": "physics"}) as (report, kept):
+                shipped.make(weights, report=report, kept=kept)
         family = toy.of_student(shipped.load(weights))
     train_run(config, out, overwrite, resume, family)
 

@@ -1,12 +1,13 @@
 """`afd-fast pretrain`: the base students of the embedded worlds, from nothing."""
 
+import hashlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from afd_fast.cli.common import Seed, check_writable, console
+from afd_fast.cli.common import Seed, console, keeping
 from afd_fast.errors import ConfigError
 
 
@@ -38,8 +39,9 @@ def pretrain(
     chunk = WORLDS[name].student.chunk
     if frames is not None and (frames < chunk or frames % chunk):
         raise ConfigError(f"--frames must be a multiple of {chunk}, got {frames}")
-    check_writable(out)
-    shipped.make(console, out, name=name, seed=seed, frames=frames)
+    with keeping(out, {"world": name, "seed": seed, "frames": frames}) as (report, kept):
+        loss = shipped.make(out, name=name, seed=seed, frames=frames, report=report, kept=kept)
+    console.print(f"{escape(str(out))}: loss {loss}")
 
 
 def _distill(many: Path, out: Path, seed: int) -> None:
@@ -50,10 +52,10 @@ def _distill(many: Path, out: Path, seed: int) -> None:
     from afd_fast.training import self_forcing
 
     student, name = shipped.load(many), shipped.world_of(many)
-    check_writable(out)
-    with shipped.shown(console) as report:
-        made = self_forcing.distill(of_student(student), WORLDS[name].prompts, seed=seed, report=report)
-    assert isinstance(made, ToyStudent)
-    command = f"afd-fast pretrain --distill {many.name} --seed {seed}"
-    shipped.save(made, out, world=name, command=command, seed=str(seed))
+    of = {"distilled": hashlib.sha256(many.read_bytes()).hexdigest(), "seed": seed}
+    with keeping(out, of) as (report, kept):
+        made = self_forcing.distill(of_student(student), WORLDS[name].prompts, seed=seed, report=report, kept=kept)
+        assert isinstance(made, ToyStudent)
+        command = f"afd-fast pretrain --distill {many.name} --seed {seed}"
+        shipped.save(made, out, world=name, command=command, seed=str(seed))
     console.print(escape(str(out)))

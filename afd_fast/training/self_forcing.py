@@ -18,6 +18,7 @@ from torch import Tensor
 from afd_fast.reference.flow import forward_noise, x0_from_velocity
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students.student import Context, Family, StudentModule
+from afd_fast.students.toy.pretrain import Kept
 from afd_fast.training.state import generator
 
 STEPS = (1000.0, 500.0, 250.0)
@@ -68,8 +69,9 @@ class Noised:
 
 
 def distill(
-    family: Family, prompts: Sequence[str], *, iterations: int = ITERATIONS, seed: int = 0, report: Report
-) -> StudentModule:
+    family: Family, prompts: Sequence[str], *, iterations: int = ITERATIONS, seed: int = 0, report: Report,
+    kept: Kept | None = None,
+) -> StudentModule:  # fmt: skip
     """The family's many-step student distilled to the few STEPS: averaged weights. The family's own stays as it is."""
     sampler = RolloutConfig(steps=STEPS, shift=1.0, chunk=family.chunk)
     real = copy.deepcopy(family.student).requires_grad_(False)
@@ -79,7 +81,8 @@ def distill(
         torch.optim.AdamW(model.parameters(), lr, betas=(0.0, 0.99), weight_decay=0.0)
         for model, lr in ((student, LR), (fake, FAKE_LR))
     )
-    for step in range(iterations):
+    parts = {"student": student, "average": average, "fake": fake, "of_student": of_student, "of_fake": of_fake}
+    for step in range(kept.restore(parts) if kept is not None else 0, iterations):
         rng = generator(seed, step, "self_forcing")
         picks = torch.randint(len(prompts), (BATCH,), generator=rng).tolist()
         context = family.text([prompts[i] for i in picks])
@@ -102,6 +105,8 @@ def distill(
         error = (seen.clean(fake) - seen.x0) / seen.sigma.clamp(min=0.08)  # as in pretraining
         _step(of_fake, fake, loss := error.square().mean())
         report(step + 1, iterations, loss.item())
+        if kept is not None:
+            kept.step(step + 1, iterations, parts)
     return average
 
 

@@ -4,7 +4,7 @@ is distilled (training/self_forcing.py)."""
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ def wrong_world_clips(world: World, seed: int = 0) -> tuple[torch.Tensor, list[s
     return world.sample_clips(prompts, rng, WRONG_GRAVITY, WRONG_ELASTICITY, world.student.frames), prompts
 
 
-def pretrain(world: World, *, seed: int = 0, report: Report) -> ToyStudent:
+def pretrain(world: World, *, seed: int = 0, report: Report, kept: "Kept | None" = None) -> ToyStudent:
     """A many-step student of the wrong world (EMA weights)."""
     torch.manual_seed(seed)
     data, prompts = wrong_world_clips(world, seed)
@@ -71,7 +71,7 @@ def pretrain(world: World, *, seed: int = 0, report: Report) -> ToyStudent:
         pick = torch.randint(0, world.clips, (world.batch,))
         return Batch(encode_video(data[pick].float() / 255), ids[pick])
 
-    return fit(ToyStudent(world.student), draw, world.steps, horizon=world.horizon, lr=2e-3, report=report)
+    return fit(ToyStudent(world.student), draw, world.steps, horizon=world.horizon, lr=2e-3, report=report, kept=kept)
 
 
 class Batch(NamedTuple):
@@ -94,18 +94,24 @@ class Kept:
         self.path, self.about, self.stop = path, about, False
         self._written = time.monotonic()
 
-    def read(self) -> dict[str, Any] | None:
-        """The state, if there is one."""
+    def restore(self, parts: Mapping[str, Any]) -> int:
+        """Give the parts (modules, optimisers) and torch the state that was kept, if one was; returns the steps done."""
         found = read_tensors(self.path) if self.path.exists() else {}
-        return found if found.get("about") == self.about else None
+        if found.get("about") != self.about:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(found[name])
+        torch.set_rng_state(found["rng"])
+        return int(found["step"])
 
-    def step(self, done: int, of: int, state: Callable[[], dict[str, Any]]) -> None:
-        """After every step. Interrupted after a stop, CheckpointError where the disk refuses."""
+    def step(self, done: int, of: int, parts: Mapping[str, Any]) -> None:
+        """After every step, with its parts. Interrupted after a stop, CheckpointError where the disk refuses."""
         if done == of or not (self.stop or time.monotonic() > self._written + self.EVERY):
             return
         partial = self.path.with_suffix(".part")
         try:
-            torch.save({"about": self.about, "step": done, "rng": torch.get_rng_state(), **state()}, partial)
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({"about": self.about, "step": done, "rng": torch.get_rng_state(), **state}, partial)
             settle(partial, self.path)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             partial.unlink(missing_ok=True)
@@ -128,12 +134,7 @@ def fit(
     average = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-2)
     parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
-    before = kept.read() if kept is not None else None
-    if before is not None:
-        for name, part in parts.items():
-            part.load_state_dict(before[name])
-        torch.set_rng_state(before["rng"])
-    for step in range(before["step"] if before else 0, steps):
+    for step in range(kept.restore(parts) if kept is not None else 0, steps):
         for group in optimizer.param_groups:
             cosine = 0.5 * (1 + np.cos(np.pi * step / (horizon or steps)))
             group["lr"] = float(lr * min(1, step / 100) * (cosine + 0.02))
@@ -156,5 +157,5 @@ def fit(
                 a.lerp_(b, 1 - min(0.998, (1 + step) / (10 + step)))
         report(step + 1, steps, loss.item())
         if kept is not None:
-            kept.step(step + 1, steps, lambda: {name: part.state_dict() for name, part in parts.items()})
+            kept.step(step + 1, steps, parts)
     return average

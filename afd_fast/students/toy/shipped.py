@@ -9,6 +9,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from afd_fast.errors import extra
+from afd_fast.files.durable import settle
 from afd_fast.files.tensors import save_tensors
 from afd_fast.students.files import loading
 from afd_fast.students.toy import pretrain
@@ -16,7 +17,6 @@ from afd_fast.students.toy.model import ToyConfig, ToyStudent
 
 with extra("demo"):
     from rich.console import Console
-    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from safetensors import safe_open
 
@@ -70,30 +70,33 @@ def shown(console: Console) -> Iterator[pretrain.Report]:
         yield report
 
 
-def make(console: Console, out: Path, *, name: str = "physics", seed: int = 0, frames: int | None = None) -> ToyStudent:
+def make(
+    out: Path, *, name: str = "physics", seed: int = 0, frames: int | None = None, report: pretrain.Report,
+    kept: pretrain.Kept | None = None,
+) -> str:  # fmt: skip
     """Pretrain the base student of a world of `pretrain.WORLDS` from nothing; `out` gets the weights, with command, seed and loss
-    as metadata. frames: of its clips; None: the world's."""
+    as metadata. frames: of its clips; None: the world's. Returns the loss, the mean of the last 200 steps."""
     world = pretrain.WORLDS[name]
     if frames is not None:
         world = replace(world, student=replace(world.student, frames=frames))
     losses: list[float] = []
-    with shown(console) as show:
 
-        def report(step: int, of: int, loss: float) -> None:
-            losses.append(loss)
-            show(step, of, loss)
+    def noted(step: int, of: int, loss: float) -> None:
+        losses.append(loss)
+        report(step, of, loss)
 
-        student = pretrain.pretrain(world, seed=seed, report=report)
+    student = pretrain.pretrain(world, seed=seed, report=noted, kept=kept)
     command = f"afd-fast pretrain --world {name} --seed {seed} --frames {world.student.frames}"
-    loss = f"{sum(losses[-200:]) / len(losses[-200:]):.4f}"  # mean of the last 200 steps
+    loss = f"{sum(losses[-200:]) / len(losses[-200:]):.4f}"
     save(student, out, world=name, command=command, seed=str(seed), loss=loss)
-    console.print(f"{escape(str(out))}: loss {loss}")
-    return student
+    return loss
 
 
 def save(student: ToyStudent, out: Path, **about: str) -> None:
-    """Write a base student's weights, with what made them as metadata: world, command, seed, figures."""
-    save_tensors(student.state_dict(), out, {"config": json.dumps(asdict(student.config)), **about})
+    """Write a base student's weights, with what made them as metadata: world, command, seed, figures. The file appears whole."""
+    partial = out.with_suffix(".part")
+    save_tensors(student.state_dict(), partial, {"config": json.dumps(asdict(student.config)), **about})
+    settle(partial, out)
 
 
 def world_of(path: Path) -> str:
