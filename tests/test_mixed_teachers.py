@@ -99,6 +99,37 @@ class TestDivision:
         again = self.of({"t0": share, "t1": 1 - share}, words(40)[::-1], [*words(40), *words(5, "more")])
         assert again.owner == found.owner
 
+    def test_of_a_common_prompt_the_teacher_with_better_clips(self):
+        """By the mean weight of its clips, however many; shares divide what is left, and a clip that is not there yet counts as 1."""
+
+        class Weighted(Of):
+            def __init__(self, name, prompts, weights):
+                super().__init__(name, prompts)
+                self.weights = weights
+
+            def seeds(self, prompt, wanted):
+                return [seed for seed in wanted if seed < len(self.weights.get(prompt, ()))]
+
+            def weight(self, prompt, seed):
+                return self.weights[prompt][seed]
+
+        prompts = words(20)
+        a = Weighted(
+            "a", prompts, {"p 0": [0.9, 0.5], "p 1": [0.2], "p 2": [0.3, 0.3], **{p: [1.0] for p in prompts[4:]}}
+        )
+        b = Weighted("b", [*prompts, "q"], {"p 0": [0.6], "p 1": [0.1, 0.4], "p 2": [0.3], "q": [0.1]})
+        owners = []
+        for teachers in ({"a": a, "b": b}, {"b": b, "a": a}):
+            found = MixedTeacher(teachers, {"a": 0.5, "b": 0.5})
+            owners.append(found.owner)
+            assert (found.owner["p 0"], found.owner["p 1"], found.owner["q"]) == ("a", "b", "b")
+            assert [found.owner[p] for p in prompts[2:]].count("a") == 9
+        assert sum(owners[0][p] != owners[1][p] for p in prompts[:2]) == 0
+        with pytest.raises(ConfigError, match="t1 is left without a prompt: .* its clips larger weights"):
+            MixedTeacher(
+                {"t0": Of("t0", ["p 0"]), "t1": Weighted("t1", ["p 0"], {"p 0": [0.5]})}, {"t0": 0.5, "t1": 0.5}
+            )
+
     def test_each_prompt_has_one_teacher_and_one_role(self):
         found = self.of(None, words(30), words(30)[::-1], words(20))
         train, held_out = found.split()

@@ -1,12 +1,14 @@
 """Several teachers at once, each prompt with exactly one of them.
 
-A prompt that a single teacher knows is that one's. Prompts that several know are divided among them by their shares, in an order that is
-a hash of the prompts: the same in every run, and independent of what a list begins with.
+A prompt that a single teacher knows is that one's. One that several know is theirs whose clips of it have the largest mean weight. What
+the weights leave open is divided by the shares, in an order that is a hash of the prompts: the same in every run, and independent of what
+a list begins with.
 """
 
 import hashlib
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -44,6 +46,9 @@ def parse(spec: str) -> dict[str, float] | None:
     return {name: float(share) for name, share in given.items()}
 
 
+CLIPS = 64  # of a prompt whose weights are asked for
+
+
 class MixedTeacher(TeacherBase):
     """Teachers by their specs; shares as of `parse`. ConfigError for teachers that no one judge can score, for shares where no prompt is
     known to two of them, and for a teacher that is left without a prompt."""
@@ -63,7 +68,9 @@ class MixedTeacher(TeacherBase):
                 raise ConfigError(f"{teacher.name} shows another look, which is judged by itself: train on it alone")
         self.owner = self._divided(shares)
         if idle := [spec for spec in teachers if spec not in self.owner.values()]:
-            raise ConfigError(f"teacher={idle[0]} is left without a prompt: give it a larger share, or leave it out")
+            raise ConfigError(
+                f"teacher={idle[0]} is left without a prompt: give it a larger share or its clips larger weights, or leave it out"
+            )
 
     def _divided(self, shares: Mapping[str, float]) -> dict[str, str]:
         """By prompt, the spec of its teacher."""
@@ -73,7 +80,9 @@ class MixedTeacher(TeacherBase):
                 known[prompt].append(spec)
         groups = defaultdict[tuple[str, ...], list[str]](list)
         for prompt, specs in known.items():
-            groups[tuple(specs)].append(prompt)
+            quality = {spec: self._quality(spec, prompt) for spec in specs}
+            best = max(quality.values())
+            groups[tuple(spec for spec in specs if math.isclose(quality[spec], best))].append(prompt)
         if len(set(shares.values())) > 1 and all(len(specs) == 1 for specs in groups):
             raise ConfigError(f"{self.name} have no prompt in common to share: leave the shares out")
         owner = dict[str, str]()
@@ -86,6 +95,12 @@ class MixedTeacher(TeacherBase):
                 owner |= dict.fromkeys(prompts[start:end], spec)
                 start = end
         return owner
+
+    def _quality(self, spec: str, prompt: str) -> float:
+        """The mean weight of a teacher's clips of a prompt; 1 where it has none yet."""
+        teacher = self.teachers[spec]
+        weights = [teacher.weight(prompt, seed) for seed in teacher.seeds(prompt, range(CLIPS))]
+        return statistics.fmean(weights) if weights else 1.0
 
     def _of(self, prompt: str) -> Teacher:
         if prompt not in self.owner:
