@@ -29,6 +29,7 @@ from afd_fast.students.student import (
     texts_of_chunks,
 )
 
+SCENE = 45  # frames of the window before a scene cut's chunk (infinity-rope 63d7b84, wan/modules/causal_model.py:29)
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]  # one, or one per sample
 
 
@@ -90,6 +91,7 @@ class _Sampler:
         self.batch = noise.shape[0]
         self.size = (frames, noise.shape[3], noise.shape[4])
         self.cache: Cache = None
+        self.away = 0  # frames by which the chunk's positions are off, after a scene cut
         self.tables: dict[tuple[float, int, int], Any] = {}
 
     def start(self, initial: Tensor | None, history: list[tuple[int, int]]) -> None:
@@ -116,8 +118,13 @@ class _Sampler:
             t = torch.full((self.batch, x.shape[2]), time, device=x.device, dtype=torch.float32)
         else:
             t = self.at(time, x.shape[2])
+        model: Any = self.model
+        more = {}
+        if self.away:  # rope= is a CausalWan's
+            first = start + self.away
+            more = {"rope": model.rope(first, first + x.shape[2], self.cache.height, self.cache.width)}
         with torch.set_grad_enabled(grad):
-            return self.model(x, t, self.text, cache=self.cache, start_frame=start)
+            return model(x, t, self.text, cache=self.cache, start_frame=start, **more)
 
     def denoise(self, x: Tensor, steps: list[Step], start: int, pending: Tensor | None) -> Tensor:
         """Noise [B, C, f, H, W] -> clean latents. pending: the previous chunk, whose cache pass this one's first
@@ -156,6 +163,9 @@ class _Sampler:
     def refresh(self, x0: Tensor, start: int) -> None:
         """The cache pass: x0's keys and values at t = context_noise."""
         self.forward(x0.detach(), float(self.config.context_noise), start, grad=False)
+        if self.away:  # only while it was made was the chunk far away
+            self.cache.turn(start, start + x0.shape[2], -self.away)
+            self.away = 0
 
     def recache(self, past: Tensor, end: int, sink: bool) -> None:
         """The history before frame `end` anew from its clean latents `past`, under the text that is now set: the whole window
@@ -203,6 +213,21 @@ def _check_initial(initial: Tensor, noise: Tensor, text: Text) -> None:
         raise ValueError(f"one initial_latent for a batch of {noise.shape[0]} needs one prompt, got {batch_of(text)}")
 
 
+def _cut_chunks(model: Student, config: RolloutConfig, cuts: Sequence[int], starts: Sequence[int]) -> set[int]:
+    """The numbers of the chunks that begin at these frames. ValueError where a scene cannot be cut."""
+    if not cuts:
+        return set()
+    if config.rope != "relative" or config.guidance is not None or not hasattr(model, "rope"):
+        raise ValueError(f'scene_cuts={list(cuts)} needs a CausalWan, rope="relative" in its config and no guidance')
+    if (config.window or 0) > SCENE:
+        raise ValueError(f"scene_cuts places a chunk at frame {SCENE}: a window of {config.window} reaches beyond it")
+    if wrong := [cut for cut in cuts if cut == 0 or cut not in starts]:
+        raise ValueError(
+            f"no chunk with a history begins at frame {wrong[0]} of scene_cuts: they begin at {list(starts)}"
+        )
+    return {starts.index(cut) for cut in cuts}
+
+
 def _merged(model: Student) -> AbstractContextManager[Any]:
     """The model's adapters merged inside the block, also where it is wrapped for CUDA graphs."""
     module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
@@ -220,6 +245,7 @@ def stream(
     grad_last_step: bool = False,
     initial_latent: Tensor | None = None,
     recache: bool | Literal["sink"] = False,
+    scene_cuts: Sequence[int] = (),
     negative: Text = None,
     progress: Callable[[int, int], None] | None = None,
     **unknown: Never,
@@ -250,6 +276,7 @@ def stream(
             f'recache must be False, True or "sink" and needs a schedule of several texts [(frame, text), ...]; got {recache!r} '
             f"with {len(texts)}"
         )
+    cuts = _cut_chunks(model, config, scene_cuts, [given + a for a, _ in blocks])
     if recache == "sink" and not config.sink:
         raise ValueError(
             'recache="sink" rewrites a sink, and the rollout has none: recache=True rewrites all its window'
@@ -281,8 +308,9 @@ def stream(
             for index, (a, b) in enumerate(blocks):
                 switch = index in texts and index > min(texts)
                 fuse = previous is not None and config.fuse_cache_pass and not (grad_last_step and len(steps) == 1)
+                fuse = fuse and not sampler.away and index not in cuts
                 if switch and recache:
-                    sampler.text, previous = texts[index], None
+                    sampler.text, sampler.away, previous = texts[index], 0, None
                     sampler.recache(torch.cat(past, 2), given + a, recache == "sink")
                 elif switch:  # the chunk before is cached under its own text
                     fuse = False
@@ -291,6 +319,9 @@ def stream(
                 if switch:
                     sampler.text = texts[index]
                 pending = previous[0] if previous is not None and fuse else None
+                if index in cuts:
+                    assert config.window is not None
+                    sampler.away = SCENE + b - a - min(config.window, given + b)
                 x0 = sampler.denoise(noise[:, :, a:b], steps if index else first_steps, given + a, pending)
                 previous = (x0, given + a)
                 if recache:
@@ -313,6 +344,7 @@ def rollout(
     grad_last_step: bool = False,
     initial_latent: Tensor | None = None,
     recache: bool | Literal["sink"] = False,
+    scene_cuts: Sequence[int] = (),
     negative: Text = None,
     progress: Callable[[int, int], None] | None = None,
     **unknown: Never,
@@ -333,6 +365,8 @@ def rollout(
         initial_latent: [B, C, F0, H, W] frames to continue from (image to video, extension): they fill the
             cache at t = context_noise and come first in the result. Of batch 1, with one prompt, they are run
             once for B continuations, which share their cache until they diverge.
+        scene_cuts: frames of the result at which a chunk begins that is placed 45 frames after the start of its window while it is made
+            (Infinity-RoPE's cut): a new scene, of what the sink shows. For a CausalWan with rope="relative".
         negative: `encode_text` of the negative prompt, of batch B or 1, for config.guidance.
         recache: where the text changes, write the cache anew from the clean latents under the new text, as LongLive does
             (with its `global_sink`: once the window is full the sink stays; "sink": its first frames become the sink,
@@ -344,7 +378,8 @@ def rollout(
     chunks = list(
         stream(
             model, text, noise, config, generator=generator, renoise=renoise, grad_last_step=grad_last_step,
-            initial_latent=initial_latent, recache=recache, negative=negative, progress=progress, **unknown,
+            initial_latent=initial_latent, recache=recache, scene_cuts=scene_cuts, negative=negative, progress=progress,
+            **unknown,
         )
     )  # fmt: skip
     if initial_latent is not None:

@@ -45,6 +45,7 @@ class Case:
     recache: Any = False
     options: dict[str, Any] = field(default_factory=dict)
     model: str = "causal_model"  # module of the model
+    cut: bool = False  # each switch is also a scene cut
 
 
 def _windowed(**more: Any) -> RolloutConfig:
@@ -89,6 +90,15 @@ CASES = {
         Case("window 6, sink 1", RolloutConfig(window=6, sink=1, rope="relative"), frames=30, batch=1),
         Case("window 12, sink 1", RolloutConfig(window=12, sink=1, rope="relative"), frames=30, batch=1),
         Case("window 6, sink 1, flushed at a switch", RolloutConfig(window=6, sink=1, rope="relative"), 30, 1, (12,)),
+        Case(
+            "window 6, sink 1, after a scene cut",
+            RolloutConfig(window=6, sink=1, rope="relative"),
+            18,
+            1,
+            (12,),
+            cut=True,
+        ),
+        Case("window 6, sink 1, scene cut", RolloutConfig(window=6, sink=1, rope="relative"), 9, 1, (6,), cut=True),
     ],
     "reward_forcing": [
         Case("window 9, sink 3, averaged", RolloutConfig(window=9, sink=3, rope="relative", sink_ema=0.999), frames=30),
@@ -272,7 +282,7 @@ def official(case: Case, given: Prepared) -> Tensor:
         rows = [[str(i)] * case.batch for i in range(len(texts))]
         prompts = {"text_prompts_list": rows, "switch_frame_indices": list(case.switches)}
     elif case.switches:  # Infinity-RoPE: scenes in one string, with their seconds
-        prompts = {"text_prompts": [f"0[{case.switches[0] * 4 / 16}s] | 1"]}
+        prompts = {"text_prompts": [f"0[{case.switches[0] * 4 / 16}s{'#' * case.cut}] | 1"]}
     with drawn(draws), redirect_stdout(StringIO()):
         return pipeline.inference(latents, return_latents=True, **prompts)[1].transpose(1, 2)
 
@@ -301,7 +311,10 @@ def ours(case: Case, given: Prepared) -> Tensor:
     if case.config.guidance is not None:
         return rollout(given.model, encoded[0], given.noise, case.config, negative=encoded[1])
     schedule = [(0, encoded[0]), *zip(case.switches, encoded[1:])] if case.switches else encoded[0]
-    return rollout(given.model, schedule, given.noise, case.config, renoise=given.draws, recache=case.recache)
+    cuts = case.switches if case.cut else ()
+    return rollout(
+        given.model, schedule, given.noise, case.config, renoise=given.draws, recache=case.recache, scene_cuts=cuts
+    )
 
 
 @torch.no_grad()

@@ -39,6 +39,8 @@ def test_rollouts_are_the_projects(project, case):
         ("longlive", "prompt switches after it has rolled", {"switches": (21, 24)}),
         ("reward_forcing", "window 9, sink 3, averaged", {"sink_ema": None}),
         ("infinity_rope", "window 12, sink 1", {"rope": "absolute"}),
+        ("infinity_rope", "window 6, sink 1, scene cut", {"cut": False}),
+        ("infinity_rope", "window 6, sink 1, after a scene cut", {"cut": False}),
         ("causal_forcing", "AR diffusion", {"guidance": 2.9}),
         ("longlive2", "UniPC, window 32, sink 8", {"sink": 0}),
         ("longlive2", "UniPC, window 32, sink 8", {"window": 24}),

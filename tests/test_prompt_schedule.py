@@ -99,6 +99,41 @@ def test_batches_fused_passes_and_graphs(model, recache, more):
     assert (alone - expected[:1]).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("recache", [False, True])
+@pytest.mark.parametrize("sink_ema", [None, 0.9])
+def test_scene_cuts_in_batches_fused_passes_and_graphs(model, recache, sink_ema):
+    """A cut's chunk alone is far away: its frames are near again for what follows, whoever computes it."""
+    noise, draws, texts = inputs(model, batch=2)
+    config = replace(WINDOW, rope="relative", sink_ema=sink_ema)
+    schedule, cuts = [(0, texts[0]), (12, texts[1]), (18, texts[2])], (9, 12, 21)
+    options = {"renoise": draws, "recache": recache}
+    expected = rollout(model, schedule, noise, config, scene_cuts=cuts, **options)
+    plain = rollout(model, schedule, noise, config, **options)
+    assert torch.equal(expected[:, :, :9], plain[:, :, :9]) and (expected - plain)[:, :, 9:].abs().max() > 1e-3
+    fused = rollout(model, schedule, noise, replace(config, fuse_cache_pass=True), scene_cuts=cuts, **options)
+    assert (fused - expected).abs().max() < 1e-12
+    graphed = GraphedStudent(model, recorder=Recorder())
+    for _ in range(2):
+        replayed = rollout(graphed, schedule, noise, config, scene_cuts=cuts, **options)
+        assert (replayed - expected).abs().max() < 1e-11
+    one = [(frame, text[:1]) for frame, text in schedule]
+    alone = rollout(model, one, noise[:1], config, scene_cuts=cuts, renoise=draws[:, :1], recache=recache)
+    assert (alone - expected[:1]).abs().max() < 1e-12
+
+
+def test_the_keys_of_a_cut_are_turned_back(model):
+    """In the first layer, where keys depend on the frame alone, a chunk that was far away leaves those of one that was not."""
+    _, _, texts = inputs(model)
+    x = torch.randn(1, 16, 6, 4, 6, dtype=torch.float64)
+    near, far = (model.new_cache(1, 12, 4, 6, window=9, sink=3, rope="relative") for _ in range(2))
+    for cache, options in ((near, {}), (far, {"rope": model.rope(45, 48, 2, 3)})):
+        model(x[:, :, :3], torch.zeros(1, 3), texts[0], cache=cache)
+        model(x[:, :, 3:], torch.zeros(1, 3), texts[0], cache=cache, start_frame=3, **options)
+    assert (near.ordered(0).k - far.ordered(0).k).abs().max() > 0.1
+    far.turn(3, 6, -42)
+    assert (near.ordered(0).k - far.ordered(0).k).abs().max() < 1e-12
+
+
 def test_without_a_window_all_frames_are_cached_again(model):
     noise, draws, texts = inputs(model, frames=12)
     watched = Watched(model, texts)
@@ -113,6 +148,12 @@ def test_refusals(model):
         with pytest.raises(ValueError, match=match):
             stream(model, text, noise, config, **options)
 
+    relative = replace(WINDOW, rope="relative")
+    refused("needs a CausalWan, rope=", a, scene_cuts=(3,))
+    refused("no guidance", a, replace(relative, guidance=3.0), scene_cuts=(3,), negative=b)
+    refused("begins at frame 4 of scene_cuts", a, relative, scene_cuts=(3, 4))
+    refused("begins at frame 0 of scene_cuts", a, relative, scene_cuts=(0,))
+    refused("window of 48 reaches beyond", a, replace(relative, window=48), scene_cuts=(3,))
     refused("begins at frame 0", [(3, a), (6, b)])
     refused("rises", [(0, a), (6, b), (6, c)])
     refused("text of frame 9 would hold for no chunk", [(0, a), (9, b)])

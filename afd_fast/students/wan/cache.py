@@ -224,6 +224,15 @@ class KVCache:
             sink = _Sink(max(gone, sink.absorbed), home, beyond)
         self._sinks[layer] = _Sink(self.sink) if write and start - self.origin < self.sink else sink
 
+    @torch.no_grad()
+    def turn(self, start: int, end: int, frames: int) -> None:
+        """The keys of frames [start, end) as they are `frames` later."""
+        for layer in range(len(self._layers)):
+            k = self.writable(layer).k
+            for frame in range(start, end):
+                slot = slice(self._slot(frame) * self.tokens, (self._slot(frame) + 1) * self.tokens)
+                k[:, slot] = self._turned(k[:, slot], frames)
+
     def _turned(self, k: Tensor, frames: int) -> Tensor:
         """Roped keys [B, L, H, d] as they are `frames` later; heights and widths stay."""
         if frames == 0:
