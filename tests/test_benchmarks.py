@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +73,11 @@ def test_budgets_are_asked_for_as_prompts_and_clips(tmp_path: Path) -> None:
     assert asked == {f"{m} {n}-0": (m, n, m == "afd") for n in budgets for m in ("sft", "afd")}
     with pytest.raises(ConfigError, match="multiple of 32"):
         budget.keys_of(100)
+    values = np.random.default_rng(0).normal(size=(5, 1)) + np.random.default_rng(1).normal(size=(1, 8))
+    low, high = budget.interval(values)  # of a sum of both: the deviation of its mean is that of both
+    assert (high - low) / 2 / 1.96 == pytest.approx(
+        np.sqrt(values.mean(1).var() / 5 + values.mean(0).var() / 8), rel=0.1
+    )
     scores = {key: {"mean": 1.0, "values": [0.5, 1.5]} for key in budget.SCORES}
     names = [f"{m} {n}" for n in budgets for m in ("sft", "afd")]
     budget.draw(dict.fromkeys(["base", "teacher", *names], scores), budgets, tmp_path / "budget.png")
