@@ -107,7 +107,7 @@ class TrainConfig:
     teacher_prompts: training prompts, the teacher's first ones; none: all.
     prompts_per_step: prompts per iteration.
     rollouts_per_prompt: K, rollouts per prompt; with K = 1 every advantage is 0.
-    teacher_in_group: a clip of the teacher joins its prompt's K rollouts, is scored among them and learnt from like them.
+    teacher_r: optimality in (0.5, 1] of a clip of the teacher that each prompt's K rollouts are joined by in the update; none: none is.
     shards: parts of the batch, each with its own random numbers, worked on one by one and shared by the ranks.
     fsdp: under torchrun, split the student's parameters over the ranks; checkpoints are DCP folders.
     sequence_parallel: under torchrun, ranks that work on a shard together, each with its share of the student's tokens and heads.
@@ -127,7 +127,7 @@ class TrainConfig:
     teacher_prompts: int | None = None
     prompts_per_step: int = 12
     rollouts_per_prompt: int = 8
-    teacher_in_group: bool = False
+    teacher_r: float | None = None
     shards: int = 1
     fsdp: bool = False
     sequence_parallel: int = 1
@@ -197,10 +197,13 @@ class TrainConfig:
             )
         if self.stream.frames is not None and self.method != "afd":
             raise ConfigError(f"stream.frames={self.stream.frames} needs method=afd, got method={self.method}")
-        if self.teacher_in_group and self.method != "afd":
-            raise ConfigError(f"teacher_in_group needs method=afd, got method={self.method}")
-        if self.teacher_in_group and self.stream.frames is not None:
-            raise ConfigError("teacher_in_group needs rollouts as long as the teacher's clips: leave out stream.frames")
+        if self.teacher_r is not None:
+            if not 0.5 < self.teacher_r <= 1:
+                raise ConfigError(f"teacher_r must be above 0.5 and at most 1, got {self.teacher_r}")
+            if self.method != "afd":
+                raise ConfigError(f"teacher_r needs method=afd, got method={self.method}")
+            if self.stream.frames is not None:
+                raise ConfigError("teacher_r needs rollouts as long as the teacher's clips: leave out stream.frames")
 
     def _check_family(self) -> None:
         """ConfigError for settings that this student's family cannot have."""

@@ -2,7 +2,7 @@
 
     python -m benchmarks.budget [--clips 16 64 128 448] [--seeds 5] [--jobs 2] [--out runs/budget] [key=value ...]
 
-AFD is the run `regime` with teacher_in_group=true. A budget below the world's 32 training prompts is so many prompts with one clip each, and
+AFD is the run `regime` with teacher_r=0.75. A budget below the world's 32 training prompts is so many prompts with one clip each, and
 above them as many clips of each prompt. The judge's clips of the held-out prompts are not counted. The same command again continues;
 --out gets comparison.json and budget.png, with bands from the lowest to the highest seed.
 """
@@ -25,7 +25,7 @@ from afd_fast.training import compare
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-METHODS = {"sft": ("SFT", "#d97706"), "afd": ("AFD, teacher in the group", "#3b82f6")}
+METHODS = {"sft": ("SFT", "#d97706"), "afd": ("AFD, teacher_r=0.75", "#3b82f6")}
 SCORES = {
     "residual_px": "physics residual, px: lower is better",
     "dynamic_px": "dynamic degree, px per frame",
@@ -46,7 +46,7 @@ def keys_of(clips: int) -> dict[str, int]:
 
 def variants(config: TrainConfig, budgets: list[int]) -> list[compare.Variant]:
     """Every method at every budget."""
-    of_method = compare.methods(config, list(METHODS), {"afd": ["teacher_in_group=true"]})
+    of_method = compare.methods(config, list(METHODS), {"afd": ["teacher_r=0.75"]})
     return [compare.Variant(f"{v.label} {clips}", {**v.keys, **keys_of(clips)}) for clips in budgets for v in of_method]
 
 

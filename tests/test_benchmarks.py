@@ -68,9 +68,9 @@ def test_budgets_are_asked_for_as_prompts_and_clips(tmp_path: Path) -> None:
         asked[folder.name] = (
             config.method,
             (config.teacher_prompts or 32) * config.teacher_clips,
-            config.teacher_in_group,
+            config.teacher_r,
         )
-    assert asked == {f"{m} {n}-0": (m, n, m == "afd") for n in budgets for m in ("sft", "afd")}
+    assert asked == {f"{m} {n}-0": (m, n, 0.75 if m == "afd" else None) for n in budgets for m in ("sft", "afd")}
     with pytest.raises(ConfigError, match="multiple of 32"):
         budget.keys_of(100)
     values = np.random.default_rng(0).normal(size=(5, 1)) + np.random.default_rng(1).normal(size=(1, 8))

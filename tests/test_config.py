@@ -73,7 +73,8 @@ def test_overrides_are_typed():
         ("iterations", "key=value"),
         ("update.v_old=new", "v_old must be"),
         ("rollouts_per_prompt=1", "at least 2"),
-        ("teacher_in_group=2", "true or false"),
+        ("teacher_r=0.5", "above 0.5 and at most 1"),
+        ("teacher_r=1.1", "above 0.5 and at most 1"),
         ("iterations=0", "at least 1"),
     ],
 )
@@ -107,7 +108,7 @@ def test_a_teachers_clip_joins_whole_rollouts_of_afd_alone():
         (["student=tiny", "stream.frames=42"], "leave out stream.frames"),
     ):
         with pytest.raises(ConfigError, match=message):
-            with_overrides(TrainConfig(), [*given, "teacher_in_group=true"])
+            with_overrides(TrainConfig(), [*given, "teacher_r=1"])
 
 
 def test_every_key_has_a_meaning():

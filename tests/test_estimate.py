@@ -304,7 +304,7 @@ def test_command(tmp_path):
         "update.history=block_causal",
         "fsdp=true",
         "sequence_parallel=2",
-        "teacher_in_group=true",
+        "teacher_r=1",
     ],
 )
 def test_what_cannot_be_counted_is_said(wrong):

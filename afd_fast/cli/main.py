@@ -216,9 +216,7 @@ def compare_methods(
 
 @app.command()
 def ablate(
-    what: Annotated[
-        str, typer.Argument(help="disc_lr, disc_loss, v_old, t_sampling, k, teacher_in_group, prior or history")
-    ],
+    what: Annotated[str, typer.Argument(help="disc_lr, disc_loss, v_old, t_sampling, k, teacher_r, prior or history")],
     run: str,
     overrides: Keys = None,
     seeds: Seeds = 1,

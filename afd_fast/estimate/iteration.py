@@ -55,10 +55,10 @@ class Networks:
 
 def networks(config: TrainConfig) -> Networks:
     """ConfigError for what a student cannot have, and for what is not counted."""
-    uncounted = config.stream.frames or config.rollout.window or config.teacher_in_group
+    uncounted = config.stream.frames or config.rollout.window or config.teacher_r
     if config.method != "afd" or config.update.history != "detached" or uncounted:
         raise ConfigError(
-            "estimate counts method=afd with update.history=detached, without stream.frames, rollout.window and teacher_in_group"
+            "estimate counts method=afd with update.history=detached, without stream.frames, rollout.window and teacher_r"
         )
     if config.fsdp or config.sequence_parallel > 1:
         raise ConfigError("estimate counts one GPU that holds the whole student: leave out fsdp and sequence_parallel")

@@ -32,14 +32,12 @@ def assign_credit(run: Run, rollouts: Sequence[Rollouts]) -> Metrics:
         own = own.view(-1, len(x.prompts)).T.to(x.latents.device)  # [b, A]
         before = x.active.start // run.family.latents.frames if x.active is not None else 0
         x.r = torch.cat([own.new_zeros(len(x.prompts), before), own], 1) if before else own
-    k, teacher = run.config.rollouts_per_prompt, run.config.teacher_in_group
-    within = rewards.view(-1, k + teacher)[:, :k]
-    found = {
-        "reward": within.mean().item(),
+    within = rewards.view(-1, run.config.rollouts_per_prompt)
+    return {
+        "reward": rewards.mean().item(),
         "reward_std_in_prompt": within.std(1, unbiased=False).mean().item(),
         "r_std": r.std().item(),
     }
-    return found | ({"teacher_r": r.view(-1, k + 1)[:, k].mean().item()} if teacher else {})
 
 
 def normalised(run: Run, prompts: list[str], rewards: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ without streaming), F0 frames of the prefix, C channels, F frames, H x W pixels.
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -144,21 +144,3 @@ def score(run: Run, rollouts: Rollouts) -> None:
     assert rollouts.videos is not None
     with torch.no_grad():
         rollouts.scores = run.discriminator.score(rollouts.videos, rollouts.clip_prompts)
-
-
-def with_teacher(run: Run, rollouts: Rollouts, shard: Shard) -> Rollouts:
-    """The scored rollouts [b] with a teacher's clip after each prompt's K: latents, prompts and scores [P (K + 1)]. Its latents
-    are the VAE's, its score the discriminator's, as a rollout's are."""
-    k, latents, scores = run.config.rollouts_per_prompt, rollouts.latents, rollouts.scores
-    assert scores is not None
-    prompts, pixels = rollouts.prompts[::k], shard.teacher(latents.device)[::k]
-    with torch.no_grad():
-        clips = run.discriminator.encode(rollouts.teacher[::k])
-        of_teacher = run.discriminator.score(clips, prompts)
-        x0 = run.family.vae.encode(pixels).to(latents)
-    return replace(
-        rollouts,
-        prompts=[prompt for prompt in prompts for _ in range(k + 1)],
-        latents=torch.cat([latents.unflatten(0, (-1, k)), x0[:, None]], 1).flatten(0, 1),
-        scores=torch.cat([scores.view(-1, k), of_teacher[:, None]], 1).flatten(),
-    )

@@ -20,6 +20,7 @@ from afd_fast.reference.nft import NFTRecipe, nft_recipe
 from afd_fast.rollout import RolloutConfig
 from afd_fast.students.lora import disabled, merged_lora, trainable
 from afd_fast.students.student import Context, StudentModule
+from afd_fast.teachers.dataset import Shard
 from afd_fast.training.distributed import local, total_norm
 from afd_fast.training.rollouts import Rollouts
 from afd_fast.training.run import Metrics, Run
@@ -161,6 +162,15 @@ class Targets:
     def of(cls, rollouts: Rollouts) -> "Targets":
         assert rollouts.r is not None
         return cls(rollouts.latents, rollouts.r, rollouts.prompts, rollouts.index, rollouts.active)
+
+
+def with_teacher(run: Run, targets: Targets, shard: Shard) -> Targets:
+    """The targets of a shard's rollouts, joined by a teacher's clip of each prompt with r = teacher_r."""
+    k = run.config.rollouts_per_prompt
+    x0 = run.family.vae.encode(shard.teacher(targets.x0.device)[::k]).to(targets.x0)
+    r = targets.r.new_full((len(x0), targets.r.shape[1]), run.config.teacher_r or 0.0)
+    prompts = [*targets.prompts, *targets.prompts[::k]]
+    return replace(targets, x0=torch.cat([targets.x0, x0]), r=torch.cat([targets.r, r]), prompts=prompts)
 
 
 def update_student(run: Run, targets: Sequence[Targets], recipe: NFTRecipe | None = None) -> Metrics:

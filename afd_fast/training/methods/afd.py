@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from afd_fast.teachers.dataset import Shard
 from afd_fast.training.credit import assign_credit
 from afd_fast.training.methods.method import Method
-from afd_fast.training.rollouts import decode, draw_place, sample, score, with_teacher
+from afd_fast.training.rollouts import decode, draw_place, sample, score
 from afd_fast.training.run import Metrics, Run
-from afd_fast.training.update import Targets, update_discriminator, update_student
+from afd_fast.training.update import Targets, update_discriminator, update_student, with_teacher
 
 
 def iteration(run: Run, shards: Sequence[Shard]) -> Metrics:
@@ -23,14 +23,15 @@ def iteration(run: Run, shards: Sequence[Shard]) -> Metrics:
     with run.phase("score"):
         for x in rollouts:
             score(run, x)
-    if run.config.teacher_in_group:
-        with run.phase("encode"):
-            rollouts = [with_teacher(run, x, shard) for x, shard in zip(rollouts, shards)]
     metrics |= assign_credit(run, rollouts)
     if active is not None:
         metrics["place"] = float(active.start)
     if run.past_warmup:  # phases: reference, backward, optimiser
-        metrics |= update_student(run, [Targets.of(x) for x in rollouts])
+        targets = [Targets.of(x) for x in rollouts]
+        if run.config.teacher_r is not None:
+            with run.phase("encode"):
+                targets = [with_teacher(run, x, shard) for x, shard in zip(targets, shards)]
+        metrics |= update_student(run, targets)
     return metrics
 
 
