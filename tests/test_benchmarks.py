@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from afd_fast.errors import ConfigError
 from afd_fast.training import runs
 from afd_fast.training.compare import runs as planned
-from benchmarks import budget, report
+from benchmarks import budget, paths, report
 from benchmarks.rows import COLUMNS, CUDA, CYCLES, Clock, Times, append_rows, commit
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +83,24 @@ def test_budgets_are_asked_for_as_prompts_and_clips(tmp_path: Path) -> None:
     names = [f"{m} {n}" for n in budgets for m in ("sft", "afd")]
     budget.draw(dict.fromkeys(["base", "teacher", *names], scores), budgets, tmp_path / "budget.png")
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_paths_of_methods_are_drawn_from_their_runs(tmp_path: Path) -> None:
+    for name, method, r in (("sft", "sft", None), ("afd 128", "afd", 0.75)):
+        for seed in range(2):
+            folder = tmp_path / f"{name}-{seed}"
+            folder.mkdir()
+            scores = {"residual_px": 1.0, "diversity_px": 2.0, "general": 0.9}
+            (folder / "config.json").write_text(json.dumps({"method": method, "teacher_r": r}))
+            (folder / "result.json").write_text(json.dumps({"rows": {"teacher": scores}}))
+            (folder / "evaluations.jsonl").write_text(2 * (json.dumps(scores) + "\n"))
+    assert output("paths", tmp_path, "--out", tmp_path / "p.png").endswith(
+        "AFD, teacher_r=0.75 (2 runs), SFT (2 runs)\n"
+    )
+    assert output("paths", tmp_path / "sft", "--out", tmp_path / "p.png").endswith("p.png: SFT (2 runs)\n")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="no finished runs"):
+        paths.methods(tmp_path / "gan")
 
 
 def row(case: str, variant: str, shape: str, ms: float, kind: str = "forward", **more: str) -> dict[str, str]:

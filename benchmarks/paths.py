@@ -1,0 +1,88 @@
+"""Where training takes the student: physics against diversity and against general quality, from evaluation to evaluation.
+
+    python -m benchmarks.paths runs/compare-regime 'runs/budget/afd 128' [--out paths.png]
+
+Each argument is a comparison folder, of which every method is drawn, or one method of one: its runs without the seed. A line is the mean
+over the seeds, a small point an evaluation of one seed, the large one the end.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from afd_fast.errors import ConfigError
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+X = {"diversity_px": "diversity over seeds, px", "general": "general quality"}
+Y = "residual_px"
+NAMES = {"sft": "SFT", "afd": "AFD", "gan": "GAN", "dmd": "score-free DMD", "rejection": "rejection sampling"}
+
+
+def methods(place: Path) -> dict[str, list[Path]]:
+    """The run folders of each method of a comparison, or of `place`, which names one of them. ConfigError where there is none."""
+    found = sorted(place.glob("*-*")) if place.is_dir() else sorted(place.parent.glob(f"{place.name}-*"))
+    runs: dict[str, list[Path]] = {}
+    for folder in found:
+        name = re.fullmatch(r"(.+)-\d+", folder.name)
+        if name and (folder / "result.json").exists():
+            runs.setdefault(name[1], []).append(folder)
+    if not runs:
+        raise ConfigError(f"{place} holds no finished runs of a comparison")
+    return runs
+
+
+def label(folder: Path) -> str:
+    """What a run's method is called."""
+    config = json.loads((folder / "config.json").read_text())
+    name = NAMES.get(config["method"], config["method"])
+    return name if config["teacher_r"] is None else f"{name}, teacher_r={config['teacher_r']}"
+
+
+def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A run's evaluations, and its teacher's scores."""
+    lines = (folder / "evaluations.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], json.loads((folder / "result.json").read_text())["rows"]["teacher"]
+
+
+def draw(runs: dict[str, list[Path]], file: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for axis, (key, title) in zip(axes, X.items()):
+        for number, (name, folders) in enumerate(runs.items()):
+            read_runs = [read(folder) for folder in folders]
+            points = np.array([[(e[key], e[Y]) for e in evaluations] for evaluations, _ in read_runs])  # [seeds, n, 2]
+            colour, mean = f"C{number}", points.mean(0)
+            axis.plot(*mean.T, color=colour, lw=1.6, label=name)
+            axis.plot(*points[:, 1:].reshape(-1, 2).T, ".", color=colour, ms=4, alpha=0.5)
+            axis.plot(*mean[-1], "o", color=colour, ms=8)
+        teacher = read_runs[0][1]
+        axis.plot(*mean[0], "ks", ms=8, label="base student")
+        axis.plot(teacher[key], teacher[Y], "k*", ms=13, label="teacher")
+        axis.set_xlabel(title, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("physics residual, px: lower is better", fontsize=9)
+    axes[1].legend(fontsize=8, frameon=False, loc="lower left")
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=Path("paths.png"))
+    args = parser.parse_args()
+    found: dict[str, list[Path]] = {}
+    for place in args.runs:
+        found |= {label(folders[0]): folders for folders in methods(place).values()}
+    draw(found, args.out)
+    print(f"{args.out}: {', '.join(f'{name} ({len(folders)} runs)' for name, folders in found.items())}")
+
+
+if __name__ == "__main__":
+    main()
