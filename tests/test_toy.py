@@ -2,8 +2,11 @@ import pytest
 import torch
 
 from afd_fast.discriminators.toy import ToyDiscriminator
+from afd_fast.errors import ConfigError
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students.lora import add_lora, disabled, lora_layers, merged_lora, trainable
+from afd_fast.students.student import StudentConfig, family
+from afd_fast.students.toy import shipped
 from afd_fast.students.toy.family import LORA_TARGETS
 from afd_fast.students.toy.model import ToyConfig, ToyStudent
 from afd_fast.students.toy.text import tokenize
@@ -168,3 +171,22 @@ def test_generators_depend_on_every_word():
     }
     assert len(draws) == 4
     assert torch.rand(1, generator=generator(5, 6, "x")) == torch.rand(1, generator=generator(5, 6, "x"))
+
+
+def test_a_student_is_given_by_its_file(tmp_path):
+    """What pretraining and a run write can be trained; a file of another world, or given as a checkpoint of Wan, says what it is."""
+    made, other = tmp_path / "mine.safetensors", tmp_path / "lights.safetensors"
+    student = shipped.load(name="toy")
+    with torch.no_grad():
+        next(student.parameters()).add_(1)
+    shipped.save(student, made, world="physics")
+    shipped.save(shipped.load(name="lights"), other, world="lights")
+    found = family(StudentConfig("toy", base=str(made)), chunk=3).student.state_dict()
+    assert all(torch.equal(found[k], v) for k, v in student.state_dict().items())
+    with pytest.raises(ConfigError, match="makes chunks of 6 frames, and the student 'toy' of 3"):
+        family(StudentConfig("toy", base=str(other)), chunk=3)
+    with pytest.raises(ConfigError, match="nowhere.safetensors is neither a file"):
+        family(StudentConfig("toy", base=str(tmp_path / "nowhere.safetensors")), chunk=3)
+    for path, kind in ((made, "toy"), (other, "lights")):
+        with pytest.raises(ConfigError, match=f"embedded student's file: give student={kind} student.base="):
+            family(StudentConfig(str(path)), chunk=6)

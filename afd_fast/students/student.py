@@ -309,7 +309,8 @@ class StudentConfig:
 
     name: toy, toy_long, lights (of three steps), lights_many (of sixteen), tiny (a random CausalWan, to try things), pixel (made by afd-fast distill), another registered family, or a
         checkpoint of a causal Wan.
-    base: diffusers repository of a Wan student's text encoder and VAE; none: Wan2.1-T2V-1.3B. The file of a pixel student's weights.
+    base: diffusers repository of a Wan student's text encoder and VAE; none: Wan2.1-T2V-1.3B. The file of an embedded or pixel
+        student's weights, of afd-fast pretrain or a run's student.safetensors; none: the shipped one's.
     frames: latent frames of a Wan student's videos; none: 21, which are 81 frames of video.
     height: latent rows of a Wan student's videos; none: 60, which are 480 pixels.
     width: latent columns of a Wan student's videos; none: 104, which are 832 pixels.
@@ -356,8 +357,8 @@ WAN = FamilyEntry(
     keys=("base", "frames", "height", "width", "gradient_checkpointing"),
     windows=True,
 )
-_TOY = FamilyEntry("afd_fast.students.toy.family:toy_family", chunk=3)
-_LIGHTS = FamilyEntry("afd_fast.students.toy.family:toy_family", chunk=6)
+_TOY = FamilyEntry("afd_fast.students.toy.family:toy_family", keys=("base",), chunk=3)
+_LIGHTS = FamilyEntry("afd_fast.students.toy.family:toy_family", keys=("base",), chunk=6)
 _PIXEL = FamilyEntry("afd_fast.students.toy.pixel:pixel_family", keys=("base",), chunk=3)
 FAMILIES: dict[str, FamilyEntry] = {
     "toy": _TOY,

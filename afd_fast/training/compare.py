@@ -111,7 +111,7 @@ ABLATIONS: dict[str, Variants] = {
     "v_old": _choices("update.v_old", "ema", "self"),
     "t_sampling": _choices("update.t_sampling", "grid", "uniform"),
     "k": _group_sizes,
-    "teacher_r": _choices("teacher_r", None, 0.75, 1.0),
+    "teacher_r": _choices("teacher_r", None, 0.75),
     "prior": _scaled("loss.ref_coef", 0, 1, 10, 100),
     "history": _choices("update.history", "detached", "teacher_forcing", "block_causal"),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from afd_fast.errors import ConfigError
 from afd_fast.files.tensors import save_tensors
 from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
 from afd_fast.students.toy import shipped
@@ -28,8 +29,14 @@ class PixelVAE:
 
 
 def toy_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
-    """The shipped base student that `config.name` names."""
-    return of_student(shipped.load(name=config.name).to(config.device or "cpu"))
+    """The base student at `config.base`, or the shipped one that `config.name` names. ConfigError for one with other chunks."""
+    student = shipped.load(None if config.base is None else Path(config.base), name=config.name)
+    if student.config.chunk != chunk:
+        raise ConfigError(
+            f"student.base={config.base} makes chunks of {student.config.chunk} frames, and the student {config.name!r} of {chunk}: "
+            "give it to the run of its own world"
+        )
+    return of_student(student.to(config.device or "cpu"))
 
 
 def of_student(student: ToyStudent, *, fps: float = physics.FPS) -> Family:

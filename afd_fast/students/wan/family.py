@@ -18,6 +18,7 @@ from afd_fast.students.wan.checkpoints import Loras, load_student, save_student
 from afd_fast.students.wan.layers import CausalWanConfig
 from afd_fast.students.wan.model import CausalWan
 from afd_fast.students.wan.preview import PreviewDecoder
+from afd_fast.students.wan.supported import check_file
 from afd_fast.students.wan.text import TextEncoder
 from afd_fast.students.wan.vae import WanDecoder
 from afd_fast.video_io import VideoFormat
@@ -188,6 +189,7 @@ def latent_size(config: StudentConfig, chunk: int) -> LatentFormat:
 
 def wan_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
     """The family of `config.name` and `config.base`. ConfigError as of `latent_size`."""
+    check_file(Path(config.name))
     size = latent_size(config, chunk)
     networks = load_networks(config.name, config.base, seed, config.device)
     student, vae = networks.student.requires_grad_(False), networks.vae

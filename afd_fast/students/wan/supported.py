@@ -3,12 +3,14 @@
 Everything is read from model_index.json, config.json or the tensors' names and shapes, before weights are.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, extra
 from afd_fast.files.text import read_json
+from afd_fast.students.files import loading
 
 EXPECTED = "expected a text-to-video Wan transformer"
 # of transformers' config.json; FastVideo's and Self-Forcing's causal classes have the same weights
@@ -50,6 +52,20 @@ def check_folder(folder: Path) -> None:
         kind = settings.get("_class_name")
         if kind is not None and kind not in _PIPELINES:
             raise ConfigError(f"{folder} holds a {kind}, which is not supported; {EXPECTED}")
+
+
+def check_file(path: Path) -> None:
+    """ConfigError for the file of an embedded student, which says how it is given."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return
+    with extra("eval"):
+        from safetensors import safe_open
+    with loading("checkpoint", path), safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+    made = json.loads(about.get("config", "{}"))
+    if "chunk" in made:
+        kind = "pixel" if "made" in about else "lights" if made["chunk"] == 6 else "toy"
+        raise ConfigError(f"{path} is an embedded student's file: give student={kind} student.base={path}")
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
