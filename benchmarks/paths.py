@@ -16,13 +16,13 @@ import matplotlib
 import numpy as np
 
 from afd_fast.errors import ConfigError
+from afd_fast.reports.scores import METHODS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 X = {"diversity_px": "diversity over seeds, px", "general": "general quality"}
 Y = "residual_px"
-NAMES = {"sft": "SFT", "afd": "AFD", "gan": "GAN", "dmd": "score-free DMD", "rejection": "rejection sampling"}
 
 
 def methods(place: Path) -> dict[str, list[Path]]:
@@ -41,8 +41,8 @@ def methods(place: Path) -> dict[str, list[Path]]:
 def label(folder: Path) -> str:
     """What a run's method is called."""
     config = json.loads((folder / "config.json").read_text())
-    name = NAMES.get(config["method"], config["method"])
-    return name if config["teacher_r"] is None else f"{name}, teacher_r={config['teacher_r']}"
+    name, r = METHODS.get(config["method"], config["method"]), config.get("teacher_r")
+    return name if r is None else f"{name}, teacher_r={r}"
 
 
 def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -52,16 +52,16 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def draw(runs: dict[str, list[Path]], file: Path) -> None:
+    read_runs = {name: [read(folder) for folder in folders] for name, folders in runs.items()}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for axis, (key, title) in zip(axes, X.items()):
-        for number, (name, folders) in enumerate(runs.items()):
-            read_runs = [read(folder) for folder in folders]
-            points = np.array([[(e[key], e[Y]) for e in evaluations] for evaluations, _ in read_runs])  # [seeds, n, 2]
+        for number, (name, of_method) in enumerate(read_runs.items()):
+            points = np.array([[(e[key], e[Y]) for e in evaluations] for evaluations, _ in of_method])  # [seeds, n, 2]
             colour, mean = f"C{number}", points.mean(0)
             axis.plot(*mean.T, color=colour, lw=1.6, label=name)
             axis.plot(*points[:, 1:].reshape(-1, 2).T, ".", color=colour, ms=4, alpha=0.5)
             axis.plot(*mean[-1], "o", color=colour, ms=8)
-        teacher = read_runs[0][1]
+        teacher = of_method[0][1]
         axis.plot(*mean[0], "ks", ms=8, label="base student")
         axis.plot(teacher[key], teacher[Y], "k*", ms=13, label="teacher")
         axis.set_xlabel(title, fontsize=9)

@@ -1,6 +1,5 @@
 """`afd-fast pretrain`: the base students of the embedded worlds, from nothing."""
 
-import hashlib
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ from rich.markup import escape
 
 from afd_fast.cli.common import Seed, console, keeping
 from afd_fast.errors import ConfigError
+from afd_fast.files.durable import checksum
 
 
 def pretrain(
@@ -52,7 +52,7 @@ def _distill(many: Path, out: Path, seed: int) -> None:
     from afd_fast.training import self_forcing
 
     student, name = shipped.load(many), shipped.world_of(many)
-    of = {"distilled": hashlib.sha256(many.read_bytes()).hexdigest(), "seed": seed}
+    of = {"distilled": checksum(many), "seed": seed}
     with keeping(out, of) as (report, kept):
         made = self_forcing.distill(of_student(student), WORLDS[name].prompts, seed=seed, report=report, kept=kept)
         assert isinstance(made, ToyStudent)

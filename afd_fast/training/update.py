@@ -166,9 +166,10 @@ class Targets:
 
 def with_teacher(run: Run, targets: Targets, shard: Shard) -> Targets:
     """The targets of a shard's rollouts, joined by a teacher's clip of each prompt with r = teacher_r."""
-    k = run.config.rollouts_per_prompt
+    k, teacher_r = run.config.rollouts_per_prompt, run.config.teacher_r
+    assert teacher_r is not None
     x0 = run.family.vae.encode(shard.teacher(targets.x0.device)[::k]).to(targets.x0)
-    r = targets.r.new_full((len(x0), targets.r.shape[1]), run.config.teacher_r or 0.0)
+    r = targets.r.new_full((len(x0), targets.r.shape[1]), teacher_r)
     prompts = [*targets.prompts, *targets.prompts[::k]]
     return replace(targets, x0=torch.cat([targets.x0, x0]), r=torch.cat([targets.r, r]), prompts=prompts)
 
