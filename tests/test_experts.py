@@ -1,5 +1,6 @@
 """Two experts, one for high and one for low noise: the rollout against a plain loop without caches, and their folders."""
 
+import fnmatch
 import itertools
 import json
 from dataclasses import replace
@@ -299,6 +300,30 @@ def test_original_layout(student, tmp_path):
     write(tmp_path / "configuration.json", {"framework": "Pytorch"})
     loaded = load_student(tmp_path)
     assert loaded.boundary == 875 and same(loaded, student)
+
+
+def test_a_repository(student, folder, tmp_path, monkeypatch):
+    """Of what a repository holds, what both experts need is asked for; for the settings alone, no weights."""
+    asked = []
+
+    def snapshot(name, allow_patterns):
+        asked.append(allow_patterns)
+        local = tmp_path / f"copy {len(asked)}"
+        for path in (p for p in folder.rglob("*") if p.is_file()):
+            name = str(path.relative_to(folder))
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (local / name).parent.mkdir(parents=True, exist_ok=True)
+                (local / name).write_bytes(path.read_bytes())
+        return local
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    (folder / "transformer").rename(folder / "high_noise_model")
+    (folder / "transformer_2").rename(folder / "low_noise_model")
+    assert same(load_student("owner/original"), student)
+    (folder / "high_noise_model").rename(folder / "transformer")
+    (folder / "low_noise_model").rename(folder / "transformer_2")
+    assert same(load_student("owner/pair"), student)
+    assert not any(fnmatch.fnmatch("transformer_2/a.safetensors", pattern) for pattern in asked[0])
 
 
 def test_fastvideos_folder_says_how_it_is_sampled(folder):

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from afd_fast.errors import ConfigError
@@ -87,6 +88,11 @@ class TwoExperts(StudentModule):
     def graphed(self) -> Student:
         """Both experts' `GraphedStudent`s as one student."""
         return TwoExperts(self.high.graphed(), self.low.graphed(), self.boundary)  # type: ignore[arg-type]  # their stand-ins
+
+    def split_sequence(self, group: "dist.ProcessGroup | None", height: int, width: int) -> None:
+        """Of both experts."""
+        for expert in (self.high, self.low):
+            expert.split_sequence(group, height, width)
 
     def forward(
         self, x: Tensor, t: Any, text: ExpertTexts, *, cache: Cache, start_frame: int = 0, both: bool = False
