@@ -84,6 +84,14 @@ def check_folder(folder: Path) -> ExpertFolders | None:
     return ExpertFolders(folder / names[0], folder / names[1], 1000 * float(ratio), kind)
 
 
+def check_trained(student: str) -> None:
+    """ConfigError for a folder of two experts, and for a repository that is named after them; nothing is downloaded."""
+    folder = Path(student)
+    named = "a14b" in student.lower() and not folder.exists() and folder.suffix not in (".pt", ".pth", ".safetensors")
+    if named or (folder.is_dir() and check_folder(folder) is not None):
+        raise ConfigError(ONE_EXPERT)
+
+
 def check_file(path: Path) -> None:
     """ConfigError for the file of an embedded student, which says how it is given."""
     if path.suffix != ".safetensors" or not path.is_file():
