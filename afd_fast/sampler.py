@@ -50,6 +50,13 @@ PRESETS: dict[str, Sampler] = {
     },
     # hao-ai-lab/FastVideo 2f3d407: SelfForcingWanT2V480PConfig in fastvideo/configs/pipelines/wan.py
     "fastvideo": {"steps": FOUR_STEPS, "shift": 5.0, "chunk": 3},
+    # the same, SelfForcingWan2_2_T2V480PConfig; pipelines/stages/causal_denoising.py begins with one frame where there are two experts
+    "fastvideo_a14b": {
+        "steps": (1000, 850, 700, 550, 350, 275, 200, 125),
+        "shift": 12.0,
+        "chunk": 3,
+        "independent_first_frame": True,
+    },
     # tianweiy/CausVid ca21150: configs/wan_causal_dmd.yaml, configs/wan_causal_dmd_warp_4step_cfg2.yaml
     "causvid": {"steps": (1000, 757, 522), "warp": False, "shift": 8.0, "chunk": 3},
     "causvid_4step": {"steps": FOUR_STEPS, "shift": 8.0, "chunk": 3},
@@ -196,6 +203,24 @@ class RolloutConfig:
             return unipc_table(self.unipc_steps, self.shift)
         return step_table((first and self.first_chunk_steps) or self.steps, self.shift, self.warp)
 
+    def boundary_level(self, boundary: float | None) -> float:
+        """The noise level of a student of two experts at the t where the low-noise one takes over: few-step predictions above it
+        end there (FastVideo `pred_noise_to_x_bound`, at its table's nearest time). 0 for one network, and for UniPC, which follows
+        the velocity through it. ConfigError for settings that two experts cannot have."""
+        if boundary is None:
+            return 0.0
+        if self.fuse_cache_pass:
+            raise ConfigError(
+                "fuse_cache_pass=True is for students of one network, and this one has two experts: leave it out"
+            )
+        for name, table in (("steps", self.timetable()), ("first_chunk_steps", self.timetable(first=True))):
+            if table[-1].t >= boundary:
+                raise ConfigError(
+                    f"{name} must end below the boundary of the two experts, t = {boundary:g}, got {table[-1].t:g}: the high-noise "
+                    "expert leaves noise; add lower steps"
+                )
+        return 0.0 if self.unipc_steps is not None else step_table((boundary,), self.shift, warp=False)[0].sigma
+
     @property
     def history(self) -> dict[str, Any]:
         """What `new_cache` is told of a rollout's history; settings that many students lack, only where they are set."""
@@ -242,6 +267,14 @@ def step_table(steps: tuple[float, ...], shift: float, warp: bool = True) -> lis
         return [Step(float(step), float(sigmas[i])) for step, i in zip(steps, nearest)]
     rows = [1000 - int(s) for s in steps]
     return [Step(float(times[i]), float(sigmas[i])) if i < 1000 else Step(0.0, 0.0) for i in rows]
+
+
+def renoise_weights(sigma: float, level: float) -> tuple[float, float]:
+    """Of latents that have the noise level `level` < sigma, and of the fresh noise that takes them to sigma, so that the clean part and the
+    noise's variance are those of sigma; float32 as in the official schedules (FastVideo `calculate_alpha_beta_high`)."""
+    kept = np.float32(1 - sigma) / np.float32(1 - level)
+    fresh = np.sqrt(np.float32(sigma) ** 2 - (kept * np.float32(level)) ** 2)
+    return float(kept), float(fresh)
 
 
 def unipc_table(steps: int, shift: float) -> list[Step]:

@@ -4,18 +4,20 @@
 
 PROJECT and the commit that was compared: self_forcing 33593df, causal_forcing 1fc7bbc, longlive e52d9ef (branch v1.0), longlive2
 7860ad9 (main), infinity_rope 63d7b84, reward_forcing 4317f5a; fastvideo 2f3d407, of which the self-attention runs, with its cache and positions,
-inside CausalWan and `rollout`. CHECKOUT is a folder with that repository. Runs on the CPU with a small CausalWan. What is theirs: the model, the cache, the wrapper, the schedule and the
+inside CausalWan and `rollout`, or with two experts inside CausalWan and its own stage, scheduler and caches; each expert there is given its
+text, where the stage caches the first one's for both. CHECKOUT is a folder with that repository. Runs on the CPU with a small CausalWan. What is theirs: the model, the cache, the wrapper, the schedule and the
 pipeline's loop. What is not: text encoder and VAE (stand-ins that pass embeddings and latents on), flash-attn (PyTorch's SDPA),
 and what is replaced in the source as it is read: the sizes that it holds as numbers (1560 tokens per frame, 12 heads of 128, 30
 layers), and casts to float32 in RMSNorm and FastVideo's RoPE, so that float64 is float64. Prints the largest difference of each case; ends with 1 if one exceeds 1e-5 in float32, 1e-9 in float64.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from afd_fast.reference.transformer import rms_norm
 from afd_fast.rollout import RolloutConfig, rollout
-from afd_fast.students import CausalWan
+from afd_fast.students import CausalWan, TwoExperts
 from benchmarks.checkouts import HEIGHT, SIZES, TOKENS, WIDTH, load, load_fastvideo, load_longlive2
 from benchmarks.peers import sdpa
 from benchmarks.rows import Arguments
@@ -46,6 +48,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     model: str = "causal_model"  # module of the model
     cut: bool = False  # each switch is also a scene cut
+    experts: bool = False  # two of them
+    given: int = 0  # frames to continue from
 
 
 def _windowed(**more: Any) -> RolloutConfig:
@@ -55,6 +59,7 @@ def _windowed(**more: Any) -> RolloutConfig:
 TWO_STEP = RolloutConfig(steps=(1000, 500), first_chunk_steps=(1000, 750, 500, 250), chunk=1)
 ONE_STEP = RolloutConfig(steps=(1000,), first_chunk_steps=(1000, 750, 500, 250), chunk=1)
 DIFFUSION = RolloutConfig.preset("ar_diffusion")
+A14B, BOUNDARY = RolloutConfig.preset("fastvideo_a14b"), 875
 ABSOLUTE, INFINITE = _windowed(), _windowed(rope="relative")
 KEPT, REWRITTEN = {"global_sink": True}, {"global_sink": False}
 CASES = {
@@ -109,6 +114,9 @@ CASES = {
         Case("absolute, window 12, sink 3", ABSOLUTE, frames=30),
         Case("relativistic, window 12, sink 3", INFINITE, frames=30),
         Case("relativistic, window 9, sink 0", RolloutConfig(window=9, rope="relative"), frames=30),
+        Case("two experts", A14B, frames=10, batch=1, experts=True),
+        Case("two experts, window 6, sink 1", replace(A14B, window=6, sink=1), frames=16, batch=1, experts=True),
+        Case("two experts, from an image", A14B, frames=9, batch=1, experts=True, given=1),
     ],
 }
 
@@ -167,6 +175,61 @@ class FastVideo:
         return self.model._unpatchify(self.model._transform(self.model._patchify(x), t, text, pattern), x)
 
 
+class FastVideoExpert(FastVideo):
+    """An expert as FastVideo's stage calls it, with the text of its own layers."""
+
+    def __init__(self, model: CausalWan, config: RolloutConfig, batch: int, context: Tensor) -> None:
+        super().__init__(model, config, batch)
+        self.text = model.encode_text(context[None])
+        self.local_attn_size, self.sink_size = config.window or -1, config.sink
+        self.num_attention_heads, self.attention_head_dim = SIZES.num_heads, SIZES.dim // SIZES.num_heads
+        sizes = {"num_frames_per_block": config.chunk, "sliding_window_num_frames": 21, "patch_size": (1, 2, 2)}
+        self.config = SimpleNamespace(arch_config=SimpleNamespace(**sizes))
+
+    def __call__(self, x: Tensor, _: Any, t: Tensor, *, kv_cache: Any, start_frame: int, **__: Any) -> Tensor:  # type: ignore[override]
+        self.caches = kv_cache
+        return super().__call__(x, t.expand(-1, x.shape[2]), self.text, cache=None, start_frame=start_frame)
+
+
+def fastvideo_stage(case: Case, given: "Prepared") -> Tensor:
+    """Latents [B, C, F, H, W] of FastVideo's stage for two experts."""
+    assert isinstance(given.model, TwoExperts)
+    config, modules = case.config, sys.modules
+    where: Any = modules["fastvideo.pipelines.stages.causal_denoising"]
+    where.DTYPE = given.model.dtype
+    schedulers: Any = modules["fastvideo.models.schedulers.scheduling_self_forcing_flow_match"]
+    scheduler = schedulers.SelfForcingFlowMatchScheduler(1000, shift=config.shift, sigma_min=0.0, extra_one_step=True)
+    high, low = (FastVideoExpert(e, config, case.batch, given.texts[0]) for e in (given.model.high, given.model.low))
+    stage = where.CausalDMDDenosingStage(
+        high, scheduler, low, SimpleNamespace(encode=lambda x: SimpleNamespace(mean=x), to=lambda _: None)
+    )
+    stage.vae.to, stage.vae.scaling_factor = lambda _: stage.vae, 1.0
+    stage.scheduler, stage.device = scheduler, "cpu"
+    stage.prepare_extra_func_kwargs, stage.progress_bar = lambda *_: {}, lambda **_: nullcontext()
+    settings = SimpleNamespace(
+        dmd_denoising_steps=list(config.steps), warp_denoising_step=True, context_noise=0,
+        dit_config=SimpleNamespace(boundary_ratio=BOUNDARY / 1000),
+        text_encoder_configs=[SimpleNamespace(arch_config=SimpleNamespace(text_len=SIZES.text_len))],
+    )  # fmt: skip
+    spare = torch.zeros_like(
+        given.noise[:, :, : config.chunk - 1]
+    )  # its first chunk is a frame, and it drops the last two
+    frame = [] if given.initial is None else [given.initial]
+    batch = SimpleNamespace(
+        latents=torch.cat([*frame, given.noise, spare], 2), prompt_embeds=[given.texts[0][None]], prompt_attention_mask=None,
+        pil_image=given.initial, image_latent=None, generator=None,
+    )  # fmt: skip
+    above, steps = sum(step.t >= BOUNDARY for step in config.timetable()), len(config.steps)
+    unused = torch.zeros_like(given.draws[0])  # it draws where the experts change too, and does not use it
+    order: list[Tensor] = []
+    for row in given.draws:
+        order += [unused] * (len(order) % (steps - 1) == above - 1) + [row]
+    with drawn(order):
+        return stage.forward(
+            batch, SimpleNamespace(disable_autocast=True, vae_cpu_offload=False, pipeline_config=settings)
+        ).latents
+
+
 class TextStandIn(torch.nn.Module):
     """Prompts "0", "1", ... -> embeddings."""
 
@@ -188,14 +251,19 @@ class VAEStandIn(torch.nn.Module):
 
 
 @contextmanager
-def drawn(noise: Tensor) -> Iterator[None]:
-    """`torch.randn_like` gives these draws in order."""
-    draws, original = iter(noise), torch.randn_like
+def drawn(noise: Iterable[Tensor]) -> Iterator[None]:
+    """`torch.randn_like` [B * f, ...] and `torch.randn` of [B, f, ...] give these draws in order; smaller ones are cut."""
+    draws, like, of = iter(noise), torch.randn_like, torch.randn
+
+    def randn(shape: tuple[int, ...], **_: Any) -> Tensor:
+        return next(draws).unflatten(0, (shape[0], -1))[:, : shape[1]]
+
     torch.randn_like = lambda like, **_: next(draws)[: like.shape[0]].to(like)  # type: ignore[assignment]
+    torch.randn = randn  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.randn_like = original
+        torch.randn_like, torch.randn = like, of
 
 
 class Options(dict[str, Any]):
@@ -210,15 +278,19 @@ class Options(dict[str, Any]):
 class Prepared(NamedTuple):
     """What both sides are given."""
 
-    model: CausalWan
+    model: CausalWan | TwoExperts
     noise: Tensor  # [B, C, F, H, W]
     texts: list[Tensor]  # embeddings, one per prompt; under guidance the second is the negative prompt's
     draws: Tensor  # [n, B * f, C, H, W] noise between steps
+    initial: Tensor | None = None  # [B, C, F0, H, W]
 
 
 def official(case: Case, given: Prepared) -> Tensor:
     """Latents [B, C, F, H, W] of their pipeline."""
-    ours, noise, texts, draws = given
+    if case.experts:
+        return fastvideo_stage(case, given)
+    ours, noise, texts, draws = given[:4]
+    assert isinstance(ours, CausalWan)
     if "fastvideo" in sys.modules:
         student = FastVideo(ours, case.config, case.batch)
         return rollout(student, ours.encode_text(texts[0][None]), noise, case.config, renoise=draws)
@@ -294,7 +366,8 @@ def prepared(case: Case, dtype: torch.dtype) -> Prepared:
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    model = CausalWan(SIZES).to(dtype).eval()
+    model = TwoExperts(CausalWan(SIZES), CausalWan(SIZES), BOUNDARY) if case.experts else CausalWan(SIZES)
+    model = model.to(dtype).eval()
     for name, p in model.named_parameters():
         scale = 0.1 if p.ndim == 1 or "modulation" in name else p.shape[1:].numel() ** -0.5
         p.data = randn(*p.shape) * scale + ("norm" in name and name.endswith("weight"))
@@ -302,12 +375,16 @@ def prepared(case: Case, dtype: torch.dtype) -> Prepared:
     prompts = len(case.switches) + (1 if case.config.guidance is None else 2)
     texts = [randn(SIZES.text_len, SIZES.text_dim) for _ in range(prompts)]
     draws = randn(case.frames * 4, case.batch * case.config.chunk, SIZES.in_dim, HEIGHT, WIDTH)
-    return Prepared(model, noise, texts, draws)
+    initial = randn(case.batch, SIZES.in_dim, case.given, HEIGHT, WIDTH).float().to(dtype) if case.given else None
+    return Prepared(model, noise, texts, draws, initial)
 
 
 def ours(case: Case, given: Prepared) -> Tensor:
     """Latents [B, C, F, H, W] of `rollout`."""
     encoded = [given.model.encode_text(text[None]) for text in given.texts]
+    if case.experts:
+        with drawn(given.draws):
+            return rollout(given.model, encoded[0], given.noise, case.config, initial_latent=given.initial)
     if case.config.guidance is not None:
         return rollout(given.model, encoded[0], given.noise, case.config, negative=encoded[1])
     schedule = [(0, encoded[0]), *zip(case.switches, encoded[1:])] if case.switches else encoded[0]
