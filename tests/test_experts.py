@@ -293,6 +293,10 @@ def test_saved_and_loaded(student, folder, tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
     assert RolloutConfig.of(again.sampler) == CONFIG
     assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKLWan"]
+    with pytest.raises(ConfigError, match="state must hold both experts' tensors"):
+        save_student(
+            student, tmp_path / "part", {key: value for key, value in state.items() if key.startswith("high.")}
+        )
     assert isinstance(load_student(folder / "transformer"), CausalWan)  # one of them, by its folder
 
 
@@ -418,7 +422,11 @@ def test_missing_shards(student, folder, tmp_path):
                 FileNotFoundError, match=f"{part} lacks 1 of the 2 files .*such as a-00001-of-00002.safetensors"
             ):
                 load_student(path)
-        (part / "diffusion_pytorch_model.safetensors.index.json").unlink()
+        write(
+            part / "diffusion_pytorch_model.safetensors.index.json",
+            {"weight_map": {"proj_out.bias": "gone.safetensors"}},
+        )  # of files that were joined into one
+    assert same(load_student(folder), student)
     (folder / "transformer/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ConfigError, match="transformer holds 0 checkpoints"):
         load_student(folder)
