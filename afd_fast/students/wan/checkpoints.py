@@ -76,8 +76,7 @@ _DIFFUSERS_BLOCK = (
 )  # fmt: skip
 
 
-_FOLDERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")  # of a repository, with transformers
-_JSON = ["*.json", *(f"{folder}/*.json" for folder in _FOLDERS)]
+_JSON = ["*.json"]  # in a repository's folders too
 Names = Sequence[tuple[str, str]]  # (from, to)
 Loras = str | Path | Sequence[str | Path | tuple[str | Path, float]]  # one, or several with or without weights
 
@@ -228,7 +227,7 @@ def load_student(
     """
     adapters = [] if lora is None else _read_loras(lora, lora_scale)
     sampler = sampler_of(path_or_repo)  # what is not supported is named before gigabytes are read
-    path = local_copy(path_or_repo, ["*.json", "*.safetensors", *(f"{folder}/*" for folder in _FOLDERS)])
+    path = local_copy(path_or_repo, [*_JSON, "*.safetensors", "transformer/*"])
     found = experts_of(path)
     if found is not None and adapters:
         raise ConfigError(

@@ -77,7 +77,7 @@ def check_folder(folder: Path) -> ExpertFolders | None:
             f"{folder} has two experts ({names[0]} and {names[1]}) and no boundary_ratio in model_index.json: add it, such as "
             f"0.875 of Wan2.2-T2V-A14B, or give the folder of one, such as {folder / names[0]}"
         )
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+    if not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
         raise ConfigError(
             f"boundary_ratio in {index} must be a number between 0 and 1, such as 0.875, got {ratio!r}: restore the file"
         )
