@@ -84,11 +84,12 @@ def logged(sums: Sums, scale: float, names: Mapping[str, str], mask: Tensor | No
     ours = {
         "total": loss.detach(), "policy": policy, "unweighted": policy / scale, "kl": prior, "kl_each": rows[PRIOR], "r": r,
     }  # fmt: skip
-    wanted = set(names.values()) - ours.keys()
-    for over_samples, found in ((rows.mean, AVERAGES), (rows.amax, MAXIMA)):
-        if not wanted.isdisjoint(found):
+    wanted = list(names.values())
+    for over_samples, rows_of in ((rows.mean, AVERAGES), (rows.amax, MAXIMA)):
+        found = {name: row for name, row in rows_of.items() if name in wanted}
+        if found:
             values = over_samples(1)
-            ours |= {name: values[row] for name, row in found.items() if name in wanted}
+            ours |= {name: values[row] for name, row in found.items()}
     if mask is not None and "old_kl" in wanted:
         ours["old_kl"] = (rows[OLD_PRIOR] * mask).sum() / mask.sum().clamp(min=1)
     return {theirs: ours[name] for theirs, name in names.items()}
