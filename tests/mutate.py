@@ -187,6 +187,7 @@ def cases() -> Iterator[Inputs]:
     yield draw.inputs(
         (2, 70), by_r, "x_t", each=draw.uniform(2, 70), v_ref=None, element_mask=draw.uniform(2, 70) > 0.4
     )
+    yield draw.inputs((2, 1300), by_r, "noise", each=draw.uniform(2, 1300))  # two quarters of a tile
     dpo = nft_recipe("diffusionnft", ref_coef=0.3, form="dpo", dpo_beta=0.7)
     yield draw.inputs((3, 70), dpo, "x_t", policy_weight=draw.levels(3))
     yield draw.inputs((3, 70), replace(dpo, weighting="none"), "x_t", v_old=None)
