@@ -4,12 +4,13 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from afd_fast.students import CausalWanConfig
 from benchmarks.peers import not_compiled, sdpa
@@ -17,6 +18,77 @@ from benchmarks.peers import not_compiled, sdpa
 HEIGHT, WIDTH = 4, 6  # latents; 6 tokens per frame
 TOKENS = HEIGHT * WIDTH // 4
 SIZES = CausalWanConfig.tiny()
+
+
+class TextStandIn(torch.nn.Module):
+    """Prompts "0", "1", ... -> embeddings."""
+
+    def __init__(self, embeddings: list[Tensor]) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+
+    def forward(self, text_prompts: list[str]) -> dict[str, Tensor]:
+        return {"prompt_embeds": torch.stack([self.embeddings[int(p)] for p in text_prompts])}
+
+
+class VAEStandIn(torch.nn.Module):
+    """Latents are the video."""
+
+    def decode_to_pixel(self, latents: Tensor, **_: Any) -> Tensor:
+        return latents
+
+    decode_to_pixel_chunk = decode_to_pixel
+
+
+class Pixels:
+    """A VAE's shapes in two matrices: the first latent frame becomes one frame of video, later ones four, each also of the latent before;
+    a frame of video alone becomes another latent."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        g = torch.Generator().manual_seed(1)
+        mixed, back = (torch.randn(n, 3, SIZES.in_dim, generator=g, dtype=torch.float64).to(dtype) for n in (4, 1))
+        self.mixed, self.back, self.past = mixed, back[0], torch.zeros(())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, f, H, W] to pixels [B, 3, 4 f, 8 H, 8 W] in [-1, 1], of the first call 4 f - 3."""
+        first = self.past.ndim == 0
+        before = torch.cat([torch.zeros_like(latents[:, :, :1]) if first else self.past, latents[:, :, :-1]], 2)
+        self.past = latents[:, :, -1:]
+        video = torch.einsum("kdc,bcfhw->bdfkhw", self.mixed, latents + before / 2).div(4).tanh().flatten(2, 3)
+        return video[:, :, 3 * first :].repeat_interleave(8, 3).repeat_interleave(8, 4)
+
+    def encode(self, frame: Tensor) -> Tensor:
+        """Pixels [B, 3, 1, 8 H, 8 W] to a latent [B, C, 1, H, W]."""
+        return torch.einsum("dc,bdfhw->bcfhw", self.back, frame[..., ::8, ::8])
+
+    def first_frame(self, latents: Tensor) -> Tensor:
+        """`WanDecoder.reencode`."""
+        return self.encode(self.decode(latents)[:, :, -4 * latents.shape[2] + 3 :][:, :, :1])
+
+
+@contextmanager
+def drawn(noise: Tensor, name: str = "randn_like") -> Iterator[None]:
+    """`torch.randn_like`, or `torch.randn`, gives these draws in order."""
+    draws, original = iter(noise), getattr(torch, name)
+
+    def draw(like: Any, *_: Any, **__: Any) -> Tensor:
+        noise = next(draws)
+        return noise[: like.shape[0]].to(like) if name == "randn_like" else noise
+
+    setattr(torch, name, draw)
+    try:
+        yield
+    finally:
+        setattr(torch, name, original)
+
+
+class Options(dict[str, Any]):
+    """Their configuration: keys as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
 
 class Replaced:
@@ -29,6 +101,7 @@ class Replaced:
             "12, 128]": f"{heads}, {width}]", ", 512, ": f", {SIZES.text_len}, ", "num_transformer_blocks = 30": f"num_transformer_blocks = {SIZES.num_layers}",
             # float32 stays, float64 is not rounded to it
             "x.float()": "x",
+            "torch.cuda.current_device()": "'cpu'",
             "32760": str(21 * TOKENS), "4680": str(3 * TOKENS), "3120": str(2 * TOKENS), "1560": str(TOKENS),
         }  # fmt: skip
 
@@ -46,10 +119,11 @@ class Replaced:
         module.__dict__.update(members)
         sys.modules[name] = module
 
-    def module(self, name: str) -> Any:
+    def module(self, name: str, replaced: Mapping[str, str] = {}, until: str = "\0") -> Any:
+        """replaced: more of the source; until: where it is cut off."""
         path = self.checkout / (name.replace(".", "/") + ".py")
-        source = path.read_text(encoding="utf-8")
-        for old, new in self.sizes.items():
+        source = path.read_text(encoding="utf-8").partition(until)[0]
+        for old, new in (self.sizes | dict(replaced)).items():
             source = source.replace(old, new)
         module = types.ModuleType(name)
         module.__file__, module.__package__ = str(path), name.rpartition(".")[0]
@@ -81,12 +155,15 @@ def load(checkout: Path) -> Replaced:
     for name in ("demo_utils.memory", "utils.memory"):
         theirs.stand_in(name, **memory)
     theirs.stand_in("utils.debug_option", DEBUG=False)
+    theirs.stand_in("wan.modules.sage", sageattn_func=None, SAGEATTN_AVAILABLE=False)
+    theirs.stand_in("settings", MODEL_FOLDER="")
     theirs.stand_in("wan.modules.tokenizers", HuggingfaceTokenizer=nothing)
-    theirs.stand_in("wan.modules.vae", _video_vae=nothing)
+    theirs.stand_in("wan.modules.vae", _video_vae=nothing, WanVAE=nothing)
     theirs.stand_in("wan.modules.t5", umt5_xxl=nothing)
     with uncompiled():
         attention = theirs.module("wan.modules.attention")
         attention.attention = attention.flash_attention = sdpa
+        attention.FLASH_ATTN_2_AVAILABLE = True  # else Krea's cross-attention rounds to bfloat16
         theirs.module("wan.modules.model")
         theirs.module("wan.modules.causal_model")
         if (checkout / "wan/modules/causal_model_infinity.py").exists():
@@ -102,6 +179,31 @@ def load(checkout: Path) -> Replaced:
         if (checkout / "pipeline/interactive_causal_inference.py").exists():
             theirs.module("pipeline.interactive_causal_inference")
     return theirs
+
+
+class Parameters:
+    """pydantic's BaseModel as Krea's server uses it: values by name, defaults of the class."""
+
+    def __init__(self, **given: Any) -> None:
+        self.__dict__.update(given)
+
+
+def load_krea(checkout: Path) -> None:
+    """What `load` does, and Krea's server: its session and schedule, on the CPU and in the dtype `release_server.DTYPE`. What it
+    imports for HTTP, video files and images is left out."""
+    theirs = load(checkout)
+    theirs.stand_in("omegaconf", OmegaConf=object)
+    theirs.module("utils.misc")
+    imports = {
+        line: "" for line in ("import cv2\n", "import requests\n", "import torchvision.transforms.functional as TF\n")
+    }
+    theirs.module("v2v", imports | {".cuda()": "", ".to(dtype)": ""})
+    gone = {
+        "from fastapi": "# ", "from msgpack": "# ", "from pydantic import BaseModel, ValidationError": "from benchmarks.checkouts import Parameters as BaseModel",
+        "torch.set_grad_enabled(False)": "", "torch.cuda.Stream(device=gpu)": "None", ".half()": "", "torch.bfloat16": "DTYPE",
+        "torch.cuda.Event()": "None", "event.record()": "", "height=480, width=832": f"height={8 * HEIGHT}, width={8 * WIDTH}",
+    }  # fmt: skip
+    theirs.module("release_server", imports | gone, until="# SECTION - SERVER")
 
 
 def load_longlive2(checkout: Path) -> None:

@@ -4,16 +4,17 @@
 
 PROJECT and the commit that was compared: self_forcing 33593df, causal_forcing 1fc7bbc, longlive e52d9ef (branch v1.0), longlive2
 7860ad9 (main), infinity_rope 63d7b84, reward_forcing 4317f5a; fastvideo 2f3d407, of which the self-attention runs, with its cache and positions,
-inside CausalWan and `rollout`. CHECKOUT is a folder with that repository. Runs on the CPU with a small CausalWan. What is theirs: the model, the cache, the wrapper, the schedule and the
-pipeline's loop. What is not: text encoder and VAE (stand-ins that pass embeddings and latents on), flash-attn (PyTorch's SDPA),
+inside CausalWan and `rollout`; krea acf4b7b, of which the server's session runs, FlexAttention included. CHECKOUT is a folder with that
+repository. Runs on the CPU with a small CausalWan. What is theirs: the model, the cache, the wrapper, the schedule and the
+pipeline's loop. What is not: text encoder and VAE (stand-ins that pass embeddings and latents on, for krea `Pixels`), flash-attn
+(PyTorch's SDPA), krea's bfloat16 and HTTP,
 and what is replaced in the source as it is read: the sizes that it holds as numbers (1560 tokens per frame, 12 heads of 128, 30
 layers), and casts to float32 in RMSNorm and FastVideo's RoPE, so that float64 is float64. Prints the largest difference of each case; ends with 1 if one exceeds 1e-5 in float32, 1e-9 in float64.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,21 @@ from torch import Tensor
 from afd_fast.reference.transformer import rms_norm
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students import CausalWan
-from benchmarks.checkouts import HEIGHT, SIZES, TOKENS, WIDTH, load, load_fastvideo, load_longlive2
+from benchmarks.checkouts import (
+    HEIGHT,
+    SIZES,
+    TOKENS,
+    WIDTH,
+    Options,
+    Pixels,
+    TextStandIn,
+    VAEStandIn,
+    drawn,
+    load,
+    load_fastvideo,
+    load_krea,
+    load_longlive2,
+)
 from benchmarks.peers import sdpa
 from benchmarks.rows import Arguments
 
@@ -46,6 +61,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     model: str = "causal_model"  # module of the model
     cut: bool = False  # each switch is also a scene cut
+    given: int = 0  # the first of the frames are given
 
 
 def _windowed(**more: Any) -> RolloutConfig:
@@ -56,6 +72,7 @@ TWO_STEP = RolloutConfig(steps=(1000, 500), first_chunk_steps=(1000, 750, 500, 2
 ONE_STEP = RolloutConfig(steps=(1000,), first_chunk_steps=(1000, 750, 500, 250), chunk=1)
 DIFFUSION = RolloutConfig.preset("ar_diffusion")
 ABSOLUTE, INFINITE = _windowed(), _windowed(rope="relative")
+KREA = RolloutConfig.preset("krea")
 KEPT, REWRITTEN = {"global_sink": True}, {"global_sink": False}
 CASES = {
     "self_forcing": [
@@ -103,6 +120,13 @@ CASES = {
     "reward_forcing": [
         Case("window 9, sink 3, averaged", RolloutConfig(window=9, sink=3, rope="relative", sink_ema=0.999), frames=30),
         Case("window 12, sink 3, averaged", _windowed(rope="relative", sink_ema=0.999), frames=30),
+    ],
+    "krea": [
+        Case("its server", KREA, batch=1),
+        Case("context of 6", replace(KREA, window=9), batch=1),
+        Case("context of 6, first frame kept", replace(KREA, window=9, sink=1), batch=1),
+        Case("context of 6, another prompt", replace(KREA, window=9), 15, 1, (12,)),
+        Case("context of 6, from 6 frames", replace(KREA, window=9), 21, 1, given=6),
     ],
     "fastvideo": [
         Case("absolute", RolloutConfig()),
@@ -167,46 +191,6 @@ class FastVideo:
         return self.model._unpatchify(self.model._transform(self.model._patchify(x), t, text, pattern), x)
 
 
-class TextStandIn(torch.nn.Module):
-    """Prompts "0", "1", ... -> embeddings."""
-
-    def __init__(self, embeddings: list[Tensor]) -> None:
-        super().__init__()
-        self.embeddings = embeddings
-
-    def forward(self, text_prompts: list[str]) -> dict[str, Tensor]:
-        return {"prompt_embeds": torch.stack([self.embeddings[int(p)] for p in text_prompts])}
-
-
-class VAEStandIn(torch.nn.Module):
-    """Latents are the video."""
-
-    def decode_to_pixel(self, latents: Tensor, **_: Any) -> Tensor:
-        return latents
-
-    decode_to_pixel_chunk = decode_to_pixel
-
-
-@contextmanager
-def drawn(noise: Tensor) -> Iterator[None]:
-    """`torch.randn_like` gives these draws in order."""
-    draws, original = iter(noise), torch.randn_like
-    torch.randn_like = lambda like, **_: next(draws)[: like.shape[0]].to(like)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.randn_like = original
-
-
-class Options(dict[str, Any]):
-    """Their configuration: keys as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self:
-            raise AttributeError(name)
-        return self[name]
-
-
 class Prepared(NamedTuple):
     """What both sides are given."""
 
@@ -216,13 +200,9 @@ class Prepared(NamedTuple):
     draws: Tensor  # [n, B * f, C, H, W] noise between steps
 
 
-def official(case: Case, given: Prepared) -> Tensor:
-    """Latents [B, C, F, H, W] of their pipeline."""
-    ours, noise, texts, draws = given
-    if "fastvideo" in sys.modules:
-        student = FastVideo(ours, case.config, case.batch)
-        return rollout(student, ours.encode_text(texts[0][None]), noise, case.config, renoise=draws)
-    config, modules = case.config, sys.modules
+def wrapped(case: Case, given: Prepared) -> Any:
+    """Their model with the weights, in their wrapper."""
+    config, modules, ours = case.config, sys.modules, given.model
     second = "wan_5b" in modules  # LongLive 2.0
     wan, utilities = ("wan_5b", "utils.wan_5b_wrapper") if second else ("wan", "utils.wan_wrapper")
     with torch.device("meta"):
@@ -243,6 +223,58 @@ def official(case: Case, given: Prepared) -> Tensor:
     )
     wrapper.scheduler.set_timesteps(1000, training=True)
     wrapper.post_init()
+    return wrapper
+
+
+def served(case: Case, given: Prepared) -> Tensor:
+    """Latents [B, C, F, H, W] of a session of Krea's server, block by block."""
+    config, server = case.config, sys.modules["release_server"]
+    assert config.window is not None
+    dtype = given.model.dtype
+    server.DTYPE = dtype  # type: ignore[attr-defined]
+    pixels, whole = Pixels(dtype), replace(config, window=None, sink=0, recompute=False)  # `init_models` sets -1
+    wrapper = wrapped(replace(case, config=whole), given)
+    for block in wrapper.model.blocks:
+        block.self_attn.fuse_projections()
+    settings = Options(
+        denoising_step_list=[0], warp_denoising_step=False, num_frame_per_block=config.chunk, independent_first_frame=False,
+        use_taehv=False,
+    )  # fmt: skip
+
+    def decode(latents: Tensor, *cache: Any) -> tuple[Tensor, list[Any]]:
+        return pixels.decode(latents.transpose(1, 2)).transpose(1, 2), list(cache)
+
+    def encode(frames: Tensor, cache: list[Any], stream: bool) -> tuple[Tensor, list[Any]]:
+        return pixels.encode(frames), cache
+
+    text = TextStandIn(given.texts)
+    pipeline = sys.modules["pipeline.causal_inference"].CausalInferencePipeline(settings, "cpu", wrapper, text, decode)
+    models = server.Models(text, wrapper, pipeline, encode, decode)
+    params = server.GenerateParams(
+        prompt="0", width=8 * WIDTH, height=8 * HEIGHT, seed=0, num_blocks=case.frames // config.chunk,
+        kv_cache_num_frames=config.window - config.chunk, keep_first_frame=config.sink == 1, timestep_shift=config.shift,
+    )  # fmt: skip
+    session = server.GenerationSession(params, settings, frame_callback=lambda *_: None, models=models)
+    session.noise = given.noise.transpose(1, 2).clone()
+    session.resume_latents = session.noise[:, : case.given] if case.given else None
+    with drawn(given.draws, "randn"), redirect_stdout(StringIO()):
+        for start in range(case.given, case.frames, config.chunk):
+            if start in case.switches:
+                session.interpolated_prompt_embeds = [given.texts[1 + case.switches.index(start)][None]]
+            session.generate_block_internal(models)
+    return session.all_latents.transpose(1, 2).clone()
+
+
+def official(case: Case, given: Prepared) -> Tensor:
+    """Latents [B, C, F, H, W] of their pipeline."""
+    ours, noise, texts, draws = given
+    if "fastvideo" in sys.modules:
+        student = FastVideo(ours, case.config, case.batch)
+        return rollout(student, ours.encode_text(texts[0][None]), noise, case.config, renoise=draws)
+    if "release_server" in sys.modules:
+        return served(case, given)
+    config, modules = case.config, sys.modules
+    wrapper, second = wrapped(case, given), "wan_5b" in modules  # LongLive 2.0
     settings = Options(
         denoising_step_list=list(config.steps), warp_denoising_step=True, num_frame_per_block=config.chunk, context_noise=0,
         independent_first_frame=False, denoising_step_list_first_chunk=config.first_chunk_steps and list(config.first_chunk_steps),
@@ -311,10 +343,12 @@ def ours(case: Case, given: Prepared) -> Tensor:
     if case.config.guidance is not None:
         return rollout(given.model, encoded[0], given.noise, case.config, negative=encoded[1])
     schedule = [(0, encoded[0]), *zip(case.switches, encoded[1:])] if case.switches else encoded[0]
-    cuts = case.switches if case.cut else ()
+    cuts, noise = case.switches if case.cut else (), given.noise
+    pixels = Pixels(given.model.dtype).first_frame if case.config.reencodes else None
     return rollout(
-        given.model, schedule, given.noise, case.config, renoise=given.draws, recache=case.recache, scene_cuts=cuts
-    )
+        given.model, schedule, noise[:, :, case.given :], case.config, renoise=given.draws, recache=case.recache, scene_cuts=cuts,
+        initial_latent=noise[:, :, : case.given] if case.given else None, first_frame=pixels,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -326,7 +360,7 @@ def main() -> None:
     parser.add_argument("--case", help="only this one")
     parser.add_argument("--record", type=Path, help="write their last chunks here, as tests/golden/rollouts has them")
     args = parser.parsed()
-    {"fastvideo": load_fastvideo, "longlive2": load_longlive2}.get(args.project, load)(args.checkout)
+    {"fastvideo": load_fastvideo, "longlive2": load_longlive2, "krea": load_krea}.get(args.project, load)(args.checkout)
     failed, recorded = False, {}
     for case in CASES[args.project]:
         if args.case in (None, case.name):

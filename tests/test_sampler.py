@@ -200,7 +200,7 @@ def test_unipc_and_guidance_are_for_generation(model):
     with pytest.raises(ConfigError, match="leave out one of graphs and guidance"):
         RolloutConfig(guidance=3.0, graphs=True)
     for key in ("rollout=ar_diffusion", "rollout.unipc_steps=4", "rollout.guidance=3"):
-        with pytest.raises(ConfigError, match="are for generation"):
+        with pytest.raises(ConfigError, match="is for generation"):
             with_overrides(TrainConfig(student=replace(TrainConfig().student, name="tiny")), [key])
     noise, text = torch.zeros(1, 16, 2, 4, 4), model.encode_text(torch.zeros(1, 3, 24))
     with pytest.raises(ValueError, match="grad_last_step needs"):

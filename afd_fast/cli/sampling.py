@@ -36,6 +36,12 @@ Rope = Annotated[
 SinkEma = Annotated[
     float | None, typer.Option(help="weight of the old sink where chunks that leave the window are averaged into it")
 ]
+Recompute = Annotated[
+    bool | None, typer.Option("--recompute/--no-recompute", help="compute the window anew before each chunk (Krea)")
+]
+ZeroStep = Annotated[
+    bool | None, typer.Option("--zero-step/--no-zero-step", help="end each chunk with a forward at t = 0 (Krea)")
+]
 UniPC = Annotated[
     int | None, typer.Option("--unipc-steps", help="so many steps of UniPC instead of --steps, such as 50")
 ]
