@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd_fast.students import CausalWanConfig
+from afd_fast.reference.transformer import rms_norm
+from afd_fast.rollout import RolloutConfig
+from afd_fast.students import CausalWan, CausalWanConfig
 from benchmarks.peers import not_compiled, sdpa
 
 HEIGHT, WIDTH = 4, 6  # latents; 6 tokens per frame
@@ -181,6 +183,30 @@ def load(checkout: Path) -> Replaced:
     return theirs
 
 
+def load_causvid(checkout: Path) -> None:
+    """CausVid's causal model, wrapper and pipeline."""
+    theirs, wan, nothing = Replaced(checkout), "causvid.models.wan", object
+    for name in ("causvid", wan, f"{wan}.wan_base", f"{wan}.wan_base.modules"):
+        theirs.package(name)
+    made = dict.fromkeys(("get_diffusion_wrapper", "get_text_encoder_wrapper", "get_vae_wrapper"), nothing)
+    theirs.stand_in("causvid.models", **made)
+    for name, member in (("tokenizers", "HuggingfaceTokenizer"), ("vae", "_video_vae"), ("t5", "umt5_xxl")):
+        theirs.stand_in(f"{wan}.wan_base.modules.{name}", **{member: nothing})
+    with uncompiled():
+        attention = theirs.module(f"{wan}.wan_base.modules.attention")
+        attention.attention = attention.flash_attention = sdpa
+        for name in (
+            f"{wan}.wan_base.modules.model",
+            f"{wan}.causal_model",
+            "causvid.scheduler",
+            "causvid.models.model_interface",
+            f"{wan}.flow_match",
+            f"{wan}.wan_wrapper",
+        ):
+            theirs.module(name)
+        theirs.module(f"{wan}.causal_inference", {".cuda()": "", 'device="cuda"': 'device="cpu"'})
+
+
 class Parameters:
     """pydantic's BaseModel as Krea's server uses it: values by name, defaults of the class."""
 
@@ -282,3 +308,57 @@ def load_fastvideo(checkout: Path) -> None:
     with uncompiled():
         for name in ("layers.rotary_embedding", "models.dits._relative_rope", "models.dits.causal_wanvideo"):
             theirs.module(f"fastvideo.{name}")
+
+
+class FastVideo:
+    """A student whose self-attention, cache and positions are FastVideo's; the rest of the model is ours."""
+
+    def __init__(self, model: CausalWan, config: RolloutConfig, batch: int) -> None:
+        module: Any = sys.modules["fastvideo.models.dits.causal_wanvideo"]
+        self.model, self.window, heads = model, config.window, SIZES.num_heads
+        self.relative = config.rope == "relative"
+        self.layers = [
+            module.CausalWanSelfAttention(
+                SIZES.dim, heads, config.window or -1, config.sink,
+                rope_cache_policy="relativistic" if self.relative else "absolute",
+            )
+            for _ in range(SIZES.num_layers)
+        ]  # fmt: skip
+        shape = (
+            batch,
+            (config.window or module.GLOBAL_ATTN_COMPAT_MAX_LATENT_FRAMES) * TOKENS,
+            heads,
+            SIZES.dim // heads,
+        )
+        self.caches = [
+            {name: torch.zeros(shape, dtype=model.dtype) for name in ("k", "v")}
+            | {name: torch.zeros(1, dtype=torch.long) for name in ("global_end_index", "local_end_index")}
+            for _ in self.layers
+        ]
+        self.tables = module.get_rotary_pos_embed
+        for layer in self.layers:
+            layer.attn = sdpa
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def new_cache(self, *_: Any, **__: Any) -> None:
+        """They are made with the student."""
+
+    def __call__(self, x: Tensor, t: Any, text: Any, *, cache: Any, start_frame: int = 0) -> Tensor:
+        d = SIZES.dim // SIZES.num_heads
+        first, frames = (0, self.window) if self.relative else (start_frame, x.shape[2])
+        sizes = [d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6)]
+        table = self.tables(
+            (frames, HEIGHT // 2, WIDTH // 2), SIZES.dim, SIZES.num_heads, sizes, dtype=torch.float64, rope_theta=10000,
+            start_frame=first,
+        )  # fmt: skip
+
+        def pattern(layer: int, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = (rms_norm(a, norm.weight) for a, norm in ((q, attn.norm_q), (k, attn.norm_k)))
+            return self.layers[layer](
+                *(a.unflatten(-1, (attn.heads, -1)) for a in (q, k, v)), table, None, kv_cache=self.caches[layer],
+                current_start=start_frame * TOKENS, frame_seqlen=TOKENS,
+            )  # fmt: skip
+
+        return self.model._unpatchify(self.model._transform(self.model._patchify(x), t, text, pattern), x)

@@ -4,7 +4,7 @@
 
 PROJECT and the commit that was compared: self_forcing 33593df, causal_forcing 1fc7bbc, longlive e52d9ef (branch v1.0), longlive2
 7860ad9 (main), infinity_rope 63d7b84, reward_forcing 4317f5a; fastvideo 2f3d407, of which the self-attention runs, with its cache and positions,
-inside CausalWan and `rollout`; krea acf4b7b, of which the server's session runs, FlexAttention included. CHECKOUT is a folder with that
+inside CausalWan and `rollout`; causvid ca21150; krea acf4b7b, of which the server's session runs, FlexAttention included. CHECKOUT is a folder with that
 repository. Runs on the CPU with a small CausalWan. What is theirs: the model, the cache, the wrapper, the schedule and the
 pipeline's loop. What is not: text encoder and VAE (stand-ins that pass embeddings and latents on, for krea `Pixels`), flash-attn
 (PyTorch's SDPA), krea's bfloat16 and HTTP,
@@ -23,25 +23,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from afd_fast.reference.transformer import rms_norm
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students import CausalWan
 from benchmarks.checkouts import (
     HEIGHT,
     SIZES,
-    TOKENS,
     WIDTH,
+    FastVideo,
     Options,
     Pixels,
     TextStandIn,
     VAEStandIn,
     drawn,
     load,
+    load_causvid,
     load_fastvideo,
     load_krea,
     load_longlive2,
 )
-from benchmarks.peers import sdpa
 from benchmarks.rows import Arguments
 
 BOUNDS = {"float32": 1e-5, "float64": 1e-9}
@@ -121,6 +120,11 @@ CASES = {
         Case("window 9, sink 3, averaged", RolloutConfig(window=9, sink=3, rope="relative", sink_ema=0.999), frames=30),
         Case("window 12, sink 3, averaged", _windowed(rope="relative", sink_ema=0.999), frames=30),
     ],
+    "causvid": [
+        Case("three steps", RolloutConfig.preset("causvid"), batch=1),
+        Case("four steps", RolloutConfig.preset("causvid_4step"), frames=12, batch=1),
+        Case("three steps, from 6 frames", RolloutConfig.preset("causvid"), 12, 1, given=6),
+    ],
     "krea": [
         Case("its server", KREA, batch=1),
         Case("context of 6", replace(KREA, window=9), batch=1),
@@ -137,60 +141,6 @@ CASES = {
 }
 
 
-class FastVideo:
-    """A student whose self-attention, cache and positions are FastVideo's; the rest of the model is ours."""
-
-    def __init__(self, model: CausalWan, config: RolloutConfig, batch: int) -> None:
-        module: Any = sys.modules["fastvideo.models.dits.causal_wanvideo"]
-        self.model, self.window, heads = model, config.window, SIZES.num_heads
-        self.relative = config.rope == "relative"
-        self.layers = [
-            module.CausalWanSelfAttention(
-                SIZES.dim, heads, config.window or -1, config.sink,
-                rope_cache_policy="relativistic" if self.relative else "absolute",
-            )
-            for _ in range(SIZES.num_layers)
-        ]  # fmt: skip
-        shape = (
-            batch,
-            (config.window or module.GLOBAL_ATTN_COMPAT_MAX_LATENT_FRAMES) * TOKENS,
-            heads,
-            SIZES.dim // heads,
-        )
-        self.caches = [
-            {name: torch.zeros(shape, dtype=model.dtype) for name in ("k", "v")}
-            | {name: torch.zeros(1, dtype=torch.long) for name in ("global_end_index", "local_end_index")}
-            for _ in self.layers
-        ]
-        self.tables = module.get_rotary_pos_embed
-        for layer in self.layers:
-            layer.attn = sdpa
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def new_cache(self, *_: Any, **__: Any) -> None:
-        """They are made with the student."""
-
-    def __call__(self, x: Tensor, t: Any, text: Any, *, cache: Any, start_frame: int = 0) -> Tensor:
-        d = SIZES.dim // SIZES.num_heads
-        first, frames = (0, self.window) if self.relative else (start_frame, x.shape[2])
-        sizes = [d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6)]
-        table = self.tables(
-            (frames, HEIGHT // 2, WIDTH // 2), SIZES.dim, SIZES.num_heads, sizes, dtype=torch.float64, rope_theta=10000,
-            start_frame=first,
-        )  # fmt: skip
-
-        def pattern(layer: int, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = (rms_norm(a, norm.weight) for a, norm in ((q, attn.norm_q), (k, attn.norm_k)))
-            return self.layers[layer](
-                *(a.unflatten(-1, (attn.heads, -1)) for a in (q, k, v)), table, None, kv_cache=self.caches[layer],
-                current_start=start_frame * TOKENS, frame_seqlen=TOKENS,
-            )  # fmt: skip
-
-        return self.model._unpatchify(self.model._transform(self.model._patchify(x), t, text, pattern), x)
-
-
 class Prepared(NamedTuple):
     """What both sides are given."""
 
@@ -203,27 +153,52 @@ class Prepared(NamedTuple):
 def wrapped(case: Case, given: Prepared) -> Any:
     """Their model with the weights, in their wrapper."""
     config, modules, ours = case.config, sys.modules, given.model
-    second = "wan_5b" in modules  # LongLive 2.0
-    wan, utilities = ("wan_5b", "utils.wan_5b_wrapper") if second else ("wan", "utils.wan_wrapper")
+    layers, models, wrappers, schedules = "wan.modules", "wan.modules", "utils.wan_wrapper", "utils.scheduler"
+    places: dict[str, Any] = {"local_attn_size": config.window or -1, "sink_size": config.sink}
+    if "wan_5b" in modules:  # LongLive 2.0
+        layers, models, wrappers = "wan_5b.modules", "wan_5b.modules", "utils.wan_5b_wrapper"
+    elif "causvid" in modules:
+        root, places = "causvid.models.wan", {}
+        layers, models, wrappers, schedules = (
+            f"{root}.wan_base.modules",
+            root,
+            f"{root}.wan_wrapper",
+            f"{root}.flow_match",
+        )
     with torch.device("meta"):
-        model = modules[f"{wan}.modules.{case.model}"].CausalWanModel(
+        model = modules[f"{models}.{case.model}"].CausalWanModel(
             **{n: getattr(SIZES, n) for n in ("dim", "ffn_dim", "num_heads", "num_layers", "text_len", "text_dim", "freq_dim", "in_dim", "out_dim")},
-            cross_attn_norm=True, local_attn_size=config.window or -1, sink_size=config.sink,
+            cross_attn_norm=True, **places,
         )  # fmt: skip
     model = model.to_empty(device="cpu").to(ours.dtype).eval()
     model.load_state_dict(ours.state_dict())
     d = SIZES.dim // SIZES.num_heads
-    rope = modules[f"{wan}.modules.model"].rope_params
+    rope = modules[f"{layers}.model"].rope_params
     model.freqs = torch.cat([rope(1024, d - 4 * (d // 6)), rope(1024, 2 * (d // 6)), rope(1024, 2 * (d // 6))], 1)
-    wrapper = modules[utilities].WanDiffusionWrapper.__new__(modules[utilities].WanDiffusionWrapper)
+    wrapper = modules[wrappers].WanDiffusionWrapper.__new__(modules[wrappers].WanDiffusionWrapper)
     torch.nn.Module.__init__(wrapper)
     wrapper.model, wrapper.uniform_timestep, wrapper.seq_len = model, False, 10**6
-    wrapper.scheduler = modules["utils.scheduler"].FlowMatchScheduler(
-        shift=config.shift, sigma_min=0.0, extra_one_step=True
-    )
+    wrapper.scheduler = modules[schedules].FlowMatchScheduler(shift=config.shift, sigma_min=0.0, extra_one_step=True)
     wrapper.scheduler.set_timesteps(1000, training=True)
     wrapper.post_init()
     return wrapper
+
+
+def causvid(case: Case, given: Prepared) -> Tensor:
+    """Latents [B, C, F, H, W] of CausVid's pipeline."""
+    config, wrapper, text, vae = case.config, wrapped(case, given), TextStandIn(given.texts), VAEStandIn()
+    pipeline: Any = sys.modules["causvid.models.wan.causal_inference"]
+    pipeline.get_diffusion_wrapper = lambda model_name: lambda: wrapper
+    pipeline.get_text_encoder_wrapper = lambda model_name: lambda: text
+    pipeline.get_vae_wrapper = lambda model_name: lambda: vae
+    settings = Options(
+        model_name="wan", denoising_step_list=[*config.steps, 0], warp_denoising_step=config.warp, num_frame_per_block=config.chunk
+    )  # fmt: skip
+    latents = given.noise.transpose(1, 2)
+    start = latents[:, : case.given] if case.given else None
+    with drawn(given.draws), redirect_stdout(StringIO()):
+        made = pipeline.InferencePipeline(settings, "cpu").inference(latents, ["0"], start, return_latents=True)
+    return made[1].transpose(1, 2)
 
 
 def served(case: Case, given: Prepared) -> Tensor:
@@ -273,6 +248,8 @@ def official(case: Case, given: Prepared) -> Tensor:
         return rollout(student, ours.encode_text(texts[0][None]), noise, case.config, renoise=draws)
     if "release_server" in sys.modules:
         return served(case, given)
+    if "causvid" in sys.modules:
+        return causvid(case, given)
     config, modules = case.config, sys.modules
     wrapper, second = wrapped(case, given), "wan_5b" in modules  # LongLive 2.0
     settings = Options(
@@ -360,7 +337,9 @@ def main() -> None:
     parser.add_argument("--case", help="only this one")
     parser.add_argument("--record", type=Path, help="write their last chunks here, as tests/golden/rollouts has them")
     args = parser.parsed()
-    {"fastvideo": load_fastvideo, "longlive2": load_longlive2, "krea": load_krea}.get(args.project, load)(args.checkout)
+    {"causvid": load_causvid, "fastvideo": load_fastvideo, "longlive2": load_longlive2, "krea": load_krea}.get(
+        args.project, load
+    )(args.checkout)
     failed, recorded = False, {}
     for case in CASES[args.project]:
         if args.case in (None, case.name):

@@ -48,6 +48,8 @@ def test_rollouts_are_the_projects(project, case):
         ("longlive2", "UniPC, window 32, sink 8", {"window": 24}),
         ("longlive2", "UniPC, window 32, sink 8", {"unipc_steps": 5}),
         ("causal_forcing", "AR diffusion", {"unipc_steps": 19}),
+        ("causvid", "three steps", {"steps": (1000, 757, 500)}),
+        ("causvid", "four steps", {"warp": False}),
         ("krea", "its server", {"recompute": False}),
         ("krea", "its server", {"zero_step": False}),
         ("krea", "its server", {"window": 9}),
