@@ -230,11 +230,12 @@ class TrainConfig:
                 f'rollout.context_noise={rollout.context_noise} needs update.history="detached", whose history is the '
                 f"sampler's; got {self.update.history!r}"
             )
-        for name in ("unipc_steps", "guidance", "recompute", "zero_step", "independent_first_frame"):
-            if getattr(rollout, name) is not None and getattr(rollout, name) is not False:
+        plain = RolloutConfig()
+        for name in ("unipc_steps", "guidance", "recompute", "zero_step", "cache_pass", "independent_first_frame"):
+            if getattr(rollout, name) != getattr(plain, name):
                 raise ConfigError(
                     f"rollout.{name} is for generation: training learns on the few steps of rollout.steps, in whole chunks that share "
-                    "one cache; turn it off"
+                    f"one cache; set rollout.{name}={str(getattr(plain, name)).lower()}"
                 )
 
     def check_stream(self, frames: int) -> None:

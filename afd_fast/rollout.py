@@ -177,8 +177,11 @@ def _cut_chunks(model: Student, config: RolloutConfig, cuts: Sequence[int], star
     """The numbers of the chunks that begin at these frames. ValueError where a scene cannot be cut."""
     if not cuts:
         return set()
-    if config.rope != "relative" or config.guidance is not None or not hasattr(model, "rope"):
-        raise ValueError(f'scene_cuts={list(cuts)} needs a CausalWan, rope="relative" in its config and no guidance')
+    fits = config.rope == "relative" and config.guidance is None and config.cache_pass
+    if not fits or not hasattr(model, "rope"):
+        raise ValueError(
+            f'scene_cuts={list(cuts)} needs a CausalWan, rope="relative" and cache_pass=True in its config and no guidance'
+        )
     if (config.window or 0) > SCENE:
         raise ValueError(f"scene_cuts places a chunk at frame {SCENE}: a window of {config.window} reaches beyond it")
     if wrong := [cut for cut in cuts if cut == 0 or cut not in starts]:
@@ -296,7 +299,7 @@ def stream(
                     assert config.window is not None
                     sampler.away = SCENE + b - a - min(config.window, given + b)
                 x0 = sampler.denoise(noise[:, :, a:b], steps if index else first_steps, start, pending)
-                previous = (x0, start)
+                previous = (x0, start) if config.cache_pass else None
                 if recache:
                     past = [torch.cat([*past, x0.detach()], 2)[:, :, -(config.window or frames) :]]
                 if progress is not None:

@@ -22,6 +22,7 @@ Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]  # one, or o
 FirstFrame: TypeAlias = Callable[[Tensor], Tensor]  # a chunk [B, C, f, H, W] -> [B, C, 1, H, W]: see `rollout`
 
 FOUR_STEPS = (1000, 750, 500, 250)
+_STREAM: Sampler = {"warp": False, "cache_pass": False, "shift": 8.0}
 PRESETS: dict[str, Sampler] = {
     # guandeh17/Self-Forcing 33593df: configs/self_forcing_{dmd,sid}.yaml
     "self_forcing": {"steps": FOUR_STEPS, "shift": 5.0, "chunk": 3},
@@ -56,9 +57,10 @@ PRESETS: dict[str, Sampler] = {
     # tianweiy/CausVid ca21150: configs/wan_causal_dmd.yaml, configs/wan_causal_dmd_warp_4step_cfg2.yaml
     "causvid": {"steps": (1000, 757, 522), "warp": False, "shift": 8.0, "chunk": 3},
     "causvid_4step": {"steps": FOUR_STEPS, "shift": 8.0, "chunk": 3},
-    # chenfengxu714/StreamDiffusionV2 c5a0f20: configs/wan_causal_dmd_{t2v,v2v}.yaml; v2v starts from a video noised to 0.7
-    "streamdiffusionv2": {"steps": FOUR_STEPS, "warp": False, "shift": 8.0, "chunk": 3, "window": 21},
-    "streamdiffusionv2_v2v": {"steps": (700, 500, 400, 200), "warp": False, "shift": 8.0, "chunk": 1},
+    # chenfengxu714/StreamDiffusionV2 c5a0f20: configs/wan_causal_dmd_{t2v,v2v}.yaml; v2v starts from a video noised to 0.7. The last step at 0 stays
+    # for t2v (models/wan/causal_stream_inference.py:76-78), a chunk's last keys are its history (235-320): `prepare`, `inference_wo_batch`
+    "streamdiffusionv2": {**_STREAM, "steps": FOUR_STEPS, "zero_step": True, "chunk": 3, "window": 21},
+    "streamdiffusionv2_v2v": {**_STREAM, "steps": (700, 500, 400, 200), "chunk": 1, "window": 6, "sink": 3},
     # krea-ai/realtime-video acf4b7b: release_server.py, GenerateParams (328-336: kv_cache_num_frames 3 and a chunk of 3; 5 steps, the last at
     # t = 0) and `v2v.get_denoising_schedule`; sample.py runs the same. denoising_step_list of configs/*.yaml is read by neither
     "krea": {"steps": FOUR_STEPS, "shift": 5.0, "chunk": 3, "window": 6, "recompute": True, "zero_step": True},
@@ -126,7 +128,9 @@ class RolloutConfig:
     recompute: before each chunk, compute the window's frames before it anew, from their latents, at positions from 0 on (Krea's
         `recompute_kv_cache`; window: its kv_cache_num_frames + chunk; sink=1: its keep_first_frame; see `Context`).
     warp: move the steps along the shifted schedule (750 is 937.5 at shift 5); false: they are on it already (CausVid).
-    zero_step: one more forward at the end of each chunk, at t = 0, of latents noised to the schedule's lowest level (Krea's server).
+    zero_step: one more forward at the end of each chunk, at t = 0, of latents noised to the schedule's lowest level (Krea, StreamDiffusionV2).
+    cache_pass: a finished chunk goes through the student once more, at t = context_noise, for its keys and values; false: those of
+        its last step stay (StreamDiffusionV2).
     unipc_steps: so many steps of UniPC, Wan's own solver, instead of `steps` with fresh noise between them: for checkpoints that are not
         distilled to few steps (`ar_diffusion.pt`).
     guidance: scale of classifier-free guidance against a negative prompt, which takes two forwards and two caches; none: no guidance.
@@ -148,6 +152,7 @@ class RolloutConfig:
     recompute: bool = False
     warp: bool = True
     zero_step: bool = False
+    cache_pass: bool = True
     unipc_steps: int | None = None
     guidance: float | None = None
     fuse_cache_pass: bool = False
@@ -192,6 +197,10 @@ class RolloutConfig:
                     f"window of whole chunks, without independent_first_frame; got rope={self.rope}, sink={self.sink}, "
                     f"window={self.window}"
                 )
+        if not self.cache_pass and (self.recompute or self.fuse_cache_pass):
+            raise ConfigError(
+                "cache_pass=false leaves nothing to recompute or to fuse: leave out recompute and fuse_cache_pass"
+            )
         if self.recompute:
             whole = self.window is not None and self.window % self.chunk == 0 and self.window > self.chunk
             plain = self.rope == "absolute" and not self.independent_first_frame and not self.fuse_cache_pass

@@ -1,6 +1,7 @@
 """Checkouts of public projects as `benchmarks.parity` imports them: theirs where it computes, stand-ins where it does not."""
 
 import importlib.util
+import itertools
 import os
 import sys
 import types
@@ -183,28 +184,40 @@ def load(checkout: Path) -> Replaced:
     return theirs
 
 
-def load_causvid(checkout: Path) -> None:
-    """CausVid's causal model, wrapper and pipeline."""
-    theirs, wan, nothing = Replaced(checkout), "causvid.models.wan", object
-    for name in ("causvid", wan, f"{wan}.wan_base", f"{wan}.wan_base.modules"):
+def _load_in_wan(checkout: Path, models: str, pipeline: str, replaced: Mapping[str, str]) -> None:
+    """A project whose modules lie below `models`.wan, as CausVid's do: its causal model, wrapper and pipeline."""
+    theirs, wan, nothing = Replaced(checkout), f"{models}.wan", object
+    for name in (*itertools.accumulate(wan.split("."), "{}.{}".format), f"{wan}.wan_base", f"{wan}.wan_base.modules"):
         theirs.package(name)
-    made = dict.fromkeys(("get_diffusion_wrapper", "get_text_encoder_wrapper", "get_vae_wrapper"), nothing)
-    theirs.stand_in("causvid.models", **made)
+    for name in ("get_diffusion_wrapper", "get_text_encoder_wrapper", "get_vae_wrapper"):
+        setattr(sys.modules[models], name, nothing)
     for name, member in (("tokenizers", "HuggingfaceTokenizer"), ("vae", "_video_vae"), ("t5", "umt5_xxl")):
         theirs.stand_in(f"{wan}.wan_base.modules.{name}", **{member: nothing})
+    theirs.stand_in(f"{wan}.taehv_wrapper", TAEHVWanVAEWrapper=nothing)
+    scheduler = f"{wan.partition('.')[0]}.scheduler"
     with uncompiled():
         attention = theirs.module(f"{wan}.wan_base.modules.attention")
         attention.attention = attention.flash_attention = sdpa
-        for name in (
-            f"{wan}.wan_base.modules.model",
-            f"{wan}.causal_model",
-            "causvid.scheduler",
-            "causvid.models.model_interface",
-            f"{wan}.flow_match",
-            f"{wan}.wan_wrapper",
-        ):
-            theirs.module(name)
-        theirs.module(f"{wan}.causal_inference", {".cuda()": "", 'device="cuda"': 'device="cpu"'})
+        for name in ("wan_base.modules.model", "causal_model"):
+            theirs.module(f"{wan}.{name}")
+        theirs.module(scheduler)
+        theirs.module(f"{models}.model_interface")
+        for name in ("flow_match", "wan_wrapper"):
+            theirs.module(f"{wan}.{name}")
+        theirs.module(f"{wan}.{pipeline}", replaced)
+
+
+def load_causvid(checkout: Path) -> None:
+    """CausVid's causal model, wrapper and pipeline."""
+    replaced = {".cuda()": "", 'device="cuda"': 'device="cpu"'}
+    _load_in_wan(checkout, "causvid.models", "causal_inference", replaced)
+
+
+def load_streamdiffusionv2(checkout: Path) -> None:
+    """StreamDiffusionV2's causal model, wrapper and pipeline."""
+    heads, width = SIZES.num_heads, SIZES.dim // SIZES.num_heads
+    replaced = {"self.num_heads = 12": f"self.num_heads = {heads}", "self.num_heads, 128]": f"self.num_heads, {width}]"}
+    _load_in_wan(checkout, "models", "causal_stream_inference", replaced)
 
 
 class Parameters:

@@ -4,7 +4,7 @@
 
 PROJECT and the commit that was compared: self_forcing 33593df, causal_forcing 1fc7bbc, longlive e52d9ef (branch v1.0), longlive2
 7860ad9 (main), infinity_rope 63d7b84, reward_forcing 4317f5a; fastvideo 2f3d407, of which the self-attention runs, with its cache and positions,
-inside CausalWan and `rollout`; causvid ca21150; krea acf4b7b, of which the server's session runs, FlexAttention included. CHECKOUT is a folder with that
+inside CausalWan and `rollout`; causvid ca21150; streamdiffusionv2 c5a0f20, whose chunks run one by one; krea acf4b7b, of which the server's session runs, FlexAttention included. CHECKOUT is a folder with that
 repository. Runs on the CPU with a small CausalWan. What is theirs: the model, the cache, the wrapper, the schedule and the
 pipeline's loop. What is not: text encoder and VAE (stand-ins that pass embeddings and latents on, for krea `Pixels`), flash-attn
 (PyTorch's SDPA), krea's bfloat16 and HTTP,
@@ -28,6 +28,7 @@ from afd_fast.students import CausalWan
 from benchmarks.checkouts import (
     HEIGHT,
     SIZES,
+    TOKENS,
     WIDTH,
     FastVideo,
     Options,
@@ -40,6 +41,7 @@ from benchmarks.checkouts import (
     load_fastvideo,
     load_krea,
     load_longlive2,
+    load_streamdiffusionv2,
 )
 from benchmarks.rows import Arguments
 
@@ -125,6 +127,12 @@ CASES = {
         Case("four steps", RolloutConfig.preset("causvid_4step"), frames=12, batch=1),
         Case("three steps, from 6 frames", RolloutConfig.preset("causvid"), 12, 1, given=6),
     ],
+    "streamdiffusionv2": [
+        Case("text to video, until its cache is full", RolloutConfig.preset("streamdiffusionv2"), frames=18, batch=1),
+        Case(
+            "video to video, until its cache is full", RolloutConfig.preset("streamdiffusionv2_v2v"), frames=5, batch=1
+        ),
+    ],
     "krea": [
         Case("its server", KREA, batch=1),
         Case("context of 6", replace(KREA, window=9), batch=1),
@@ -157,8 +165,8 @@ def wrapped(case: Case, given: Prepared) -> Any:
     places: dict[str, Any] = {"local_attn_size": config.window or -1, "sink_size": config.sink}
     if "wan_5b" in modules:  # LongLive 2.0
         layers, models, wrappers = "wan_5b.modules", "wan_5b.modules", "utils.wan_5b_wrapper"
-    elif "causvid" in modules:
-        root, places = "causvid.models.wan", {}
+    elif root := next((name for name in ("causvid.models.wan", "models.wan") if name in modules), None):
+        places = {}
         layers, models, wrappers, schedules = (
             f"{root}.wan_base.modules",
             root,
@@ -188,9 +196,9 @@ def causvid(case: Case, given: Prepared) -> Tensor:
     """Latents [B, C, F, H, W] of CausVid's pipeline."""
     config, wrapper, text, vae = case.config, wrapped(case, given), TextStandIn(given.texts), VAEStandIn()
     pipeline: Any = sys.modules["causvid.models.wan.causal_inference"]
-    pipeline.get_diffusion_wrapper = lambda model_name: lambda: wrapper
-    pipeline.get_text_encoder_wrapper = lambda model_name: lambda: text
-    pipeline.get_vae_wrapper = lambda model_name: lambda: vae
+    pipeline.get_diffusion_wrapper = lambda **_: lambda: wrapper
+    pipeline.get_text_encoder_wrapper = lambda **_: lambda: text
+    pipeline.get_vae_wrapper = lambda **_: lambda: vae
     settings = Options(
         model_name="wan", denoising_step_list=[*config.steps, 0], warp_denoising_step=config.warp, num_frame_per_block=config.chunk
     )  # fmt: skip
@@ -199,6 +207,31 @@ def causvid(case: Case, given: Prepared) -> Tensor:
     with drawn(given.draws), redirect_stdout(StringIO()):
         made = pipeline.InferencePipeline(settings, "cpu").inference(latents, ["0"], start, return_latents=True)
     return made[1].transpose(1, 2)
+
+
+def streamed(case: Case, given: Prepared) -> Tensor:
+    """Latents [B, C, F, H, W] of StreamDiffusionV2's pipeline, one chunk after the other."""
+    config, wrapper, text, vae = case.config, wrapped(case, given), TextStandIn(given.texts), VAEStandIn()
+    stream: Any = sys.modules["models.wan.causal_stream_inference"]
+    stream.get_diffusion_wrapper = lambda **_: lambda **_: wrapper
+    stream.get_text_encoder_wrapper = lambda **_: lambda **_: text
+    stream.get_vae_wrapper = lambda **_: lambda **_: vae
+    settings = Options(
+        model_type="T2V-1.3B", model_name="wan", denoising_step_list=[*config.steps, 0], t2v=config.zero_step, warp_denoising_step=config.warp,
+        height=8 * HEIGHT, width=8 * WIDTH, num_kv_cache=config.window, num_sink_tokens=config.sink, adapt_sink_threshold=-1,
+        num_frame_per_block=config.chunk,
+    )  # fmt: skip
+    pipeline = stream.CausalStreamInferencePipeline(settings, "cpu")
+    latents, n, made = given.noise.transpose(1, 2), config.chunk, []
+    first = pipeline.denoising_step_list[0].clone()
+    with drawn(given.draws):
+        for start in range(0, case.frames, n):
+            noise, place = latents[:, start : start + n], (start * TOKENS, (start + n) * TOKENS)
+            if start == 0:
+                made = [pipeline.prepare(["0"], "cpu", noise.dtype, "input", noise, *place, batch_denoise=False)]
+            else:
+                made.append(pipeline.inference_wo_batch(noise, *place, first))
+    return torch.cat(made, 1).transpose(1, 2)
 
 
 def served(case: Case, given: Prepared) -> Tensor:
@@ -248,6 +281,8 @@ def official(case: Case, given: Prepared) -> Tensor:
         return rollout(student, ours.encode_text(texts[0][None]), noise, case.config, renoise=draws)
     if "release_server" in sys.modules:
         return served(case, given)
+    if "models.wan" in sys.modules:
+        return streamed(case, given)
     if "causvid" in sys.modules:
         return causvid(case, given)
     config, modules = case.config, sys.modules
@@ -337,9 +372,13 @@ def main() -> None:
     parser.add_argument("--case", help="only this one")
     parser.add_argument("--record", type=Path, help="write their last chunks here, as tests/golden/rollouts has them")
     args = parser.parsed()
-    {"causvid": load_causvid, "fastvideo": load_fastvideo, "longlive2": load_longlive2, "krea": load_krea}.get(
-        args.project, load
-    )(args.checkout)
+    {
+        "causvid": load_causvid,
+        "fastvideo": load_fastvideo,
+        "longlive2": load_longlive2,
+        "krea": load_krea,
+        "streamdiffusionv2": load_streamdiffusionv2,
+    }.get(args.project, load)(args.checkout)
     failed, recorded = False, {}
     for case in CASES[args.project]:
         if args.case in (None, case.name):

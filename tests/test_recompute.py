@@ -1,6 +1,7 @@
 """The context computed anew before each chunk (Krea): what each forward is given, whose latent comes first, videos, refusals.
+And chunks without a cache pass (StreamDiffusionV2).
 
-The numbers against Krea's server are in tests/test_official_rollouts.py."""
+The numbers against Krea's server and StreamDiffusionV2's pipeline are in tests/test_official_rollouts.py."""
 
 from dataclasses import replace
 
@@ -125,6 +126,25 @@ def test_gradient_of_the_last_step_and_a_noised_history(model):
     assert (video - other)[:, :, 3:].abs().max() > 1e-3
 
 
+def test_without_a_cache_pass(model):
+    """The steps alone run; a new prompt may still write the history anew; given frames have their pass."""
+    noise, draws, texts = inputs(model, frames=9)
+    config, watched = RolloutConfig(steps=(1000, 500), window=6, cache_pass=False), Watched(model, texts)
+    schedule, given = [(0, texts[0]), (9, texts[1])], torch.randn(1, 16, 3, 4, 6, dtype=torch.float64)
+    steps = lambda start, text=0: [(start, 3, 1000, text), (start, 3, 833, text)]
+    found = rollout(watched, schedule, noise, config, renoise=draws, initial_latent=given)
+    assert watched.calls == [(0, 3, 0, 0), *steps(3), *steps(6), *steps(9, 1)]
+    watched.calls.clear()
+    rollout(watched, schedule, noise, config, renoise=draws, initial_latent=given, recache=True)
+    assert watched.calls == [(0, 3, 0, 0), *steps(3), *steps(6), (3, 6, 0, 1), *steps(9, 1)]
+    graphed = GraphedStudent(model, recorder=Recorder())
+    for _ in range(2):
+        replayed = rollout(graphed, schedule, noise, config, renoise=draws, initial_latent=given)
+        assert (replayed - found).abs().max() < 1e-11
+    other = rollout(model, schedule, noise, replace(config, cache_pass=True), renoise=draws, initial_latent=given)
+    assert (found - other)[:, :, :6].abs().max() < 1e-12 and (found - other)[:, :, 6:].abs().max() > 1e-3
+
+
 def test_the_last_step_at_zero():
     """As Krea's server: t = 0, noised to the lowest level of the schedule's thousand."""
     times = [(round(t, 4), round(sigma, 6)) for t, sigma in KREA.timetable()]
@@ -202,13 +222,19 @@ def test_refusals(model):
         refused("recompute=True and sink=0", config=other, first_frame=Marked())
     with pytest.raises(ConfigError, match="leave out steps, .*zero_step"):
         RolloutConfig(unipc_steps=4, zero_step=True)
+    for settings in ({"recompute": True}, {"recompute": False, "fuse_cache_pass": True}):
+        with pytest.raises(ConfigError, match="nothing to recompute or to fuse"):
+            replace(CONFIG, cache_pass=False, **settings)
+    far = RolloutConfig(window=9, sink=3, rope="relative", cache_pass=False)
+    refused("cache_pass=True in its config", config=far, scene_cuts=(3,))
     student = TrainConfig(student=replace(TrainConfig().student, name="tiny"))
-    for key in ("recompute", "zero_step"):
-        with pytest.raises(ConfigError, match=f"rollout.{key} is for generation"):
+    plain = {"recompute": "false", "zero_step": "false", "cache_pass": "true"}
+    for preset in ("krea", "streamdiffusionv2"):
+        overrides = [f"rollout={preset}", *(f"rollout.{key}={value}" for key, value in plain.items())]
+        assert with_overrides(student, overrides).rollout.window == RolloutConfig.preset(preset).window
+    for key, value in plain.items():
+        other = "true" if value == "false" else "false"
+        with pytest.raises(ConfigError, match=f"rollout.{key} is for generation.*set rollout.{key}={value}"):
             with_overrides(
-                student, ["rollout=krea", "rollout.recompute=false", "rollout.zero_step=false", f"rollout.{key}=true"]
+                student, ["rollout=krea", *(f"rollout.{k}={v}" for k, v in plain.items()), f"rollout.{key}={other}"]
             )
-    assert (
-        with_overrides(student, ["rollout=krea", "rollout.recompute=false", "rollout.zero_step=false"]).rollout.window
-        == 6
-    )

@@ -277,6 +277,7 @@ def rollout(
     sink_ema: cli.SinkEma = None,
     recompute: cli.Recompute = None,
     zero_step: cli.ZeroStep = None,
+    cache_pass: cli.CachePass = None,
     unipc_steps: cli.UniPC = None,
     guidance: cli.Guidance = None,
     negative: cli.Negative = None,
@@ -311,7 +312,8 @@ def rollout(
     found = cli.sampling(
         student or "tiny", base, preset, size, frames, fps, batch, lora, negative, steps=steps,
         first_chunk_steps=first_chunk_steps, shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, rope=rope,
-        sink_ema=sink_ema, recompute=recompute, zero_step=zero_step, unipc_steps=unipc_steps, guidance=guidance, graphs=graphs or None,
+        sink_ema=sink_ema, recompute=recompute, zero_step=zero_step, cache_pass=cache_pass,
+        unipc_steps=unipc_steps, guidance=guidance, graphs=graphs or None,
     )  # fmt: skip
     check_decoder(found.config, preview is None)
     with cli.together(found) as ranks, Progress(console=console, disable=not ranks.lead) as progress:

@@ -42,6 +42,9 @@ Recompute = Annotated[
 ZeroStep = Annotated[
     bool | None, typer.Option("--zero-step/--no-zero-step", help="end each chunk with a forward at t = 0 (Krea)")
 ]
+CachePass = Annotated[
+    bool | None, typer.Option("--cache-pass/--no-cache-pass", help="run each finished chunk once more for its keys")
+]
 UniPC = Annotated[
     int | None, typer.Option("--unipc-steps", help="so many steps of UniPC instead of --steps, such as 50")
 ]
