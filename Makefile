@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin/python
-OLDEST_PYTHON ?= $(firstword $(foreach minor,10 11 12,$(shell command -v python3.$(minor))) $(PYTHON))
+OLDEST_PYTHON ?= $(firstword $(foreach minor,10 11 12,$(shell python3.$(minor) -c "" 2>/dev/null && echo python3.$(minor))) $(PYTHON))  # one that runs
 CORE := $(addprefix tests/test_, $(addsuffix .py, advantage attention dropin extras functorch layering nft nft_options noise \
 	ops_nft triton_versions))
 

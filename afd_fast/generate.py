@@ -17,6 +17,7 @@ from torch import Tensor
 
 from afd_fast.errors import ConfigError, check_at_least, check_fields
 from afd_fast.rollout import RolloutConfig, config_of, stream
+from afd_fast.students.wan.experts import TwoExperts
 from afd_fast.students.wan.family import KnownPrompts, Networks
 from afd_fast.students.wan.model import CausalWan
 from afd_fast.students.wan.text import NEGATIVE_PROMPT
@@ -200,7 +201,7 @@ def generate(
     return stats
 
 
-def _noise(student: CausalWan, generators: Sequence[torch.Generator], options: GenerateOptions) -> Tensor:
+def _noise(student: CausalWan | TwoExperts, generators: Sequence[torch.Generator], options: GenerateOptions) -> Tensor:
     """Initial noise [B, C, F, H, W], sample b from generator b, drawn as [F, C, H, W]: the official layout, in which a
     seed is the official video (Self-Forcing `inference.py:161` at 33593df)."""
     shape = (options.frames, student.config.in_dim, options.height, options.width)

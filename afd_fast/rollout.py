@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Never
 
 from afd_fast.errors import field_types, in_words
+from afd_fast.reference.schedule import Step, renoise_weights
 from afd_fast.reference.transformer import split_blocks
-from afd_fast.sampler import Context, FirstFrame, Generators, Noise, RolloutConfig, Step, unipc
+from afd_fast.sampler import Context, FirstFrame, Generators, Noise, RolloutConfig, unipc
 from afd_fast.students.guided import Guided
 from afd_fast.students.lora import merged_lora
 from afd_fast.students.student import (
@@ -40,6 +40,8 @@ class _Sampler:
         self, model: Student, text: Text, noise: Tensor, config: RolloutConfig, frames: int, source: Noise, grad: bool
     ):
         self.model, self.text, self.config, self.source, self.grad = model, text, config, source, grad
+        self.boundary = getattr(model, "boundary", None)
+        self.boundary_level = config.boundary_level(self.boundary)
         self.batch = noise.shape[0]
         room = frames if config.window is None or not config.recompute else config.window
         self.size = (room, noise.shape[3], noise.shape[4])
@@ -67,13 +69,15 @@ class _Sampler:
                 self.tables[key] = self.model.timestep(time, self.batch, frames)
         return self.tables[key]
 
-    def forward(self, x: Tensor, time: float, start: int, grad: bool) -> Tensor:
+    def forward(self, x: Tensor, time: float, start: int, grad: bool, finished: bool = False) -> Tensor:
         if grad:  # the tables hold no graph
             t = torch.full((self.batch, x.shape[2]), time, device=x.device, dtype=torch.float32)
         else:
             t = self.at(time, x.shape[2])
         model: Any = self.model
-        more = {}
+        more: dict[str, Any] = {}
+        if finished and self.boundary is not None:
+            more = {"both": True}
         if self.away:  # rope= is a CausalWan's
             first = start + self.away
             more = {"rope": model.rope(first, first + x.shape[2], self.cache.height, self.cache.width)}
@@ -94,15 +98,21 @@ class _Sampler:
             if solver is not None:
                 x = x0 = solver.step(v, solver.timesteps[index], x, return_dict=False)[0]
                 continue
+            level = self.predicts(time)
             with torch.set_grad_enabled(grad):
-                x0 = (x.double() - sigma * v.double()).to(x.dtype)  # float64 as in wan_wrapper.py:169-193
-            if not last:
-                sigma = steps[index + 1][1]
-                wide = torch.promote_types(x.dtype, torch.float32)
-                eps = self.source.draw(x.shape[2])
-                rest = float(np.float32(1 - sigma))  # a float32 of the official schedule too
-                x = (rest * x0.to(wide) + sigma * eps.to(wide)).to(x.dtype)
+                x0 = (x.double() - (sigma - level) * v.double()).to(x.dtype)  # float64 as in wan_wrapper.py:169-193
+            if last or self.predicts(steps[index + 1].t) != level:  # the low-noise expert goes on from the boundary
+                x = x0
+                continue
+            wide = torch.promote_types(x.dtype, torch.float32)
+            eps = self.source.draw(x.shape[2])
+            kept, fresh = renoise_weights(steps[index + 1].sigma, level)
+            x = (kept * x0.to(wide) + fresh * eps.to(wide)).to(x.dtype)
         return x0
+
+    def predicts(self, time: float) -> float:
+        """The noise level of what a step at this t predicts: clean latents, but the boundary's above it."""
+        return 0.0 if self.boundary is None or time < self.boundary else self.boundary_level
 
     def fused_first_step(self, previous: Tensor, x: Tensor, time: float, start: int) -> Tensor:
         sizes = (previous.shape[2], x.shape[2])
@@ -116,7 +126,7 @@ class _Sampler:
 
     def refresh(self, x0: Tensor, start: int) -> None:
         """The cache pass: x0's keys and values at t = context_noise."""
-        self.forward(x0.detach(), float(self.config.context_noise), start, grad=False)
+        self.forward(x0.detach(), float(self.config.context_noise), start, grad=False, finished=True)
         if self.away:  # only while it was made was the chunk far away
             self.cache.turn(start, start + x0.shape[2], -self.away)
             self.away = 0
@@ -264,9 +274,10 @@ def stream(
     if config.guidance is not None:
         student = Guided(student, negative, config.guidance)
 
+    sampler = _Sampler(student, texts[min(texts)], noise, config, frames, source, grad_last_step)
+
     def chunks() -> Iterator[Tensor]:
         with merge:  # also undone when the consumer stops early; grad modes are set inside calls, never over a yield
-            sampler = _Sampler(student, texts[min(texts)], noise, config, frames, source, grad_last_step)
             first = None if initial_latent is None else initial_latent.to(noise)
             context = Context(config, first_frame) if config.recompute else None
             if context is None:

@@ -8,14 +8,13 @@ fields that are left out are Self-Forcing's, which are the defaults.
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from afd_fast.errors import ConfigError, check_at_least, check_fields, extra
-from afd_fast.reference.flow import shift_sigma
+from afd_fast.reference.schedule import Step, step_table, unipc_table
 
 Sampler = dict[str, Any]  # fields of RolloutConfig
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]  # one, or one per sample
@@ -54,6 +53,13 @@ PRESETS: dict[str, Sampler] = {
     },
     # hao-ai-lab/FastVideo 2f3d407: SelfForcingWanT2V480PConfig in fastvideo/configs/pipelines/wan.py
     "fastvideo": {"steps": FOUR_STEPS, "shift": 5.0, "chunk": 3},
+    # the same, SelfForcingWan2_2_T2V480PConfig; pipelines/stages/causal_denoising.py begins with one frame where there are two experts
+    "fastvideo_a14b": {
+        "steps": (1000, 850, 700, 550, 350, 275, 200, 125),
+        "shift": 12.0,
+        "chunk": 3,
+        "independent_first_frame": True,
+    },
     # tianweiy/CausVid ca21150: configs/wan_causal_dmd.yaml, configs/wan_causal_dmd_warp_4step_cfg2.yaml
     "causvid": {"steps": (1000, 757, 522), "warp": False, "shift": 8.0, "chunk": 3},
     "causvid_4step": {"steps": FOUR_STEPS, "shift": 8.0, "chunk": 3},
@@ -218,12 +224,29 @@ class RolloutConfig:
                     "set steps to different whole numbers from 1000 to 1, or shift closer to 1"
                 )
 
-    def timetable(self, first: bool = False) -> "list[Step]":
+    def timetable(self, first: bool = False) -> list[Step]:
         """The denoising steps of a chunk, or of the first one."""
         if self.unipc_steps is not None:
             return unipc_table(self.unipc_steps, self.shift)
         table = step_table((first and self.first_chunk_steps) or self.steps, self.shift, self.warp)
         return [*table, Step(0.0, step_table((1,), self.shift)[0].sigma)] if self.zero_step else table
+
+    def boundary_level(self, boundary: float | None) -> float:
+        """The noise level of a student of two experts at the t where the low-noise one takes over: few-step predictions above it
+        end there (FastVideo `pred_noise_to_x_bound`, at its table's nearest time). 0 for one network, and for UniPC, which follows
+        the velocity through it. ConfigError for settings that two experts cannot have."""
+        if boundary is None:
+            return 0.0
+        if self.fuse_cache_pass or not self.cache_pass:
+            name = "fuse_cache_pass=True" if self.fuse_cache_pass else "cache_pass=False"
+            raise ConfigError(f"{name} is for students of one network, and this one has two experts: leave it out")
+        for name, table in (("steps", self.timetable()), ("first_chunk_steps", self.timetable(first=True))):
+            if table[-1].t >= boundary:
+                raise ConfigError(
+                    f"{name} must end below the boundary of the two experts, t = {boundary:g}, got {table[-1].t:g}: the high-noise "
+                    "expert leaves noise; add lower steps"
+                )
+        return 0.0 if self.unipc_steps is not None else step_table((boundary,), self.shift, warp=False)[0].sigma
 
     @property
     def history(self) -> dict[str, Any]:
@@ -259,32 +282,6 @@ class RolloutConfig:
     def sampler(self) -> dict[str, Any]:
         """The settings that change the result, ready for JSON: what `save_student` keeps with a student."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in HOW_FAST}
-
-
-class Step(NamedTuple):
-    """One denoising step: the network's t in 0..1000, and the noise level sigma in [0, 1]."""
-
-    t: float
-    sigma: float
-
-
-def step_table(steps: tuple[float, ...], shift: float, warp: bool = True) -> list[Step]:
-    """Every step on the shifted schedule, both rounded to float32 as in the official table (1000 sigmas; steps are looked
-    up by their integer part). Without warp, t is the step and sigma that of the table's nearest time."""
-    sigmas = shift_sigma(torch.linspace(1, 0, 1001, dtype=torch.float32)[:-1], shift)
-    times = sigmas * 1000
-    if not warp:
-        nearest = [int((times.double() - step).abs().argmin()) for step in steps]
-        return [Step(float(step), float(sigmas[i])) for step, i in zip(steps, nearest)]
-    rows = [1000 - int(s) for s in steps]
-    return [Step(float(times[i]), float(sigmas[i])) if i < 1000 else Step(0.0, 0.0) for i in rows]
-
-
-def unipc_table(steps: int, shift: float) -> list[Step]:
-    """The steps of `unipc`: sigmas evenly from 0.999 towards 0 and shifted, t their whole thousandths (Wan2.1
-    `wan/utils/fm_solvers_unipc.py`, `set_timesteps`)."""
-    even = torch.from_numpy(np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1])
-    return [Step(float(int(s * 1000)), float(np.float32(s))) for s in shift_sigma(even, shift).tolist()]
 
 
 def unipc(steps: list[Step]) -> Any:

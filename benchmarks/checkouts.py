@@ -5,8 +5,8 @@ import itertools
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +70,22 @@ class Pixels:
 
 
 @contextmanager
-def drawn(noise: Tensor, name: str = "randn_like") -> Iterator[None]:
-    """`torch.randn_like`, or `torch.randn`, gives these draws in order."""
-    draws, original = iter(noise), getattr(torch, name)
+def drawn(noise: Iterable[Tensor]) -> Iterator[None]:
+    """`torch.randn_like` [B * f, ...], `torch.randn(B * f, ...)` and `torch.randn((B, f, ...))` give these draws in order; smaller ones
+    are cut."""
+    draws, like, of = iter(noise), torch.randn_like, torch.randn
 
-    def draw(like: Any, *_: Any, **__: Any) -> Tensor:
-        noise = next(draws)
-        return noise[: like.shape[0]].to(like) if name == "randn_like" else noise
+    def randn(*shape: Any, **_: Any) -> Tensor:
+        if isinstance(shape[0], int):
+            return next(draws)
+        return next(draws).unflatten(0, (shape[0][0], -1))[:, : shape[0][1]]
 
-    setattr(torch, name, draw)
+    torch.randn_like = lambda like, **_: next(draws)[: like.shape[0]].to(like)  # type: ignore[assignment]
+    torch.randn = randn
     try:
         yield
     finally:
-        setattr(torch, name, original)
+        torch.randn_like, torch.randn = like, of
 
 
 class Options(dict[str, Any]):
@@ -308,18 +311,29 @@ class BlankModule(types.ModuleType):
 
 
 def load_fastvideo(checkout: Path) -> None:
-    """FastVideo's causal model with its RoPE and positions; the rest of what it imports is blank."""
+    """FastVideo's causal model with its RoPE and positions, its scheduler and its stage for causal students; the rest of what they
+    import is blank."""
     theirs = Replaced(checkout)
-    for line in (checkout / "fastvideo/models/dits/causal_wanvideo.py").read_text(encoding="utf-8").splitlines():
-        if line.startswith(("import fastvideo.", "from fastvideo")):
-            parts = line.split()[1].split(".")
-            for depth in range(1, len(parts) + 1):
-                name = ".".join(parts[:depth])
-                sys.modules.setdefault(name, BlankModule(name))
+    theirs.sizes["torch.bfloat16"] = "DTYPE"  # set with each student
+    ours = (
+        "layers.rotary_embedding", "models.dits._relative_rope", "models.dits.causal_wanvideo", "models.utils",
+        "models.schedulers.base",
+        "models.schedulers.scheduling_self_forcing_flow_match", "pipelines.stages.causal_denoising",
+    )  # fmt: skip
+    for file in ours:
+        path = checkout / f"fastvideo/{file.replace('.', '/')}.py"
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith(("import fastvideo.", "from fastvideo")):
+                parts = line.split()[1].split(".")
+                for depth in range(1, len(parts) + 1):
+                    name = ".".join(parts[:depth])
+                    sys.modules.setdefault(name, BlankModule(name))
     sys.modules["fastvideo.layers.custom_op"] = BlankModule("fastvideo.layers.custom_op")
     sys.modules["fastvideo"].envs = None  # type: ignore[attr-defined]
+    sys.modules["fastvideo.forward_context"].set_forward_context = lambda **_: nullcontext()  # type: ignore[attr-defined]
+    sys.modules["fastvideo.distributed"].get_local_torch_device = lambda: "cpu"  # type: ignore[attr-defined]
     with uncompiled():
-        for name in ("layers.rotary_embedding", "models.dits._relative_rope", "models.dits.causal_wanvideo"):
+        for name in ours:
             theirs.module(f"fastvideo.{name}")
 
 

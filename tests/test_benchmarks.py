@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,9 @@ from afd_fast.errors import ConfigError
 from afd_fast.training import runs
 from afd_fast.training.compare import runs as planned
 from benchmarks import budget, paths, report
+from benchmarks.cases import Setting
 from benchmarks.rows import COLUMNS, CUDA, CYCLES, Clock, Times, append_rows, commit
+from benchmarks.run import measure
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
@@ -229,3 +233,21 @@ def test_the_cuda_kernels_are_built_before_they_are_timed(tmp_path: Path) -> Non
     subprocess.run([ROOT / "benchmarks/gpu.sh", "2"], capture_output=True, env=env)
     said = (tmp_path / "out/part2.log").read_text()
     assert 0 < said.index("-DAFD_CUDA=ON") < said.index("cmake --install") < said.index("one_launch compile")
+
+
+def test_every_batch_is_compiled_for_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No dynamic graph, and none that gave up after many shapes: a compiled row is what a trainer's compiled lines cost."""
+    graphs: list[list[torch.Size]] = []
+
+    def recorded(module: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
+        graphs.append([x.shape for x in inputs if isinstance(x, torch.Tensor)])
+        assert not any(isinstance(x, (torch.SymInt, int)) for x in inputs)
+        assert all(type(size) is int for shape in graphs[-1] for size in shape)
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=recorded))
+    for batch in range(1, 11):  # dynamo gives up a function after eight shapes
+        red: list[str] = []
+        setting = Setting((batch, 4, 2, 2, 2), torch.float32, "cpu")
+        assert [row.variant for row in measure("forward_noise", setting, ["compile"], 0.0, red)] == ["copy", "compile"]
+        assert len(graphs) == batch and graphs[-1][0][0] == batch

@@ -1,5 +1,6 @@
 """Two real gloo processes under torchrun are one process with two shards, bit for bit; and they resume."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from safetensors.torch import load_file
 
 from afd_fast.config import TrainConfig
@@ -14,11 +17,15 @@ from afd_fast.discriminators import Discriminator
 from afd_fast.errors import ConfigError
 from afd_fast.students.toy import shipped
 from afd_fast.teachers.dataset import Shard
-from afd_fast.training import checkpoint, distributed, rollouts, update
-from afd_fast.training.distributed import PATIENCE, Ranks
+from afd_fast.training import checkpoint, distributed, rollouts, runs, update
+from afd_fast.training.distributed import PATIENCE, Ranks, local, whole
 from afd_fast.training.loop import train_step
+from afd_fast.training.run import Run
 from afd_fast.training.run_folder import read_rows
+from afd_fast.training.state import new_state
+from afd_fast.training.update import Targets
 from tests.runs import changed, toy_run
+from tests.test_sequence_parallel import tiny as tiny_family
 from tests.test_trainer import TINY, same, wait_for_rows
 
 TWO = [a for a in TINY if not a.startswith("prompts_per_step")] + ["prompts_per_step=4", "shards=2"]
@@ -174,3 +181,48 @@ def test_sharded_parameters_are_the_whole_ones(tmp_path, folder_teacher):
     assert job.wait() == 0, job.stdout.read()
     again = student(stopped)
     assert all(torch.allclose(b[n], again[n], rtol=0, atol=2e-6 * a[n].abs().max().item() + 1e-9) for n in a)
+
+
+CHANGED = changed(
+    runs.afd_table3(), student__name="tiny", student__lora_rank=0, student__frames=6, student__height=8, student__width=8,
+    discriminator__name="toy", shards=2, update__v_old="ema", rollouts_per_prompt=2, prompts_per_step=2,
+)  # fmt: skip
+
+
+def masters_after_a_step(config, ranks):
+    """The float32 gradients and weights of a half-precision student whose every weight is trained, by name, put together."""
+    family = tiny_family()
+    family.student.bfloat16()
+    run = Run(config, new_state(config, family), ranks)
+    x0 = torch.randn(2, 1, 16, 6, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = [Targets(x0[i], torch.tensor([[float(i)]]), [f"a {('cat', 'dog')[i]}"], i) for i in ranks.share(2)]
+    update.update_student(run, targets)
+    weights, student = run.state.weights, dict(family.student.named_parameters())
+    assert {p.dtype for p in weights.values()} == {torch.float32} and {p.dtype for p in student.values()} == {
+        torch.bfloat16
+    }
+    assert all(p.grad is None and torch.equal(local(p), local(weights[n]).bfloat16()) for n, p in student.items())
+    return {n: whole(p.grad) for n, p in weights.items()}, {n: whole(p.detach()) for n, p in weights.items()}
+
+
+def sharded_masters(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = masters_after_a_step(changed(CHANGED, fsdp=True), Ranks(rank, 2))
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+    dist.destroy_process_group()
+
+
+def test_masters_are_sharded_with_their_weights(tmp_path):
+    """student.lora_rank=0 of a half-precision student under FSDP2: two ranks' gradients and step are one process's."""
+    multiprocessing.set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(sharded_masters, (tmp_path,), nprocs=2, start_method="forkserver")
+    gradients, weights = torch.load(tmp_path / "found.pt", weights_only=True)
+    expected, stepped = masters_after_a_step(CHANGED, Ranks())
+    flat = lambda x: torch.cat([x[n].flatten() for n in expected])
+    assert flat(expected).norm() > 1e-3
+    assert (flat(gradients) - flat(expected)).norm() < 0.01 * flat(expected).norm()
+    before = {n: p.detach().bfloat16().float() for n, p in tiny_family().student.named_parameters()}
+    moves = flat(weights) - flat(before), flat(stepped) - flat(before)
+    assert torch.nn.functional.cosine_similarity(*moves, 0) > 0.99

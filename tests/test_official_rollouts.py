@@ -48,6 +48,7 @@ def test_rollouts_are_the_projects(project, case):
         ("longlive2", "UniPC, window 32, sink 8", {"window": 24}),
         ("longlive2", "UniPC, window 32, sink 8", {"unipc_steps": 5}),
         ("causal_forcing", "AR diffusion", {"unipc_steps": 19}),
+        ("fastvideo", "two experts, window 6, sink 1", {"sink": 0}),
         ("causvid", "three steps", {"steps": (1000, 757, 500)}),
         ("causvid", "four steps", {"warp": False}),
         ("streamdiffusionv2", "text to video, until its cache is full", {"cache_pass": True}),

@@ -228,12 +228,15 @@ def test_bad_offsets_are_refused_inside_a_compiled_call(offsets):
         compiled(**inputs, recipe="diffusionnft").backward()
 
 
-def test_deterministic_for_any_number_of_threads():
+@pytest.mark.parametrize("masked", [False, True])
+def test_deterministic_for_any_number_of_threads(masked):
+    """With up to as many threads as samples each has a sample, sums and gradient, with more each has tiles."""
     inputs, threads = make((3, 50_000)), torch.get_num_threads()
+    masks = dict(element_mask=inputs["noise"] > 0, sample_mask=torch.tensor([1.0, 0.0, 2.0])) if masked else {}
     results = []
-    for n in (1, 2, 3):
+    for n in (1, 2, 3, 5):
         torch.set_num_threads(n)
-        results.append(run(inputs, recipe="diffusionnft"))
+        results.append(run(inputs, recipe="diffusionnft", **masks))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0]))
 
@@ -419,7 +422,7 @@ def test_float16_instructions_round_as_the_portable_code():
     assert kinds == {"inf", "subnormal", "0"}
 
 
-@pytest.mark.parametrize("recipe", ["afd", "astrolabe"])
+@pytest.mark.parametrize("recipe", ["afd", "astrolabe", "diffusionnft"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_last_grad_output_is_written_ahead(backend, recipe, dtype, monkeypatch):
     """With a loss scale that stays, backward sweeps no more; the numbers are those of a sweep for it."""

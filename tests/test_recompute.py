@@ -3,6 +3,7 @@ And chunks without a cache pass (StreamDiffusionV2).
 
 The numbers against Krea's server and StreamDiffusionV2's pipeline are in tests/test_official_rollouts.py."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,8 @@ from afd_fast.config import TrainConfig, with_overrides
 from afd_fast.errors import ConfigError
 from afd_fast.generate import GenerateOptions, _noise, generate, jobs
 from afd_fast.rollout import RolloutConfig, rollout, stream
-from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
+from afd_fast.students import CausalWan, CausalWanConfig, TwoExperts, load_student, save_student
+from afd_fast.students.wan.experts import ExpertTexts
 from afd_fast.students.wan.family import tiny
 from afd_fast.students.wan.graphs import GraphedStudent
 from tests.test_graphs import Recorder
@@ -111,6 +113,17 @@ def test_guidance(model):
     for scale in (1.0, 3.0):
         guided = rollout(model, text, noise, replace(CONFIG, guidance=scale), renoise=draws, negative=against)
         assert ((guided - plain).abs().max() < 1e-9) == (scale == 1)
+
+
+def test_two_experts(model):
+    """Each has its history: two that are the same network are one, from step to step of UniPC."""
+    noise, draws, (text, *_) = inputs(model, frames=12)
+    config = RolloutConfig(unipc_steps=3, window=9, recompute=True)
+    both = TwoExperts(model, copy.deepcopy(model), 875)
+    found = rollout(both, ExpertTexts(text, text), noise, config)
+    assert (found - rollout(model, text, noise, config)).abs().max() < 1e-11
+    with pytest.raises(ConfigError, match="cache_pass=False is for students of one network"):
+        rollout(both, ExpertTexts(text, text), noise, RolloutConfig(cache_pass=False))
 
 
 def test_gradient_of_the_last_step_and_a_noised_history(model):

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from afd_fast.cli.main import app
 from afd_fast.config import TrainConfig, with_overrides
 from afd_fast.errors import ConfigError
+from afd_fast.reference.schedule import step_table
 from afd_fast.rollout import RolloutConfig, rollout
-from afd_fast.sampler import PRESETS, of_config, step_table
+from afd_fast.sampler import PRESETS, of_config
 from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
 from afd_fast.training.update import noised
 from afd_fast.training.velocity import Chunking, chunk_velocities

@@ -12,7 +12,7 @@ import torch.multiprocessing
 from afd_fast.config import with_overrides
 from afd_fast.errors import ConfigError
 from afd_fast.rollout import RolloutConfig, rollout
-from afd_fast.students import CausalWan, CausalWanConfig
+from afd_fast.students import CausalWan, CausalWanConfig, TwoExperts
 from afd_fast.students.student import Family, LatentFormat
 from afd_fast.teachers.dataset import Shard
 from afd_fast.training import runs
@@ -53,10 +53,12 @@ class Enlarged:
         return torch.nn.functional.interpolate(latents[:, :3].float(), size=size).sigmoid()
 
 
-def numbers(student, context, noise, add_up):
+def numbers(pair, context, noise, add_up):
     """Rollouts, velocities and their gradients [P], by name."""
-    found = {}
+    found, student = {}, pair.high
     with torch.no_grad():
+        rng = torch.Generator().manual_seed(2)
+        found["two experts"] = rollout(pair, pair.encode_text(context), noise, ROLLOUTS["chunks"], generator=rng)
         text, negative = student.encode_text(context), student.encode_text(context[:1] + 1)
         for name, config in ROLLOUTS.items():
             more = {} if config.guidance is None else {"negative": negative}
@@ -76,16 +78,16 @@ def numbers(student, context, noise, add_up):
 def forwards(groups):
     """The largest difference of each group's numbers from one process's, relative."""
     torch.manual_seed(0)
-    student = CausalWan(CausalWanConfig.tiny()).double()
-    for p in student.parameters():
+    pair = TwoExperts(*(CausalWan(CausalWanConfig.tiny()).double() for _ in range(2)), 875)
+    for p in pair.parameters():
         p.data = torch.randn(p.shape, dtype=p.dtype) * (0.3 if p.ndim == 1 else p.shape[1:].numel() ** -0.5)
     noise = torch.randn(2, 16, 6, *SIZE, dtype=torch.float64)
     context = torch.randn(2, 5, 24, dtype=torch.float64)
-    alone = numbers(student, context, noise, lambda gradient: None)
+    alone = numbers(pair, context, noise, lambda gradient: None)
     found = []
     for group in groups:
-        student.split_sequence(group, *SIZE)
-        shared = numbers(student, context, noise, partial(dist.all_reduce, group=group))
+        pair.split_sequence(group, *SIZE)
+        shared = numbers(pair, context, noise, partial(dist.all_reduce, group=group))
         found.append(max(((shared[k] - alone[k]).abs().max() / alone[k].abs().max()).item() for k in alone))
     return found
 

@@ -56,18 +56,20 @@ def test_folder_of_a_pipeline(pipeline, tmp_path):
         load_student(tmp_path)
 
 
-def test_folder_with_two_experts(model, tmp_path):
-    for pair in (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")):
-        for name in pair:
-            (tmp_path / pair[0] / name).mkdir(parents=True)
-        with pytest.raises(ConfigError, match=f"two experts .{pair[0]} and {pair[1]}.*give the folder of one"):
-            load_student(tmp_path / pair[0])
-    write(
-        tmp_path / "a/model_index.json",
-        {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]},
-    )
-    with pytest.raises(ConfigError, match="two experts"):
-        load_student(tmp_path / "a")
+@pytest.mark.parametrize("names,settings,match", [
+    (("transformer", "transformer_2"), {"in_channels": 36, "out_channels": 16}, "takes 36 channels and makes 16: an image-to-video"),
+    (("high_noise_model", "low_noise_model"), {"_class_name": "WanModel", "model_type": "i2v"}, "made for image-to-video"),
+])  # fmt: skip
+def test_folder_with_two_experts_of_image_to_video(names, settings, match, tmp_path):
+    """Wan2.2-I2V-A14B; the T2V one's folders are in test_experts.py."""
+    for name in names:
+        write(tmp_path / name / "config.json", settings)
+    write(tmp_path / "model_index.json", {"boundary_ratio": 0.9})
+    with pytest.raises(ConfigError, match=f"{names[0]}: this Wan .*{match}"):
+        load_student(tmp_path)
+    write(tmp_path / "model_index.json", {"_class_name": "WanImageToVideoPipeline", "boundary_ratio": 0.9})
+    with pytest.raises(ConfigError, match="holds a WanImageToVideoPipeline, which is not supported"):
+        load_student(tmp_path)
 
 
 def test_one_expert_and_wan_pipelines_load(model, tmp_path):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from afd_fast.discriminators.videoalign.checkpoints import load_video_reward
 from afd_fast.errors import ConfigError, MissingFileError
+from afd_fast.files import tensors
 from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
 from afd_fast.students.toy import shipped
 from afd_fast.students.wan.checkpoints import clean_keys, from_diffusers, to_diffusers
@@ -403,6 +404,22 @@ def test_a_file_that_is_no_toy_student_is_named(tmp_path, content):
         (tmp_path / "own.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match=r"own\.safetensors has no toy student"):
         shipped.load(tmp_path / "own.safetensors")
+
+
+def test_a_file_of_tensors_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Also with an older safetensors, which writes in place."""
+    file = tmp_path / "student.safetensors"
+    tensors.save_tensors({"a": torch.zeros(4)}, file)
+    before = file.read_bytes()
+
+    def full(contents, path, about):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tensors, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        tensors.save_tensors({"a": torch.ones(4)}, file)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_missing_path_is_no_repository(tmp_path, monkeypatch):

@@ -232,12 +232,9 @@ def _say(config: "TrainConfig", video: "VideoFormat", base: Path, steps: int) ->
 def _pretrain(
     clips: "dict[str, Tensor]", video: "VideoFormat", base: Path, steps: int, seed: int, made: dict[str, Any]
 ) -> None:
-    """Make the base student's file; it appears whole or not at all. What is done of it is kept next to it."""
-    from afd_fast.files.durable import settle
+    """Make the base student's file. What is done of it is kept next to it."""
     from afd_fast.students.toy import pixel
 
     with keeping(base, made) as (report, kept):
         student = pixel.pretrain(clips, video, steps, seed=seed, report=report, kept=kept)
-        partial = base.with_suffix(".part")
-        pixel.save(student, video, partial, made)
-        settle(partial, base)
+        pixel.save(student, video, base, made)

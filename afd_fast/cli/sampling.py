@@ -82,7 +82,7 @@ def sampling(
     from afd_fast.rollout import RolloutConfig
     from afd_fast.sampler import preset as named
     from afd_fast.students.files import check_source
-    from afd_fast.students.wan.checkpoints import sampler_of
+    from afd_fast.students.wan.checkpoints import experts_of, sampler_of
     from afd_fast.students.wan.family import SIZE, TINY_SIZE, coder_of
     from afd_fast.students.wan.text import NEGATIVE_PROMPT
 
@@ -92,6 +92,8 @@ def sampling(
     own = {} if student == "tiny" else sampler_of(student)
     start = named(preset) if preset is not None else own
     config = RolloutConfig.of(start, **{k: v for k, v in given.items() if v is not None})
+    experts = None if student == "tiny" else experts_of(student)
+    config.boundary_level(None if experts is None else experts.boundary)
     if negative is not None and config.guidance is None:
         raise ConfigError("--negative is the prompt of guidance, and there is none: set --guidance, such as 3")
     adapters = [_adapter(item) for item in lora or ()]

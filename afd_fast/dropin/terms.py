@@ -6,7 +6,7 @@ Legend: B samples.
 import functools
 import inspect
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -14,13 +14,18 @@ from afd_kernels.layout import Row
 from torch import Tensor
 from typing_extensions import Unpack
 
-from afd_fast.ops.nft_operators import STATISTICS, Sums
+from afd_fast.ops.nft_operators import Sums
 from afd_fast.reference.flow import check_float, kind_of
 from afd_fast.reference.recipes import NFTRecipe, RecipeFields, RecipeName, nft_recipe
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
 PRIOR, OLD_PRIOR = int(Row.PRIOR), int(Row.OLD_PRIOR)  # torch.compile takes no IntEnum as an index
+AVERAGES = {  # over the samples
+    "positive": int(Row.POS_LOSS), "negative": int(Row.NEG_LOSS), "kl_all": PRIOR, "old_kl": OLD_PRIOR, "drift": int(Row.OLD_DEVIATION),
+    "x0": int(Row.X0_SQUARE),
+}  # fmt: skip
+MAXIMA = {"drift_max": int(Row.OLD_DEVIATION_MAX), "x0_max": int(Row.X0_SQUARE_MAX)}
 # masks, and levels and deviations that are only compared or converted
 ANY_DTYPE = {"t_expanded", "sigma_broadcast", "t_exp", "t_bc", "valid_mask", "loss_mask", "reward_std"}
 Terms = dict[str, Tensor]  # the trainer's name -> a detached scalar, on the device of the loss
@@ -68,28 +73,26 @@ def per_sample(name: str, x: Tensor, v: Tensor) -> Tensor:
     return x.detach().reshape(-1)
 
 
-def measured(sums: Sums, scale: float, mask: Tensor | None = None) -> Terms:
-    """Every number that a trainer logs, under one name each; scale: what multiplies the policy loss.
+def logged(sums: Sums, scale: float, names: Mapping[str, str], mask: Tensor | None = None) -> Terms:
+    """The numbers that a trainer logs, from the results of one sweep; names: the trainer's name -> one of ours.
 
-    mask [B]: samples that the mean of `old_kl` runs over, as the trainer's KL; the others run over all.
+    scale: what multiplies the policy loss. mask [B]: samples that the mean of `old_kl` runs over, as the trainer's KL; the others
+    run over all.
     """
     loss, totals, rows = sums
     policy, prior, _, r = totals.unbind()
-    average, most = (dict(zip(STATISTICS, x.unbind())) for x in (rows.mean(1), rows.amax(1)))
-    old_kl = average["old_prior"]
-    if mask is not None:
-        old_kl = (rows[OLD_PRIOR] * mask).sum() / mask.sum().clamp(min=1)
-    return {
-        "total": loss.detach(), "policy": policy, "unweighted": policy / scale, "kl": prior, "kl_all": average["prior"],
-        "kl_each": rows[PRIOR], "old_kl": old_kl, "x0": average["x0_square"], "x0_max": most["x0_square_max"],
-        "drift": average["old_deviation"], "drift_max": most["old_deviation_max"], "positive": average["pos_loss"],
-        "negative": average["neg_loss"], "r": r,
+    ours = {
+        "total": loss.detach(), "policy": policy, "unweighted": policy / scale, "kl": prior, "kl_each": rows[PRIOR], "r": r,
     }  # fmt: skip
-
-
-def renamed(found: Terms, **names: str) -> Terms:
-    """The chosen numbers under the trainer's names: keyword = name of `measured`."""
-    return {theirs: found[ours] for theirs, ours in names.items()}
+    wanted = list(names.values())
+    for over_samples, rows_of in ((rows.mean, AVERAGES), (rows.amax, MAXIMA)):
+        found = {name: row for name, row in rows_of.items() if name in wanted}
+        if found:
+            values = over_samples(1)
+            ours |= {name: values[row] for name, row in found.items()}
+    if mask is not None and "old_kl" in wanted:
+        ours["old_kl"] = (rows[OLD_PRIOR] * mask).sum() / mask.sum().clamp(min=1)
+    return {theirs: ours[name] for theirs, name in names.items()}
 
 
 def floats(terms: Terms) -> dict[str, float]:

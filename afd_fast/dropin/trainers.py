@@ -13,7 +13,7 @@ import torch
 from afd_kernels.layout import Row
 from torch import Tensor
 
-from afd_fast.dropin.terms import Terms, checked, measured, per_sample, recipe, renamed
+from afd_fast.dropin.terms import Terms, checked, logged, per_sample, recipe
 from afd_fast.ops.nft import nft_sums
 from afd_fast.reference.nft_inputs import NFTInputs
 from afd_fast.reference.recipes import NFTRecipe, Weighting
@@ -28,15 +28,16 @@ LOGGED = dict(  # by DiffusionNFT and the trainers derived from it
 
 def _loss(
     v: Tensor, old: Tensor, ref: Tensor | None, x0: Tensor, xt: Tensor | None, t: Tensor | float, r: Tensor,
-    recipe: NFTRecipe, sample_mask: Tensor | None = None, ref_mask: Tensor | None = None,
+    recipe: NFTRecipe, names: Mapping[str, str], sample_mask: Tensor | None = None, ref_mask: Tensor | None = None,
 ) -> tuple[Tensor, Terms]:  # fmt: skip
+    """names: of the terms, as for `logged`."""
     given: NFTInputs = {"x_t": xt, "v_old": old, "v_ref": ref, "sample_mask": sample_mask, "ref_mask": ref_mask}
     sums = nft_sums(v, x0, per_sample("r", r, v), t, given, recipe)
     scale = recipe.clip_range[1] if recipe.scale == "adv_clip" else 1.0
-    return sums[0], measured(sums, scale, sample_mask)
+    return sums[0], logged(sums, scale, names, sample_mask)
 
 
-def _logged(true_policy_loss: bool) -> dict[str, str]:
+def _names(true_policy_loss: bool) -> dict[str, str]:
     return LOGGED | ({"policy_loss": "policy"} if true_policy_loss else {})
 
 
@@ -54,11 +55,10 @@ def diffusionnft(
         true_policy_loss: log the policy loss as policy_loss. The file logs the total there, because it adds the KL in
             place, and so does the default.
     """
-    loss, found = _loss(
+    return _loss(
         forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
-        recipe("diffusionnft", beta=beta, ref_coef=kl_beta, adv_clip=adv_clip_max),
+        recipe("diffusionnft", beta=beta, ref_coef=kl_beta, adv_clip=adv_clip_max), _names(true_policy_loss),
     )  # fmt: skip
-    return loss, renamed(found, **_logged(true_policy_loss))
 
 
 @checked
@@ -71,12 +71,11 @@ def gardo(
 
     Args: as `diffusionnft`, and reward_std: [B] or [B, 1].
     """
-    loss, found = _loss(
+    return _loss(
         forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
-        recipe("gardo", beta=beta, ref_coef=kl_beta, adv_clip=adv_clip_max),
+        recipe("gardo", beta=beta, ref_coef=kl_beta, adv_clip=adv_clip_max), _names(true_policy_loss),
         ref_mask=per_sample("reward_std", reward_std, x0) > 0,
     )  # fmt: skip
-    return loss, renamed(found, **_logged(true_policy_loss))
 
 
 @checked
@@ -91,11 +90,11 @@ def edit_r1(
         0 where there is none.
     """
     valid = per_sample("valid_mask", valid_mask, x0) != 0
-    loss, found = _loss(
+    return _loss(
         forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
-        recipe("edit_r1", beta=beta, ref_coef=kl_beta, adv_clip=adv_clip_max), sample_mask=valid,
+        recipe("edit_r1", beta=beta, ref_coef=kl_beta, adv_clip=adv_clip_max),
+        _names(true_policy_loss) | {"kl_div": "kl"}, sample_mask=valid,
     )  # fmt: skip
-    return loss, renamed(found, **_logged(true_policy_loss) | {"kl_div": "kl"})
 
 
 @checked
@@ -108,13 +107,11 @@ def fastvideo(
     Args: as `diffusionnft` with latents [B, F, C, H, W] or [B, C, F, H, W]; self._nft_beta, self._kl_beta, self._adv_clip_max.
     Returns: as all; terms["total_loss"] is the loss with its graph, on which the trainer's loop calls backward.
     """
-    loss, found = _loss(
+    loss, terms = _loss(
         forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
         recipe("fastvideo", beta=nft_beta, ref_coef=kl_beta, adv_clip=adv_clip_max),
-    )  # fmt: skip
-    terms = renamed(
-        found, policy_loss="policy", unweighted_policy_loss="unweighted",
-        kl_div_loss="kl", old_deviate="drift", old_kl_div="old_kl", x0_norm="x0",
+        dict(policy_loss="policy", unweighted_policy_loss="unweighted", kl_div_loss="kl", old_deviate="drift",
+             old_kl_div="old_kl", x0_norm="x0"),
     )  # fmt: skip
     return loss, {"total_loss": loss} | terms
 
@@ -129,14 +126,12 @@ def cosmos_rl(
     Args: as `diffusionnft`; r: [B] or [B, 1], one value per sample. The trainer's lines broadcast a [B, 1] r to [B, B], by
         which every sample gets the mean r of the batch; here each keeps its r.
     """
-    loss, found = _loss(
+    return _loss(
         forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r,
         recipe("cosmos_rl", beta=nft_beta, ref_coef=kl_beta, adv_clip=advantage_high),
-    )  # fmt: skip
-    return loss, renamed(
-        found, loss_contrib="total", policy_loss_contrib="policy",
-        unweighted_policy_loss_contrib="unweighted", kl_loss_contrib="kl", x0_norm="x0", x0_norm_max="x0_max",
-        old_deviation="drift", old_deviation_max="drift_max", old_kl="old_kl",
+        dict(loss_contrib="total", policy_loss_contrib="policy", unweighted_policy_loss_contrib="unweighted",
+             kl_loss_contrib="kl", x0_norm="x0", x0_norm_max="x0_max", old_deviation="drift",
+             old_deviation_max="drift_max", old_kl="old_kl"),
     )  # fmt: skip
 
 
@@ -152,13 +147,13 @@ def verl_omni(
         of which a sample takes the mean. Settings: those of config.diffusion_loss.
     """
     r = reward_prob.flatten(1).mean(1) if reward_prob.ndim > 1 else reward_prob
-    loss, found = _loss(
-        forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r.to(x0.device, x0.dtype),
-        recipe("verl_omni", beta=mix_beta, ref_coef=ref_kl_coef, adv_clip=adv_clip_max, weight_floor=adaptive_weight_min),
-    )  # fmt: skip
     names = dict(policy_loss="policy", positive_loss="positive", negative_loss="negative", ref_kl_loss="kl",
                  old_deviate="drift", reward_prob_mean="r", total_loss="total")  # fmt: skip
-    return loss, renamed(found, **{f"actor/{name}": x for name, x in names.items()})
+    return _loss(
+        forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, r.to(x0.device, x0.dtype),
+        recipe("verl_omni", beta=mix_beta, ref_coef=ref_kl_coef, adv_clip=adv_clip_max, weight_floor=adaptive_weight_min),
+        {f"actor/{name}": ours for name, ours in names.items()},
+    )  # fmt: skip
 
 
 @checked
@@ -175,12 +170,15 @@ def flow_factory(
     if not isinstance(adv_clip_range, Sequence) or len(adv_clip_range) != 2:
         raise ValueError(f"flow_factory: adv_clip_range must be (low, high), got {adv_clip_range!r}")
     low, high = adv_clip_range
-    loss, found = _loss(
+    kl = {} if ref_v_pred is None else {"kl_div": "kl_each", "kl_loss": "kl"}
+    loss, terms = _loss(
         new_v_pred, old_v_pred, ref_v_pred, clean_latents, noised_latents, sigma_broadcast, r,
         recipe("flow_factory", beta=nft_beta, ref_coef=kl_beta, adv_clip=(float(low), float(high))),
+        dict(policy_loss="policy", unweighted_policy_loss="unweighted", loss="total") | kl,
     )  # fmt: skip
-    terms = renamed(found, policy_loss="policy", unweighted_policy_loss="unweighted", loss="total")
-    return loss, terms if ref_v_pred is None else terms | {"kl_div": found["kl_each"], "kl_loss": kl_beta * found["kl"]}
+    if kl:
+        terms["kl_loss"] = kl_beta * terms["kl_loss"]
+    return loss, terms
 
 
 @checked
@@ -193,17 +191,15 @@ def unirl(
     Args: as `diffusionnft`; t_exp: [B, 1, ...], the same for every sample. adv: [B], the advantages, which are logged.
     """
     weighting: Weighting = "adaptive" if use_adaptive_weight else "none"
-    loss, found = _loss(
+    loss, terms = _loss(
         new_pred, old_pred, None, x0, xt, t_exp, r,
         recipe("unirl", beta=beta, adv_clip=adv_clip_max, weighting=weighting),
+        dict(policy_loss="unweighted", pos_loss_mean="positive", neg_loss_mean="negative", r_mean="r",
+             prediction_deviation="drift", x0_norm="x0"),
     )  # fmt: skip
     with torch.no_grad():
         spread, average = torch.std_mean(adv) if len(adv) > 1 else (adv.new_zeros(()), adv.mean())
-        found |= {"advantage": average, "spread": spread, "t": t_exp.flatten()[0]}
-    return loss, renamed(
-        found, policy_loss="unweighted", pos_loss_mean="positive", neg_loss_mean="negative", r_mean="r",
-        advantage_mean="advantage", advantage_std="spread", prediction_deviation="drift", x0_norm="x0", t_value="t",
-    )  # fmt: skip
+    return loss, terms | {"advantage_mean": average, "advantage_std": spread, "t_value": t_exp.flatten()[0]}
 
 
 @checked
@@ -219,13 +215,13 @@ def astrolabe(
         beta: config.beta. kl_beta: config.train.beta.
     """
     chosen = None if reward_std is None else per_sample("reward_std", reward_std, batch_latents_x0) > 0
-    loss, found = _loss(
-        forward_pred_x0, old_pred, ref_pred_x0, batch_latents_x0, None, 1.0, r,
-        recipe("astrolabe", beta=beta, ref_coef=kl_beta, space="clean", ref_space="v"), ref_mask=chosen,
-    )  # fmt: skip
     names = dict(total_loss="total", policy_loss="policy", kl_loss="kl", x0_norm="x0", old_deviate="drift",
                  old_kl_div="old_kl")  # fmt: skip
-    return loss, renamed(found, **names | ({} if chosen is None else {"kl_div": "kl_all"}))
+    return _loss(
+        forward_pred_x0, old_pred, ref_pred_x0, batch_latents_x0, None, 1.0, r,
+        recipe("astrolabe", beta=beta, ref_coef=kl_beta, space="clean", ref_space="v"),
+        names if chosen is None else names | {"kl_div": "kl_all"}, ref_mask=chosen,
+    )  # fmt: skip
 
 
 @checked

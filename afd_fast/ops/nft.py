@@ -306,8 +306,8 @@ def nft_loss(
 
     Returns: a scalar in float32 (float64 for float64 v), and the stats.
     Internals are float32 (float64), rounded once where the gradient is stored; grad_output enters before that.
-    Recipes without adaptive weights write the gradient in the forward sweep, and again only where grad_output is not 1 (on a
-    CPU: not the last one). Nothing synchronises a GPU: there an r or t outside [0, 1] gives a NaN loss and gradient, whose cause check_nan=True, or
+    Recipes without adaptive weights, and on a CPU all, write the gradient in the forward pass, and again only where grad_output
+    is not 1 (on a CPU: not the last one). Nothing synchronises a GPU: there an r or t outside [0, 1] gives a NaN loss and gradient, whose cause check_nan=True, or
     CUDA_LAUNCH_BLOCKING=1 in the environment, names. On a CPU r, t and cu_seqlens are always checked.
     torch.func: grad, vjp, jacrev and vmap work (vmap calls the operator once per entry of the mapped axis). Forward mode
     and second derivatives raise; `afd_fast.reference.nft.nft_loss` has both.
@@ -349,11 +349,11 @@ def nft_sums(
             "torch.compile cannot trace a transform of torch.func over afd_fast.nft_loss: compile the network alone, or "
             "use afd_fast.reference.nft.nft_loss"
         )
-    out, one_sweep = call.out, recipe.weighting == "none" and recipe.form == "mse"
+    out, ahead = call.out, v.device.type == "cpu" or (recipe.weighting == "none" and recipe.form == "mse")
     if compiling or transformed:  # a buffer would go unused
         return _NFTLoss.apply(out, 1.0, *call.inputs)
     scale = 1.0
-    if out is None and one_sweep and torch.is_grad_enabled() and v.requires_grad:
+    if out is None and ahead and torch.is_grad_enabled() and v.requires_grad:
         out = operators.empty_gradient(call.inputs.v)
         scale = _NFTLoss.expected if out.device.type == "cpu" else 1.0
     return _EagerNFTLoss.apply(call.inputs.v, out, scale, call.inputs)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         register_family,
     )
     from afd_fast.students.wan.checkpoints import load_student, save_student
+    from afd_fast.students.wan.experts import TwoExperts
     from afd_fast.students.wan.layers import CausalWanConfig
     from afd_fast.students.wan.model import CausalWan
 
@@ -27,6 +28,7 @@ _HOMES = {
     "Student": "student",
     "StudentConfig": "student",
     "StudentModule": "student",
+    "TwoExperts": "wan.experts",
     "VAE": "student",
     "load_student": "wan.checkpoints",
     "register_family": "student",
@@ -43,6 +45,7 @@ __all__ = [
     "Student",
     "StudentConfig",
     "StudentModule",
+    "TwoExperts",
     "load_student",
     "register_family",
     "save_student",

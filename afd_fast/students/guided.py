@@ -9,14 +9,14 @@ from torch import Tensor
 from afd_fast.students.student import Cache, Student, Text
 
 
-class _Caches(NamedTuple):
-    """The histories of the two prompts, which hold the same frames."""
+class Caches(NamedTuple):
+    """Two histories that hold the same frames: of the prompt and the negative one, or of two experts."""
 
-    given: Cache
-    negative: Cache
+    first: Cache
+    second: Cache
 
-    def fork(self, batch: int) -> "_Caches":
-        return _Caches(*(cache.fork(batch) for cache in self))
+    def fork(self, batch: int) -> "Caches":
+        return Caches(*(cache.fork(batch) for cache in self))
 
     def reset(self, start: int) -> None:
         for cache in self:
@@ -29,6 +29,7 @@ class Guided:
 
     def __init__(self, model: Student, negative: Text, scale: float):
         self.model, self.negative, self.scale = model, negative, scale
+        self.boundary = getattr(model, "boundary", None)
 
     def encode_text(self, context: Any) -> Text:
         return self.model.encode_text(context)
@@ -37,12 +38,12 @@ class Guided:
         self, batch: int, frames: int, height: int, width: int, window: int | None = None, sink: int = 0, **more: Any
     ) -> Cache:
         make = partial(self.model.new_cache, batch, frames, height, width, window, sink, **more)
-        return _Caches(make(), make())
+        return Caches(make(), make())
 
     def timestep(self, t: float, batch: int, frames: int) -> Any:
         return self.model.timestep(t, batch, frames)
 
     def __call__(self, x: Tensor, t: Any, text: Text, *, cache: Cache, start_frame: int = 0, **more: Any) -> Tensor:
-        v = self.model(x, t, text, cache=cache.given, start_frame=start_frame, **more)
-        negative = self.model(x, t, self.negative, cache=cache.negative, start_frame=start_frame, **more)
+        v = self.model(x, t, text, cache=cache.first, start_frame=start_frame, **more)
+        negative = self.model(x, t, self.negative, cache=cache.second, start_frame=start_frame, **more)
         return negative + self.scale * (v - negative)

@@ -147,10 +147,13 @@ class StudentModule(nn.Module):
 
     sampler: fields of `rollout.RolloutConfig` with which its checkpoint is to be sampled; empty where it does not say.
     channels: of its latents, C of [B, C, F, H, W]; None where it does not say.
+    boundary: t from which on another of its two experts takes over; such a student's `forward` takes both=True for a finished
+        chunk (`wan.experts.TwoExperts`). None: one network.
     """
 
     sampler: Mapping[str, Any] = MappingProxyType({})
     channels: int | None = None
+    boundary: float | None = None
 
     def encode_text(self, context: Context) -> Text:
         raise NotImplementedError
@@ -267,6 +270,8 @@ class Family:
 
     def __post_init__(self) -> None:
         check_student(self.student)
+        if getattr(self.student, "boundary", None) is not None:
+            raise ConfigError("a student of two experts is sampled and not trained: give one of the two")
         for name in ("encode", "decode"):
             if not callable(getattr(self.vae, name, None)):
                 raise ConfigError(f"the VAE {type(self.vae).__name__} lacks {name} (afd_fast.students.VAE)")

@@ -32,7 +32,7 @@ INLINE F larger(F a, F b) { return (F)pick(a > b, (U)a, (U)b); }
 
 // TYPE: what all tensors are (x0 and y may be float32 among 16-bit ones), or ANY; then masks are possible too. OLD: whether there is
 // a v_old. SUMS: none, those of the loss, or with the statistics. SAME_F32: float32 with the sums in ANY's order.
-enum { ANY = -1, SAME_F32 = 3, STEP = 2 * W, LOSS = 1, STATS = 2 };
+enum { ANY = -1, SAME_F32 = 3, STEP = 2 * W, LOSS = 1, STATS = 2, CACHED = 3 << 19 };
 template <int TYPE, bool OLD, bool GRAD, int SUMS>
 INLINE void step(const AfdCall& c, Run& u, int64_t i) {
   constexpr bool SPLIT = TYPE != AFD_F32 && TYPE != AFD_F16, HALF = TYPE == AFD_BF16 || TYPE == AFD_F16;
@@ -182,16 +182,22 @@ static Runner* choose(const AfdCall& c, bool grad, bool sums) {
   return row[c.v_old != nullptr][!sums ? 0 : grad ? 2 : 1];
 }
 
-static void sweep(const AfdCall& c, bool grad, bool sums) {
-  int64_t B = c.samples;
-  std::vector<int64_t> first(B + 1, 0);
-  Runner* runner = choose(c, grad, sums);
-  bool stream = c.samples * c.count * size_of(c.grad_type) > (16 << 20);
-  auto length = [&](int64_t b) { return (c.cu ? c.cu[b + 1] - c.cu[b] : 1) * c.count; };
-  for (int64_t b = 0; b < B; b++) first[b + 1] = first[b] + (length(b) + AFD_TILE - 1) / AFD_TILE;
-#pragma omp parallel for schedule(dynamic, 16) num_threads(c.threads)  // a busy core takes fewer
-  for (int64_t tile = 0; tile < first[B]; tile++) {
-    int64_t b = std::upper_bound(first.begin(), first.end(), tile) - first.begin() - 1;
+// One pass over the tensors: which tiles a sample has (first[b] .. first[b + 1]), and what runs over them.
+struct Sweep {
+  const AfdCall& c;
+  bool grad, sums, stream;
+  Runner* runner;
+  std::vector<int64_t> first;
+
+  Sweep(const AfdCall& call, bool grad, bool sums)
+      : c(call), grad(grad), sums(sums), stream(c.samples * c.count * size_of(c.grad_type) > (16 << 20)),
+        runner(choose(c, grad, sums)), first(c.samples + 1, 0) {
+    for (int64_t b = 0; b < c.samples; b++) first[b + 1] = first[b] + (length(b) + AFD_TILE - 1) / AFD_TILE;
+  }
+
+  int64_t length(int64_t b) const { return (c.cu ? c.cu[b + 1] - c.cu[b] : 1) * c.count; }
+
+  void run(int64_t tile, int64_t b) const {
     int64_t begin = (tile - first[b]) * AFD_TILE, end = std::min<int64_t>(begin + AFD_TILE, length(b));
     int64_t row = c.cu ? c.cu[b] : b;
     alignas(64) float eps[AFD_TILE];
@@ -218,13 +224,33 @@ static void sweep(const AfdCall& c, bool grad, bool sums) {
       i = stop;
     }
   }
-  if (!sums) return;
-  for (int64_t b = 0; b < B; b++)
+
+  void add_up(int64_t b) const {
     for (int k = 0; k < AFD_SLOTS; k++) {
       double total = 0;
       for (int64_t tile = first[b]; tile < first[b + 1]; tile++) total = afd_join(k, total, c.part[tile * AFD_SLOTS + k]);
-      c.sums[k * B + b] = total;
+      c.sums[k * c.samples + b] = total;
     }
+  }
+
+  void run_sample(int64_t b) const {
+    for (int64_t tile = first[b]; tile < first[b + 1]; tile++) run(tile, b);
+    if (sums) add_up(b);
+  }
+
+  void run_all() const {
+#pragma omp parallel for schedule(dynamic, 16) num_threads(c.threads)  // a busy core takes fewer
+    for (int64_t tile = 0; tile < first[c.samples]; tile++)
+      run(tile, std::upper_bound(first.begin(), first.end(), tile) - first.begin() - 1);
+    if (sums) for (int64_t b = 0; b < c.samples; b++) add_up(b);
+  }
+};
+
+// The sums of a sample and then its gradient, while it is in the cache. Not where the coefficients need another sample's sums, or a
+// thread would have none.
+static bool by_sample(const AfdCall& c) {
+  int64_t bytes = c.count * size_of(c.v_type) * (2 + (c.y != nullptr) + (c.v_old != nullptr) + (c.v_ref != nullptr));
+  return bytes <= CACHED && c.samples >= c.threads && !c.cu && !((c.mask || c.weight) && c.ref_batch);
 }
 
 extern "C" {
@@ -233,16 +259,29 @@ extern "C" {
 EXPORT int afd_abi() { return sizeof(AfdCall); }
 
 // Loss, totals and rows; with c->grad also the gradient times c->scale, in the same sweep where it needs no sums first.
-EXPORT void afd_nft_loss(const AfdCall* c) {
-  bool grad = c->grad, sums_first = grad && (c->adaptive || c->dpo || ((c->mask || c->weight) && (c->sample_mean || c->ref_batch)));
-  if (grad && !sums_first) afd_finish(*c, false);
-  sweep(*c, grad && !sums_first, true);
-  afd_finish(*c, true);
-  if (sums_first) sweep(*c, true, false);
+EXPORT void afd_nft_loss(const AfdCall* call) {
+  const AfdCall& c = *call;
+  bool grad = c.grad, sums_first = grad && (c.adaptive || c.dpo || ((c.mask || c.weight) && (c.sample_mean || c.ref_batch)));
+  if (sums_first && by_sample(c)) {
+    Sweep sums(c, false, true), gradient(c, true, false);
+    AfdBatch batch = afd_batch(c, nullptr);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(c.threads)
+    for (int64_t b = 0; b < c.samples; b++) {
+      sums.run_sample(b);
+      afd_sample(c, batch, b, c.sums + b, c.samples, false);
+      gradient.run_sample(b);
+    }
+    afd_finish(c, true);
+    return;
+  }
+  if (grad && !sums_first) afd_finish(c, false);
+  Sweep(c, grad && !sums_first, true).run_all();
+  afd_finish(c, true);
+  if (sums_first) Sweep(c, true, false).run_all();
 }
 
 // The gradient times c->scale from the coefficients in c->rows.
-EXPORT void afd_nft_gradient(const AfdCall* c) { sweep(*c, true, false); }
+EXPORT void afd_nft_gradient(const AfdCall* c) { Sweep(*c, true, false).run_all(); }
 
 // x_t [B, ...] contiguous into c->grad = (1 - t) x0 + t eps.
 static void noised(const AfdCall& c, int64_t tile, int64_t b, int64_t begin, int64_t end);

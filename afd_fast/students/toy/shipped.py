@@ -9,7 +9,6 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from afd_fast.errors import extra
-from afd_fast.files.durable import settle
 from afd_fast.files.tensors import save_tensors
 from afd_fast.students.files import loading
 from afd_fast.students.toy import pretrain
@@ -93,10 +92,8 @@ def make(
 
 
 def save(student: ToyStudent, out: Path, **about: str) -> None:
-    """Write a base student's weights, with what made them as metadata: world, command, seed, figures. The file appears whole."""
-    partial = out.with_suffix(".part")
-    save_tensors(student.state_dict(), partial, {"config": json.dumps(asdict(student.config)), **about})
-    settle(partial, out)
+    """Write a base student's weights, with what made them as metadata: world, command, seed, figures."""
+    save_tensors(student.state_dict(), out, {"config": json.dumps(asdict(student.config)), **about})
 
 
 def world_of(path: Path) -> str:

@@ -11,22 +11,29 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, MissingFileError
 from afd_fast.files.text import read_json
 from afd_fast.sampler import KEY as SAMPLER_KEY
-from afd_fast.sampler import Sampler, of_config
+from afd_fast.sampler import Sampler, of_config, preset
 from afd_fast.students.files import local_copy, read_tensors
 from afd_fast.students.lora import fitted, merge_products
 from afd_fast.students.wan.adapters import Adapter, read_adapter
+from afd_fast.students.wan.experts import TwoExperts, check_same
 from afd_fast.students.wan.model import CausalWan, CausalWanConfig
-from afd_fast.students.wan.supported import check_channels, check_folder, check_settings, check_tensors
+from afd_fast.students.wan.sizes import config_from_json, infer_config
+from afd_fast.students.wan.supported import (
+    DIFFUSERS_EXPERTS,
+    ExpertFolders,
+    check_folder,
+    check_settings,
+    check_tensors,
+)
 
 log = logging.getLogger("afd_fast")
 T = TypeVar("T")
@@ -69,6 +76,8 @@ _DIFFUSERS_BLOCK = (
 )  # fmt: skip
 
 
+_FOLDERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")  # of a repository, with transformers
+_JSON = ["*.json", *(f"{folder}/*.json" for folder in _FOLDERS)]
 Names = Sequence[tuple[str, str]]  # (from, to)
 Loras = str | Path | Sequence[str | Path | tuple[str | Path, float]]  # one, or several with or without weights
 
@@ -162,6 +171,13 @@ def _read_folder(folder: Path) -> Checkpoint:
     config = _config_file(folder)
     folder = config.parent
     settings = read_json(config) if config.exists() else None
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        listed = read_json(index).get("weight_map")
+        named = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
+        if gone := [name for name in named if not (folder / name).is_file()]:
+            raise MissingFileError(
+                f"{folder} lacks {len(gone)} of the {len(named)} files in {index.name}, such as {gone[0]}: download it again"
+            )
     shards = sorted(p for p in folder.glob("*.safetensors") if "adapter" not in p.name)
     if shards:
         contents: dict[str, Tensor] = {}
@@ -177,55 +193,6 @@ def _read_folder(folder: Path) -> Checkpoint:
     return Checkpoint(read_tensors(files[0]), settings)
 
 
-def _config_from_json(settings: dict[str, Any]) -> CausalWanConfig:
-    """From a diffusers (num_attention_heads ...) or an original Wan (dim, num_heads ...) config.json."""
-    try:
-        return _config(settings)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(
-            f"config.json does not describe a Wan transformer ({error!r}): restore it, or pass config=CausalWanConfig(...)"
-        ) from None
-
-
-def _config(settings: dict[str, Any]) -> CausalWanConfig:
-    if "num_attention_heads" in settings:
-        heads = settings["num_attention_heads"]
-        names = {"in_channels": "in_dim", "out_channels": "out_dim", "ffn_dim": "ffn_dim", "num_layers": "num_layers",
-                 "text_dim": "text_dim", "freq_dim": "freq_dim", "eps": "eps", "text_len": "text_len"}  # fmt: skip
-        if tuple(settings.get("patch_size", (1, 2, 2))) != (1, 2, 2):
-            raise ConfigError(
-                f"patch_size is {settings['patch_size']}, CausalWan has (1, 2, 2): load a Wan 2.1 checkpoint"
-            )
-        sizes = {ours: settings[theirs] for theirs, ours in names.items() if theirs in settings}
-        return CausalWanConfig(dim=heads * settings["attention_head_dim"], num_heads=heads, **sizes)
-    known = {f.name for f in fields(CausalWanConfig)}
-    return CausalWanConfig(**{k: v for k, v in settings.items() if k in known})
-
-
-def infer_config(state: dict[str, Tensor]) -> CausalWanConfig:
-    """Sizes from the tensors' shapes, with the head width of 128 and text_len of 512 of every public Wan.
-
-    Raises ValueError if the width is not a multiple of 128: the weights do not tell the number of heads.
-    """
-    try:
-        dim, in_dim = state["patch_embedding.weight"].shape[:2]
-        layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-        sizes = {
-            "ffn_dim": state["blocks.0.ffn.0.weight"].shape[0],
-            "text_dim": state["text_embedding.0.weight"].shape[1],
-            "freq_dim": state["time_embedding.0.weight"].shape[1],
-            "out_dim": state["head.head.weight"].shape[0] // 4,
-        }
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"these are not a Wan transformer's weights: no {error}; first keys {sorted(state)[:4]}"
-        ) from None
-    check_channels(in_dim, sizes["out_dim"])
-    if dim % 128:
-        raise ConfigError(f"the weights have width {dim}, not a multiple of 128: pass config=CausalWanConfig(...)")
-    return CausalWanConfig(dim=dim, num_heads=dim // 128, num_layers=layers, in_dim=in_dim, **sizes)
-
-
 def load_student(
     path_or_repo: str | Path,
     *,
@@ -236,13 +203,14 @@ def load_student(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     **options: Any,
-) -> CausalWan:
-    """A CausalWan with a public checkpoint's weights.
+) -> CausalWan | TwoExperts:
+    """A CausalWan with a public checkpoint's weights, or the two of a Wan 2.2 folder (`TwoExperts`).
 
     Args:
         path_or_repo: `.pt` / `.pth` (original Wan, Self-Forcing, Causal-Forcing, LongLive: bare or under
             `generator`, `generator_ema`, with `model.`, FSDP, checkpoint or compile prefixes), `.safetensors`,
-            a diffusers or original Wan folder, or `owner/name` of such a repository.
+            a diffusers or original Wan folder, or `owner/name` of such a repository. Two experts: transformer and transformer_2 with
+            boundary_ratio in model_index.json, or high_noise_model and low_noise_model.
         config: sizes; by default from config.json or the tensors' shapes.
         weights: which entry of a training checkpoint; "auto" takes generator_ema before generator and logs it.
         lora: a LoRA merged into the weights: of PEFT (LongLive's `generator_lora`, Astrolabe's, an adapter folder),
@@ -258,17 +226,33 @@ def load_student(
     misshapen tensors. Both are ConfigErrors of one line.
     """
     adapters = [] if lora is None else _read_loras(lora, lora_scale)
-    sampler_of(path_or_repo)  # what is not supported is named before gigabytes are read
-    path = local_copy(path_or_repo, ["*.json", "*.safetensors", "transformer/*"])
+    sampler = sampler_of(path_or_repo)  # what is not supported is named before gigabytes are read
+    path = local_copy(path_or_repo, ["*.json", "*.safetensors", *(f"{folder}/*" for folder in _FOLDERS)])
+    found = experts_of(path)
+    if found is not None and adapters:
+        raise ConfigError(
+            f"lora= is for one network, and {path} has two experts: load {found.high} and {found.low} each with its adapter, and "
+            "join them with TwoExperts(high, low, boundary)"
+        )
+    parts = [_load(part, adapters, config, weights, dtype, device, options) for part in (found or (path,))[:2]]
+    student = parts[0] if found is None else TwoExperts(parts[0], parts[1], found.boundary)
+    student.sampler = sampler
+    return student.eval()
+
+
+def _load(
+    path: Any, adapters: list[tuple[Path, Adapter]], config: CausalWanConfig | None, weights: str, dtype: torch.dtype | None,
+    device: str | torch.device, options: dict[str, Any],
+) -> CausalWan:  # fmt: skip
+    """One network of `load_student`."""
     contents, settings = _read_folder(path) if path.is_dir() else Checkpoint(read_tensors(path), None)
     if not isinstance(contents, dict):
         raise ConfigError(f"{path} holds a {type(contents).__name__}, not a state dict: give a checkpoint's file")
     selected = _select(contents, weights, path)
     with _naming(path):
         state = clean_keys(selected)
-        sampler = of_config(settings or {})
         if config is None:
-            config = _config_from_json(settings) if settings else infer_config(state)
+            config = config_from_json(settings) if settings else infer_config(state)
     fitting = []
     for adapter_path, adapter in adapters:
         with _naming(adapter_path):  # and not the student's, which is sound
@@ -281,25 +265,39 @@ def load_student(
     dtype = dtype or state["patch_embedding.weight"].dtype
     state = {k: v.to(device, dtype, copy=True) for k, v in state.items()}  # a copy: the file is mapped
     model.load_state_dict(state, strict=True, assign=True)
-    model.requires_grad_(True)
-    model.sampler = sampler
-    return model.eval()
+    return model.requires_grad_(True)
 
 
 def sampler_of(path_or_repo: str | Path) -> Sampler:
     """What a checkpoint's config.json says about sampling, read without its weights; empty for a file and without any.
     Raises MissingFileError, and ConfigError for a checkpoint that is not supported."""
-    path = local_copy(path_or_repo, ["*.json", "transformer/*.json", "transformer_2/config.json"])
+    path = local_copy(path_or_repo, _JSON)
     if not path.is_dir():
         return {}
-    check_folder(path)
-    config = _config_file(path)
-    if not config.is_file():
-        return {}
-    settings = read_json(config)
-    with _naming(path):
+    experts = experts_of(path)
+    if experts is None:
+        return _settings_of(_config_file(path))[1]
+    (high, sampler), (low, _) = (_settings_of(expert / "config.json") for expert in experts[:2])
+    if high and low:
+        with _naming(path):
+            check_same(*map(config_from_json, (high, low)))
+    if experts.pipeline == "WanCausalDMDPipeline" and SAMPLER_KEY not in high:
+        return {**preset("fastvideo_a14b"), **sampler}
+    return sampler
+
+
+def experts_of(path_or_repo: str | Path) -> ExpertFolders | None:
+    """Where a checkpoint's two experts are, read without its weights; None for one network. Raises as `sampler_of`."""
+    path = local_copy(path_or_repo, _JSON)
+    return check_folder(path) if path.is_dir() else None
+
+
+def _settings_of(config: Path) -> tuple[dict[str, Any], Sampler]:
+    """A config.json and what it says about sampling; empty where there is none. ConfigError for what is not supported."""
+    settings = read_json(config) if config.is_file() else {}
+    with _naming(config.parent):
         check_settings(settings)
-        return of_config(settings)
+        return settings, of_config(settings)
 
 
 def _read_loras(lora: Loras, scale: float) -> list[tuple[Path, Adapter]]:
@@ -341,18 +339,31 @@ def _check_state(model: CausalWan, state: dict[str, Tensor], path: Path) -> None
 
 
 def save_student(
-    model: CausalWan,
+    model: CausalWan | TwoExperts,
     folder: str | Path,
     state: dict[str, Tensor] | None = None,
     *,
     sampler: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the weights (or `state`, under the model's names) as a diffusers WanTransformer3DModel folder. sampler: how it
-    is to be sampled (`RolloutConfig.sampler()`), which `load_student` reads; None: what the model's checkpoint said."""
+    is to be sampled (`RolloutConfig.sampler()`), which `load_student` reads; None: what the model's checkpoint said. Two experts
+    are written as transformer and transformer_2, with boundary_ratio in model_index.json."""
     from afd_fast.files.tensors import save_tensors
 
     folder, c = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, TwoExperts):
+        for name, part, expert in zip(DIFFUSERS_EXPERTS, ("high.", "low."), (model.high, model.low)):
+            of_part = {k.removeprefix(part): v for k, v in (state or {}).items() if k.startswith(part)}
+            save_student(expert, folder / name, of_part, sampler=model.sampler if sampler is None else sampler)
+        kind, index = ["diffusers", "WanTransformer3DModel"], folder / "model_index.json"
+        about = {
+            "_class_name": "WanPipeline",
+            "boundary_ratio": model.boundary / 1000,
+            **dict.fromkeys(DIFFUSERS_EXPERTS, kind),
+        }
+        index.write_text(json.dumps({**(read_json(index) if index.is_file() else {}), **about}, indent=2) + "\n")
+        return
     settings = {
         "_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": c.num_heads,
         "attention_head_dim": c.dim // c.num_heads, "in_channels": c.in_dim, "out_channels": c.out_dim,

@@ -14,11 +14,12 @@ from afd_fast.files.text import read_json
 from afd_fast.sampler import HOW_FAST
 from afd_fast.students.files import check_source, local_copy
 from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
-from afd_fast.students.wan.checkpoints import Loras, load_student, save_student
+from afd_fast.students.wan.checkpoints import Loras, experts_of, load_student, save_student
+from afd_fast.students.wan.experts import TwoExperts
 from afd_fast.students.wan.layers import CausalWanConfig
 from afd_fast.students.wan.model import CausalWan
 from afd_fast.students.wan.preview import PreviewDecoder
-from afd_fast.students.wan.supported import check_file
+from afd_fast.students.wan.supported import ONE_EXPERT, check_file
 from afd_fast.students.wan.text import TextEncoder
 from afd_fast.students.wan.vae import WanDecoder
 from afd_fast.video_io import VideoFormat
@@ -44,7 +45,7 @@ class Encoder(Protocol):
 class Networks:
     """A student with its text encoder and VAE, or a preview decoder in the VAE's place, on one device."""
 
-    student: CausalWan
+    student: CausalWan | TwoExperts
     text: Encoder
     vae: WanDecoder | PreviewDecoder
 
@@ -114,7 +115,7 @@ def coder_of(student: str, base: str | None = None) -> Coder:
     return Coder(settings.get("z_dim", 16), 8 * patch, FPS_2_2 if patch > 1 else FPS)
 
 
-def _check_fit(model: CausalWan, student: str, channels: int, decoder: str | Path | None) -> None:
+def _check_fit(model: CausalWan | TwoExperts, student: str, channels: int, decoder: str | Path | None) -> None:
     """ConfigError for a decoder of latents with other channels than the student's."""
     if model.config.in_dim != channels:
         raise ConfigError(
@@ -190,10 +191,12 @@ def latent_size(config: StudentConfig, chunk: int) -> LatentFormat:
 def wan_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
     """The family of `config.name` and `config.base`. ConfigError as of `latent_size`."""
     check_file(Path(config.name))
+    if config.name != "tiny" and experts_of(config.name) is not None:  # before they are read
+        raise ConfigError(ONE_EXPERT)
     size = latent_size(config, chunk)
     networks = load_networks(config.name, config.base, seed, config.device)
     student, vae = networks.student.requires_grad_(False), networks.vae
-    assert isinstance(vae, WanDecoder)  # rewards need its pixels
+    assert isinstance(student, CausalWan) and isinstance(vae, WanDecoder)  # rewards need its pixels
     side = vae.scale
     student.gradient_checkpointing = config.gradient_checkpointing
 

@@ -6,7 +6,7 @@ Everything is read from model_index.json, config.json or the tensors' names and 
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from afd_fast.errors import ConfigError, extra
 from afd_fast.files.text import read_json
@@ -19,7 +19,9 @@ _PIPELINES = ("WanPipeline", "WanDMDPipeline", "WanCausalPipeline", "WanCausalDM
 _TYPES = ("t2v", "ti2v")  # model_type of original Wan; TI2V's image is a first latent frame
 _MEANING = {"i2v": "image-to-video", "flf2v": "first-and-last-frame-to-video", "vace": "VACE", "s2v": "speech-to-video",
             "animate": "Animate"}  # fmt: skip
-_EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))  # diffusers, original Wan 2.2
+DIFFUSERS_EXPERTS = ("transformer", "transformer_2")  # high and low noise
+_WAN_EXPERTS = ("high_noise_model", "low_noise_model")  # original Wan 2.2
+_WAN_BOUNDARY = 0.875  # wan/configs/wan_t2v_A14B.py; the folder does not hold it
 _TENSORS = {  # a tensor's name begins with -> what the checkpoint is
     "img_emb.": "an image-to-video Wan 2.1 (it has an image branch)",
     "condition_embedder.image_embedder.": "an image-to-video Wan 2.1 (it has an image branch)",
@@ -33,25 +35,53 @@ _TENSORS = {  # a tensor's name begins with -> what the checkpoint is
 }
 
 
-def check_folder(folder: Path) -> None:
-    """ConfigError that names what a folder is, if it is not a text-to-video Wan with one transformer."""
-    for pair in _EXPERTS:
-        if all((folder / name).is_dir() for name in pair):
-            raise ConfigError(
-                f"{folder} is a Wan 2.2 with two experts ({pair[0]} and {pair[1]}), one for high and one for low noise, which "
-                f"are not run together here: give the folder of one, such as {folder / pair[0]}"
-            )
+ONE_EXPERT = (  # where a student is to be trained
+    "a student of two experts is sampled and not trained: give the folder of one, such as student.name=FOLDER/transformer_2 or "
+    "FOLDER/low_noise_model"
+)
+
+
+class ExpertFolders(NamedTuple):
+    """Where the two experts of a folder are, the t that divides them, and the class of its pipeline where an index names it."""
+
+    high: Path
+    low: Path
+    boundary: float
+    pipeline: str | None
+
+
+def check_folder(folder: Path) -> ExpertFolders | None:
+    """The two experts of a Wan 2.2 folder, None where it has one transformer. ConfigError that names what the folder is, if it is no
+    text-to-video Wan, and for one expert of two or no boundary."""
     index = folder / "model_index.json"
-    if index.is_file():
-        settings = read_json(index)
-        if settings.get("transformer_2") not in (None, [None, None]):
-            raise ConfigError(
-                f"{folder} is a Wan 2.2 with two experts (transformer and transformer_2 in model_index.json), which are not run "
-                "together here: give the folder of one"
-            )
-        kind = settings.get("_class_name")
-        if kind is not None and kind not in _PIPELINES:
-            raise ConfigError(f"{folder} holds a {kind}, which is not supported; {EXPECTED}")
+    settings = read_json(index) if index.is_file() else {}
+    kind, ratio = settings.get("_class_name"), settings.get("boundary_ratio")
+    if kind is not None and kind not in _PIPELINES:
+        raise ConfigError(f"{folder} holds a {kind}, which is not supported; {EXPECTED}")
+    named = ratio is not None or settings.get("transformer_2") not in (None, [None, None])
+    if any((folder / name).is_dir() for name in _WAN_EXPERTS):
+        names, ratio, said = _WAN_EXPERTS, _WAN_BOUNDARY, "as Wan 2.2's folders"
+    elif named or (folder / DIFFUSERS_EXPERTS[1]).is_dir():
+        names, said = DIFFUSERS_EXPERTS, "in model_index.json" if named else "as diffusers' folders"
+    else:
+        return None
+    missing = [name for name in names if not (folder / name).is_dir()]
+    if missing:
+        there = next((f", or give the folder of one, {folder / name}" for name in names if name not in missing), "")
+        raise ConfigError(
+            f"{folder} has two experts {said}, {names[0]} and {names[1]}, and {' and '.join(missing)} is missing: download "
+            f"it{there}"
+        )
+    if ratio is None:
+        raise ConfigError(
+            f"{folder} has two experts ({names[0]} and {names[1]}) and no boundary_ratio in model_index.json: add it, such as "
+            f"0.875 of Wan2.2-T2V-A14B, or give the folder of one, such as {folder / names[0]}"
+        )
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+        raise ConfigError(
+            f"boundary_ratio in {index} must be a number between 0 and 1, such as 0.875, got {ratio!r}: restore the file"
+        )
+    return ExpertFolders(folder / names[0], folder / names[1], 1000 * float(ratio), kind)
 
 
 def check_file(path: Path) -> None:
