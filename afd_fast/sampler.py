@@ -64,11 +64,11 @@ PRESETS: dict[str, Sampler] = {
     "causvid": {"steps": (1000, 757, 522), "warp": False, "shift": 8.0, "chunk": 3},
     "causvid_4step": {"steps": FOUR_STEPS, "shift": 8.0, "chunk": 3},
     # chenfengxu714/StreamDiffusionV2 c5a0f20: configs/wan_causal_dmd_{t2v,v2v}.yaml; v2v starts from a video noised to 0.7. The last step at 0 stays
-    # for t2v (models/wan/causal_stream_inference.py:76-78), a chunk's last keys are its history (235-320): `prepare`, `inference_wo_batch`
+    # for t2v (models/wan/causal_stream_inference.py:76-78), no forward follows a chunk's last step (298-351, `inference_wo_batch`)
     "streamdiffusionv2": {**_STREAM, "steps": FOUR_STEPS, "zero_step": True, "chunk": 3, "window": 21},
     "streamdiffusionv2_v2v": {**_STREAM, "steps": (700, 500, 400, 200), "chunk": 1, "window": 6, "sink": 3},
-    # krea-ai/realtime-video acf4b7b: release_server.py, GenerateParams (328-336: kv_cache_num_frames 3 and a chunk of 3; 5 steps, the last at
-    # t = 0) and `v2v.get_denoising_schedule`; sample.py runs the same. denoising_step_list of configs/*.yaml is read by neither
+    # krea-ai/realtime-video acf4b7b: release_server.py, GenerateParams (328-334: kv_cache_num_frames 3; 5 steps, the last at t = 0; 396: chunks of
+    # 3) and `v2v.get_denoising_schedule`; sample.py runs the same. denoising_step_list of configs/*.yaml is read by neither
     "krea": {"steps": FOUR_STEPS, "shift": 5.0, "chunk": 3, "window": 6, "recompute": True, "zero_step": True},
 }
 HOW_FAST = ("fuse_cache_pass", "merge_lora", "graphs")  # fields of RolloutConfig that do not belong to the student
@@ -132,7 +132,7 @@ class RolloutConfig:
         attention, Infinity-RoPE, FastVideo's relativistic, Reward-Forcing).
     sink_ema: weight of the old sink where chunks that leave the window are averaged into it (Reward-Forcing: 0.999); none: a fixed sink.
     recompute: before each chunk, compute the window's frames before it anew, from their latents, at positions from 0 on (Krea's
-        `recompute_kv_cache`; window: its kv_cache_num_frames + chunk; sink=1: its keep_first_frame; see `Context`).
+        `recompute_kv_cache`, with a window of its kv_cache_num_frames + chunk, and with sink=1 its keep_first_frame; see `Context`).
     warp: move the steps along the shifted schedule (750 is 937.5 at shift 5); false: they are on it already (CausVid).
     zero_step: one more forward at the end of each chunk, at t = 0, of latents noised to the schedule's lowest level (Krea, StreamDiffusionV2).
     cache_pass: a finished chunk goes through the student once more, at t = context_noise, for its keys and values; false: those of
@@ -373,8 +373,13 @@ class Context:
     def before(self, made: int, finished: Tensor | None) -> Tensor | None:
         """The history [B, C, F, H, W] of the chunk after `made` others, of which `finished` is the last; None: there is none."""
         if finished is not None:
-            again = self.first_frame
-            self._add(finished, finished[:, :, :1] if again is None else again(finished).to(finished))
+            head = finished[:, :, :1] if self.first_frame is None else self.first_frame(finished)
+            if not isinstance(head, Tensor) or head.shape != finished[:, :, :1].shape:
+                given = f"a tensor {tuple(head.shape)}" if isinstance(head, Tensor) else f"a {type(head).__name__}"
+                raise ValueError(
+                    f"first_frame must give a latent {tuple(finished[:, :, :1].shape)} of a chunk {tuple(finished.shape)}, gave {given}"
+                )
+            self._add(finished, head.to(finished))
         if self.first is None:
             return None
         kept = self.sink > 0 or (made - 1) * self.chunk < self.length

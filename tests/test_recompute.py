@@ -233,6 +233,11 @@ def test_refusals(model):
     refused("needs a CausalWan, rope=", scene_cuts=(3,))
     for other in (replace(CONFIG, recompute=False), replace(CONFIG, sink=1)):
         refused("recompute=True and sink=0", config=other, first_frame=Marked())
+    for wrong in (lambda latents: latents, lambda latents: None):
+        with pytest.raises(
+            ValueError, match=r"first_frame must give a latent \(1, 16, 1, 4, 6\) of a chunk \(1, 16, 3, 4, 6\)"
+        ):
+            rollout(model, a, noise, CONFIG, first_frame=wrong)
     with pytest.raises(ConfigError, match="leave out steps, .*zero_step"):
         RolloutConfig(unipc_steps=4, zero_step=True)
     for settings in ({"recompute": True}, {"recompute": False, "fuse_cache_pass": True}):
