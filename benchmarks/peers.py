@@ -1,6 +1,6 @@
 """The official Self-Forcing model against CausalWan: same random weights, same run, same inputs.
 
-    python -m benchmarks.peers PATH_TO_SELF_FORCING_CHECKOUT [--size tiny|1.3b] [--batch 1] [--frames 21] [--csv FILE]
+    python -m benchmarks.peers PATH_TO_SELF_FORCING_CHECKOUT [--size tiny|small|1.3b] [--batch 1] [--frames 21] [--csv FILE]
     python -m benchmarks.peers PATH --count        # operators of one cached forward, any machine
 
 Every chunk's cached forward, and a whole rollout: four steps, re-noising and the cache pass of each chunk, as
@@ -26,13 +26,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from afd_fast.reference.schedule import step_table
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students import CausalWan, CausalWanConfig
-from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Row, Table, Times, timed
+from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Row, Table, Times, in_turn
 
 FREE = ("view", "_unsafe_view", "unsqueeze", "transpose", "permute", "slice", "select", "expand", "unbind", "detach",
         "split", "t", "alias", "empty", "as_strided", "squeeze", "new_empty", "empty_like", "lift_fresh", "_reshape_alias",
         "view_as_complex", "view_as_real", "split_with_sizes", "_local_scalar_dense", "chunk", "item")  # fmt: skip
 CHUNK = 3
 CONFIG = RolloutConfig()
+SIZES = {
+    "tiny": CausalWanConfig.tiny(),
+    "small": CausalWanConfig(dim=512, ffn_dim=2048, num_heads=4, num_layers=6),
+    "1.3b": CausalWanConfig.wan_1_3b(),
+}
 
 
 class CountOperators(TorchDispatchMode):
@@ -191,7 +196,7 @@ def compare(calls: list[Callable[[], Tensor]], repeats: int | None) -> Pair:
     if repeats is None:
         pair.counts = [operators(call) for call in calls]
     else:
-        pair.times = [timed(call, repeats) for call in calls]
+        pair.times = in_turn(calls, repeats)
     return pair
 
 
@@ -199,7 +204,7 @@ def compare(calls: list[Callable[[], Tensor]], repeats: int | None) -> Pair:
 def main() -> None:
     parser = Arguments(__doc__)
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("--size", choices=("tiny", "1.3b"), default="1.3b" if CUDA else "tiny")
+    parser.add_argument("--size", choices=SIZES, default="1.3b" if CUDA else "tiny")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--frames", type=int, default=21)
     parser.add_argument("--repeats", type=int, default=5)
@@ -210,7 +215,7 @@ def main() -> None:
     height, width = (60, 104) if args.size == "1.3b" else (6, 10)
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        config = CausalWanConfig.wan_1_3b() if args.size == "1.3b" else CausalWanConfig.tiny()
+        config = SIZES[args.size]
         model = CausalWan(config).to(DTYPE).eval()
         x = torch.randn(args.batch, 16, args.frames, height, width, dtype=DTYPE)
         context = torch.randn(args.batch, config.text_len, config.text_dim, dtype=DTYPE)

@@ -10,7 +10,7 @@ import importlib.util
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -123,21 +123,29 @@ class Clock:
 
 def timed(call: Callable[[], Any], repeats: int) -> Times:
     """Times as a user waits for them, host included, after one warm-up. The peak is of everything allocated."""
-    call()
-    if CUDA:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    times = Times()
-    for _ in range(repeats):
-        begin = time.perf_counter()
+    return in_turn([call], repeats)[0]
+
+
+def in_turn(calls: Sequence[Callable[[], Any]], repeats: int) -> list[Times]:
+    """`timed` of several calls, sample by sample in turn: what else the machine does slows all of them down."""
+    found = [Times() for _ in calls]
+    for call, times in zip(calls, found):
         call()
         if CUDA:
-            times.host.append((time.perf_counter() - begin) * 1e3)
             torch.cuda.synchronize()
-        times.samples.append((time.perf_counter() - begin) * 1e3)
-    if CUDA:
-        times.peak_mib = torch.cuda.max_memory_allocated() / 2**20
-    return times
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            torch.cuda.synchronize()
+            times.peak_mib = torch.cuda.max_memory_allocated() / 2**20
+    for _ in range(repeats):
+        for call, times in zip(calls, found):
+            begin = time.perf_counter()
+            call()
+            if CUDA:
+                times.host.append((time.perf_counter() - begin) * 1e3)
+                torch.cuda.synchronize()
+            times.samples.append((time.perf_counter() - begin) * 1e3)
+    return found
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from afd_fast.cli.doctor import sources
 from afd_fast.cli.main import app
 from afd_fast.config import StudentConfig, with_overrides
 from afd_fast.errors import ConfigError
@@ -20,6 +21,7 @@ from afd_fast.students import CausalWan, CausalWanConfig, Family, TwoExperts, lo
 from afd_fast.students.student import map_tensors
 from afd_fast.students.wan.experts import ExpertTexts
 from afd_fast.students.wan.family import tiny, wan_family
+from afd_fast.students.wan.supported import check_trained
 from afd_fast.training import runs
 from afd_fast.video_io import read_video
 from tests.test_graphs import Recorder
@@ -291,6 +293,10 @@ def test_saved_and_loaded(student, folder, tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
     assert RolloutConfig.of(again.sampler) == CONFIG
     assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKLWan"]
+    with pytest.raises(ConfigError, match="state must hold both experts' tensors"):
+        save_student(
+            student, tmp_path / "part", {key: value for key, value in state.items() if key.startswith("high.")}
+        )
     assert isinstance(load_student(folder / "transformer"), CausalWan)  # one of them, by its folder
 
 
@@ -416,7 +422,11 @@ def test_missing_shards(student, folder, tmp_path):
                 FileNotFoundError, match=f"{part} lacks 1 of the 2 files .*such as a-00001-of-00002.safetensors"
             ):
                 load_student(path)
-        (part / "diffusion_pytorch_model.safetensors.index.json").unlink()
+        write(
+            part / "diffusion_pytorch_model.safetensors.index.json",
+            {"weight_map": {"proj_out.bias": "gone.safetensors"}},
+        )  # of files that were joined into one
+    assert same(load_student(folder), student)
     (folder / "transformer/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ConfigError, match="transformer holds 0 checkpoints"):
         load_student(folder)
@@ -430,6 +440,11 @@ def test_training_is_refused(student, folder, tmp_path, monkeypatch):
         wan_family(StudentConfig(str(folder)))
     with refused:
         Family("mine", student, None, None, None, 3, None)
+    assert ("student", "fails") in [
+        (c.what, c.state) for c in sources(with_overrides(runs.afd_table3(), [f"student={folder}"]))
+    ]
+    check_trained(str(folder / "transformer"))
+    check_trained("wan2.2-a14b-high.safetensors")
     for name in (str(folder), "Wan-AI/Wan2.2-T2V-A14B-Diffusers"):
         with refused:
             networks(with_overrides(runs.afd_table3(), [f"student={name}", "discriminator=toy"]))

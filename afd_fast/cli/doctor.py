@@ -211,6 +211,7 @@ def sources(config: "TrainConfig") -> Iterator[Check]:
     from afd_fast.discriminators.config import DISCRIMINATORS
     from afd_fast.students.files import check_source
     from afd_fast.students.student import FAMILIES
+    from afd_fast.students.wan.supported import check_trained
     from afd_fast.teachers.dataset import check_prompts
     from afd_fast.teachers.folder import read_manifest
     from afd_fast.teachers.teacher import hold_out
@@ -221,6 +222,7 @@ def sources(config: "TrainConfig") -> Iterator[Check]:
     def student() -> None:
         if config.student.name not in FAMILIES:
             check_source(config.student.name)
+            check_trained(config.student.name)
         elif config.student.name == "pixel":
             check_source(Path(config.student.base or ""))
 

@@ -10,7 +10,6 @@ Legend: b samples of a shard, F x H x W frames and pixels of a video, L tokens.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from afd_fast.students.student import WAN, Family, StudentConfig, entry
 from afd_fast.students.student import family as make_family
 from afd_fast.students.toy.model import ToyStudent
 from afd_fast.students.wan.family import latent_size
-from afd_fast.students.wan.supported import ONE_EXPERT, check_folder
+from afd_fast.students.wan.supported import check_trained
 from afd_fast.students.wan.vae import WanDecoder
 
 with extra("train"):
@@ -84,9 +83,7 @@ def _toy(config: TrainConfig) -> Networks:
 
 def _wan(config: TrainConfig) -> Networks:
     options, chunk = config.student, config.rollout.chunk
-    folder = Path(options.name)
-    if check_folder(folder) is not None if folder.is_dir() else "a14b" in options.name.lower():
-        raise ConfigError(ONE_EXPERT)
+    check_trained(options.name)
     size = latent_size(options, chunk)
     frames, height, width = size.frames, size.height, size.width
     tiny = StudentConfig("tiny", None, frames, height, width, lora_rank=options.lora_rank, device="cpu")

@@ -76,8 +76,7 @@ _DIFFUSERS_BLOCK = (
 )  # fmt: skip
 
 
-_FOLDERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")  # of a repository, with transformers
-_JSON = ["*.json", *(f"{folder}/*.json" for folder in _FOLDERS)]
+_JSON = ["*.json"]  # in a repository's folders too
 Names = Sequence[tuple[str, str]]  # (from, to)
 Loras = str | Path | Sequence[str | Path | tuple[str | Path, float]]  # one, or several with or without weights
 
@@ -174,7 +173,8 @@ def _read_folder(folder: Path) -> Checkpoint:
     for index in sorted(folder.glob("*.safetensors.index.json")):
         listed = read_json(index).get("weight_map")
         named = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
-        if gone := [name for name in named if not (folder / name).is_file()]:
+        gone = [name for name in named if not (folder / name).is_file()]
+        if 0 < len(gone) < len(named):  # where none is there, the index is an old one
             raise MissingFileError(
                 f"{folder} lacks {len(gone)} of the {len(named)} files in {index.name}, such as {gone[0]}: download it again"
             )
@@ -227,7 +227,7 @@ def load_student(
     """
     adapters = [] if lora is None else _read_loras(lora, lora_scale)
     sampler = sampler_of(path_or_repo)  # what is not supported is named before gigabytes are read
-    path = local_copy(path_or_repo, ["*.json", "*.safetensors", *(f"{folder}/*" for folder in _FOLDERS)])
+    path = local_copy(path_or_repo, [*_JSON, "*.safetensors", "transformer/*"])
     found = experts_of(path)
     if found is not None and adapters:
         raise ConfigError(
@@ -353,6 +353,10 @@ def save_student(
     folder, c = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, TwoExperts):
+        if state is not None and set(state) != set(model.state_dict()):
+            raise ConfigError(
+                "state must hold both experts' tensors under the names of model.state_dict(): high.* and low.*"
+            )
         for name, part, expert in zip(DIFFUSERS_EXPERTS, ("high.", "low."), (model.high, model.low)):
             of_part = {k.removeprefix(part): v for k, v in (state or {}).items() if k.startswith(part)}
             save_student(expert, folder / name, of_part, sampler=model.sampler if sampler is None else sampler)

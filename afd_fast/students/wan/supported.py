@@ -77,11 +77,19 @@ def check_folder(folder: Path) -> ExpertFolders | None:
             f"{folder} has two experts ({names[0]} and {names[1]}) and no boundary_ratio in model_index.json: add it, such as "
             f"0.875 of Wan2.2-T2V-A14B, or give the folder of one, such as {folder / names[0]}"
         )
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+    if not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
         raise ConfigError(
             f"boundary_ratio in {index} must be a number between 0 and 1, such as 0.875, got {ratio!r}: restore the file"
         )
     return ExpertFolders(folder / names[0], folder / names[1], 1000 * float(ratio), kind)
+
+
+def check_trained(student: str) -> None:
+    """ConfigError for a folder of two experts, and for a repository that is named after them; nothing is downloaded."""
+    folder = Path(student)
+    named = "a14b" in student.lower() and not folder.exists() and folder.suffix not in (".pt", ".pth", ".safetensors")
+    if named or (folder.is_dir() and check_folder(folder) is not None):
+        raise ConfigError(ONE_EXPERT)
 
 
 def check_file(path: Path) -> None:
