@@ -230,12 +230,13 @@ class TrainConfig:
                 f'rollout.context_noise={rollout.context_noise} needs update.history="detached", whose history is the '
                 f"sampler's; got {self.update.history!r}"
             )
-        if rollout.unipc_steps is not None or rollout.guidance is not None:
-            raise ConfigError(
-                "rollout.unipc_steps and rollout.guidance are for generation: training learns on the few steps of rollout.steps"
-            )
-        if rollout.independent_first_frame:
-            raise ConfigError("rollout.independent_first_frame is for generation: training works in whole chunks")
+        plain = RolloutConfig()
+        for name in ("unipc_steps", "guidance", "recompute", "zero_step", "cache_pass", "independent_first_frame"):
+            if getattr(rollout, name) != getattr(plain, name):
+                raise ConfigError(
+                    f"rollout.{name} is for generation: training learns on the few steps of rollout.steps, in whole chunks that share "
+                    f"one cache; set rollout.{name}={str(getattr(plain, name)).lower()}"
+                )
 
     def check_stream(self, frames: int) -> None:
         """ConfigError for a stream that is not whole clips of `frames`, the student's latent frames."""

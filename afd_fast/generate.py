@@ -21,6 +21,7 @@ from afd_fast.students.wan.experts import TwoExperts
 from afd_fast.students.wan.family import KnownPrompts, Networks
 from afd_fast.students.wan.model import CausalWan
 from afd_fast.students.wan.text import NEGATIVE_PROMPT
+from afd_fast.students.wan.vae import WanDecoder
 from afd_fast.video_io import checked, write_video
 
 Moment: TypeAlias = Any  # seconds on the CPU, a CUDA event on a GPU
@@ -140,7 +141,8 @@ def generate(
     Raises ConfigError for frames that do not fill the chunks and for prompts that are too long, before anything is made,
     VideoError that names prompt and seed for a video with NaN, and what the student raises.
     """
-    config = config_of(networks.student, config)
+    config, vae = config_of(networks.student, config), networks.vae
+    check_decoder(config, isinstance(vae, WanDecoder))
     chunks_each, out_dir = chunk_count(options.frames, config), Path(out_dir)
     student, stats, done = networks.student, GenerateStats(), 0
     parts = [todo[first : first + options.batch] for first in range(0, len(todo), options.batch)]
@@ -154,15 +156,30 @@ def generate(
     clock = _Clock(student.device)
     side = torch.cuda.Stream(student.device) if clock.cuda else None
     stats.overlapped = side is not None
+    pixels: list[Tensor] = []  # of the batch's chunks so far
+
+    def first_frame(latents: Tensor) -> Tensor:
+        assert isinstance(vae, WanDecoder)
+        with _on(side):
+            found = vae.reencode(latents, pixels[-1])
+        if side is not None:
+            torch.cuda.current_stream().wait_stream(side)
+            found.record_stream(torch.cuda.current_stream())
+        return found
+
     for part in parts:
         with torch.no_grad():
             text = student.encode_text(encode([job.prompt for job in part]))
         generators = [torch.Generator(student.device).manual_seed(job.seed) for job in part]
         noise = _noise(student, generators, options)
-        decoder, pixels = networks.vae.stream(), []
+        decoder = vae.stream()
+        pixels.clear()
         begin = mark = clock.now()
         latency: Moment | None = None
-        chunks = stream(student, text, noise, config, generator=generators, negative=against)
+        chunks = stream(
+            student, text, noise, config, generator=generators, negative=against,
+            first_frame=first_frame if config.reencodes else None,
+        )  # fmt: skip
         for latents in _counted(chunks, stats, clock):
             with _on(side):
                 if side is not None:
@@ -190,6 +207,14 @@ def _noise(student: CausalWan | TwoExperts, generators: Sequence[torch.Generator
     shape = (options.frames, student.config.in_dim, options.height, options.width)
     rows = [torch.randn(shape, generator=g, device=student.device, dtype=student.dtype) for g in generators]
     return torch.stack(rows).transpose(1, 2).contiguous()
+
+
+def check_decoder(config: RolloutConfig, whole: bool) -> None:
+    """ConfigError for a rollout that needs the VAE's encoder where there is only a preview decoder (not `whole`)."""
+    if config.reencodes and not whole:
+        raise ConfigError(
+            "recompute encodes a frame of video anew, which a preview decoder cannot: leave out the preview"
+        )
 
 
 def chunk_count(frames: int, config: RolloutConfig) -> int:

@@ -6,15 +6,16 @@ Legend: B samples, C channels, F latent frames, f frames of a chunk, H x W laten
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Never
 
 from afd_fast.errors import field_types, in_words
+from afd_fast.reference.schedule import Step, renoise_weights
 from afd_fast.reference.transformer import split_blocks
-from afd_fast.sampler import RolloutConfig, Step, renoise_weights, unipc
+from afd_fast.sampler import Context, FirstFrame, Generators, Noise, RolloutConfig, unipc
 from afd_fast.students.guided import Guided
 from afd_fast.students.lora import merged_lora
 from afd_fast.students.student import (
@@ -29,68 +30,21 @@ from afd_fast.students.student import (
 )
 
 SCENE = 45  # frames of the window before a scene cut's chunk (infinity-rope 63d7b84, wan/modules/causal_model.py:29)
-Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]  # one, or one per sample
-
-
-class _Noise:
-    """The noise drawn between steps, in the official order and layout ([B * f, C, H, W] per draw).
-
-    From a tensor ([draws, B * f, C, H, W] or [draws, B, C, f, H, W]), from one generator, or from one generator
-    per sample, which makes a batch equal to single rollouts.
-    """
-
-    def __init__(self, like: Tensor, generator: Generators | None, renoise: Tensor | None):
-        kept = generator if isinstance(generator, Sequence) else [generator]
-        if generator is not None and not all(isinstance(g, torch.Generator) for g in kept):
-            raise TypeError(
-                "generator must be a torch.Generator or a list of them, one per sample, got "
-                f"{generator!r}: torch.Generator(device).manual_seed(0)"
-            )
-        if generator is not None and renoise is not None:
-            raise ValueError("give generator= or renoise=, not both")
-        if isinstance(generator, Sequence) and len(generator) != like.shape[0]:
-            raise ValueError(f"{len(generator)} generators for a batch of {like.shape[0]}")
-        if renoise is not None and renoise.ndim not in (5, 6):
-            raise ValueError(
-                f"renoise must be [draws, B*f, C, H, W] or [draws, B, C, f, H, W], got {tuple(renoise.shape)}"
-            )
-        self.like, self.generator, self.renoise, self.draws = like, generator, renoise, 0
-
-    def draw(self, frames: int) -> Tensor:
-        """[B, C, f, H, W]"""
-        batch, channels, _, height, width = self.like.shape
-        self.draws += 1
-        if self.renoise is not None:
-            if self.draws > len(self.renoise):
-                raise ValueError(f"renoise holds {len(self.renoise)} draws, the rollout needs more")
-            noise = self.renoise[self.draws - 1]
-            if noise.ndim == 4:
-                noise = noise.unflatten(0, (batch, -1)).transpose(1, 2)
-            if tuple(noise.shape) != (batch, channels, frames, height, width):
-                raise ValueError(
-                    f"renoise draw is {tuple(noise.shape)}, want {(batch, channels, frames, height, width)}"
-                )
-            return noise.to(self.like)
-        dtype, device, shape = self.like.dtype, self.like.device, (frames, channels, height, width)
-        if isinstance(self.generator, Sequence):
-            noise = torch.stack([torch.randn(shape, generator=g, dtype=dtype, device=device) for g in self.generator])
-        else:
-            noise = torch.randn((batch, *shape), generator=self.generator, dtype=dtype, device=device)
-        return noise.transpose(1, 2)
 
 
 class _Sampler:
-    """One rollout: the model, its text, cache and timetables. `denoise` makes a chunk, `refresh` caches it, `recache` writes
-    the history anew."""
+    """One rollout: the model, its text, cache and timetables. `denoise` makes a chunk, `refresh` caches it, `recache` and
+    `recompute` write the history anew."""
 
     def __init__(
-        self, model: Student, text: Text, noise: Tensor, config: RolloutConfig, frames: int, source: _Noise, grad: bool
+        self, model: Student, text: Text, noise: Tensor, config: RolloutConfig, frames: int, source: Noise, grad: bool
     ):
         self.model, self.text, self.config, self.source, self.grad = model, text, config, source, grad
         self.boundary = getattr(model, "boundary", None)
         self.boundary_level = config.boundary_level(self.boundary)
         self.batch = noise.shape[0]
-        self.size = (frames, noise.shape[3], noise.shape[4])
+        room = frames if config.window is None or not config.recompute else config.window
+        self.size = (room, noise.shape[3], noise.shape[4])
         self.cache: Cache = None
         self.away = 0  # frames by which the chunk's positions are off, after a scene cut
         self.tables: dict[tuple[float, int, int], Any] = {}
@@ -99,6 +53,7 @@ class _Sampler:
         """A fresh cache, filled with the given frames; one given video for a batch is run once and shared."""
         shared = initial is not None and initial.shape[0] < self.batch
         batch, self.batch = self.batch, 1 if shared else self.batch
+        self.cache = None  # its memory first
         self.cache = self.model.new_cache(self.batch, *self.size, **self.config.history)
         if initial is not None:
             for a, b in history:
@@ -176,6 +131,12 @@ class _Sampler:
             self.cache.turn(start, start + x0.shape[2], -self.away)
             self.away = 0
 
+    def recompute(self, past: Tensor | None) -> int:
+        """The history anew: `past`, block by block at positions from 0 on. Returns where it ends."""
+        length = 0 if past is None else past.shape[2]
+        self.start(past, split_blocks(length, self.config.chunk) if length else [])
+        return length
+
     def recache(self, past: Tensor, end: int, sink: bool) -> None:
         """The history before frame `end` anew from its clean latents `past`, under the text that is now set: the whole window
         as one block. Once frames have left the window the sink stays as it is, or (sink) becomes the window's first frames."""
@@ -226,8 +187,11 @@ def _cut_chunks(model: Student, config: RolloutConfig, cuts: Sequence[int], star
     """The numbers of the chunks that begin at these frames. ValueError where a scene cannot be cut."""
     if not cuts:
         return set()
-    if config.rope != "relative" or config.guidance is not None or not hasattr(model, "rope"):
-        raise ValueError(f'scene_cuts={list(cuts)} needs a CausalWan, rope="relative" in its config and no guidance')
+    fits = config.rope == "relative" and config.guidance is None and config.cache_pass
+    if not fits or not hasattr(model, "rope"):
+        raise ValueError(
+            f'scene_cuts={list(cuts)} needs a CausalWan, rope="relative" and cache_pass=True in its config and no guidance'
+        )
     if (config.window or 0) > SCENE:
         raise ValueError(f"scene_cuts places a chunk at frame {SCENE}: a window of {config.window} reaches beyond it")
     if wrong := [cut for cut in cuts if cut == 0 or cut not in starts]:
@@ -256,6 +220,7 @@ def stream(
     recache: bool | Literal["sink"] = False,
     scene_cuts: Sequence[int] = (),
     negative: Text = None,
+    first_frame: FirstFrame | None = None,
     progress: Callable[[int, int], None] | None = None,
     **unknown: Never,
 ) -> Iterator[Tensor]:
@@ -294,10 +259,14 @@ def stream(
         raise ValueError(
             f"guidance={config.guidance} and negative= (encode_text of the negative prompt) belong together: give both or neither"
         )
+    if config.recompute and recache:
+        raise ValueError("recompute=True writes the history anew before every chunk: leave out recache")
+    if first_frame is not None and not config.reencodes:
+        raise ValueError("first_frame= is for a config with recompute=True and sink=0: leave it out")
     if grad_last_step and config.unipc_steps is not None:
         raise ValueError("grad_last_step needs the last step of a few-step student: leave out unipc_steps")
     steps, first_steps = config.timetable(), config.timetable(first=True)
-    source = _Noise(noise, generator, renoise)
+    source = Noise(noise, generator, renoise)
     merge = _merged(model) if config.merge_lora and not grad_last_step else nullcontext()
     student = model
     if config.graphs and not grad_last_step and isinstance(model, StudentModule):
@@ -310,13 +279,21 @@ def stream(
     def chunks() -> Iterator[Tensor]:
         with merge:  # also undone when the consumer stops early; grad modes are set inside calls, never over a yield
             first = None if initial_latent is None else initial_latent.to(noise)
-            sampler.start(first, history)
+            context = Context(config, first_frame) if config.recompute else None
+            if context is None:
+                sampler.start(first, history)
+            elif first is not None:
+                context.start(first.expand(noise.shape[0], -1, -1, -1, -1))
             past = [] if first is None or not recache else [first.expand(noise.shape[0], -1, -1, -1, -1)]
             previous: tuple[Tensor, int] | None = (
                 None  # (latents, first frame) of the chunk whose cache pass is still due
             )
             for index, (a, b) in enumerate(blocks):
                 switch = index in texts and index > min(texts)
+                start = given + a
+                if context is not None:
+                    finished = None if previous is None else previous[0].detach()
+                    start, previous = sampler.recompute(context.before(index, finished)), None
                 fuse = previous is not None and config.fuse_cache_pass and not (grad_last_step and len(steps) == 1)
                 fuse = fuse and not sampler.away and index not in cuts
                 if switch and recache:
@@ -332,8 +309,8 @@ def stream(
                 if index in cuts:
                     assert config.window is not None
                     sampler.away = SCENE + b - a - min(config.window, given + b)
-                x0 = sampler.denoise(noise[:, :, a:b], steps if index else first_steps, given + a, pending)
-                previous = (x0, given + a)
+                x0 = sampler.denoise(noise[:, :, a:b], steps if index else first_steps, start, pending)
+                previous = (x0, start) if config.cache_pass else None
                 if recache:
                     past = [torch.cat([*past, x0.detach()], 2)[:, :, -(config.window or frames) :]]
                 if progress is not None:
@@ -356,6 +333,7 @@ def rollout(
     recache: bool | Literal["sink"] = False,
     scene_cuts: Sequence[int] = (),
     negative: Text = None,
+    first_frame: FirstFrame | None = None,
     progress: Callable[[int, int], None] | None = None,
     **unknown: Never,
 ) -> Tensor:
@@ -381,6 +359,9 @@ def rollout(
         recache: where the text changes, write the cache anew from the clean latents under the new text, as LongLive does
             (with its `global_sink`: once the window is full the sink stays; "sink": its first frames become the sink,
             `global_sink=False`). False: earlier frames keep the keys and values they had.
+        first_frame: for config.recompute, called with every finished chunk [B, C, f, H, W] in order, before the next one: gives the latent
+            [B, C, 1, H, W] of the last frame of video that the chunk's first latent frame became, encoded as a video's first
+            frame (`WanDecoder.reencode`). None: that first latent frame itself stands for it, which is not what Krea does.
         progress: called with (chunks done, chunks) after each chunk.
 
     Raises ValueError for shapes, steps and frames that do not divide into chunks.
@@ -388,8 +369,8 @@ def rollout(
     chunks = list(
         stream(
             model, text, noise, config, generator=generator, renoise=renoise, grad_last_step=grad_last_step,
-            initial_latent=initial_latent, recache=recache, scene_cuts=scene_cuts, negative=negative, progress=progress,
-            **unknown,
+            initial_latent=initial_latent, recache=recache, scene_cuts=scene_cuts, negative=negative, first_frame=first_frame,
+            progress=progress, **unknown,
         )
     )  # fmt: skip
     if initial_latent is not None:

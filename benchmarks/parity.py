@@ -5,51 +5,42 @@
 PROJECT and the commit that was compared: self_forcing 33593df, causal_forcing 1fc7bbc, longlive e52d9ef (branch v1.0), longlive2
 7860ad9 (main), infinity_rope 63d7b84, reward_forcing 4317f5a; fastvideo 2f3d407, of which the self-attention runs, with its cache and positions,
 inside CausalWan and `rollout`, or with two experts inside CausalWan and its own stage, scheduler and caches; each expert there is given its
-text, where the stage caches the first one's for both. CHECKOUT is a folder with that repository. Runs on the CPU with a small CausalWan. What is theirs: the model, the cache, the wrapper, the schedule and the
-pipeline's loop. What is not: text encoder and VAE (stand-ins that pass embeddings and latents on), flash-attn (PyTorch's SDPA),
+text, where the stage caches the first one's for both; causvid ca21150; streamdiffusionv2 c5a0f20, whose chunks run one by one; krea
+acf4b7b, of which the server's session runs, FlexAttention included. CHECKOUT is a folder with that
+repository. Runs on the CPU with a small CausalWan. What is theirs: the model, the cache, the wrapper, the schedule and the
+pipeline's loop. What is not: text encoder and VAE (stand-ins that pass embeddings and latents on, for krea `Pixels`), flash-attn
+(PyTorch's SDPA), krea's bfloat16 and HTTP,
 and what is replaced in the source as it is read: the sizes that it holds as numbers (1560 tokens per frame, 12 heads of 128, 30
 layers), and casts to float32 in RMSNorm and FastVideo's RoPE, so that float64 is float64. Prints the largest difference of each case; ends with 1 if one exceeds 1e-5 in float32, 1e-9 in float64.
 """
 
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, replace
-from io import StringIO
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from afd_fast.reference.transformer import rms_norm
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students import CausalWan, TwoExperts
-from benchmarks.checkouts import HEIGHT, SIZES, TOKENS, WIDTH, load, load_fastvideo, load_longlive2
-from benchmarks.peers import sdpa
+from benchmarks.checkouts import (
+    HEIGHT,
+    SIZES,
+    WIDTH,
+    Pixels,
+    drawn,
+    load,
+    load_causvid,
+    load_fastvideo,
+    load_krea,
+    load_longlive2,
+    load_streamdiffusionv2,
+)
+from benchmarks.pipelines import BOUNDARY, Case, Prepared, official
 from benchmarks.rows import Arguments
 
 BOUNDS = {"float32": 1e-5, "float64": 1e-9}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A rollout both ways. batch: 1 where theirs turns the keys of the first sample only. switches: frames at which another
-    prompt begins. options: of their pipeline's arguments."""
-
-    name: str
-    config: RolloutConfig
-    frames: int = 21
-    batch: int = 2
-    switches: tuple[int, ...] = ()
-    recache: Any = False
-    options: dict[str, Any] = field(default_factory=dict)
-    model: str = "causal_model"  # module of the model
-    cut: bool = False  # each switch is also a scene cut
-    experts: bool = False  # two of them
-    given: int = 0  # frames to continue from
 
 
 def _windowed(**more: Any) -> RolloutConfig:
@@ -59,8 +50,8 @@ def _windowed(**more: Any) -> RolloutConfig:
 TWO_STEP = RolloutConfig(steps=(1000, 500), first_chunk_steps=(1000, 750, 500, 250), chunk=1)
 ONE_STEP = RolloutConfig(steps=(1000,), first_chunk_steps=(1000, 750, 500, 250), chunk=1)
 DIFFUSION = RolloutConfig.preset("ar_diffusion")
-A14B, BOUNDARY = RolloutConfig.preset("fastvideo_a14b"), 875
 ABSOLUTE, INFINITE = _windowed(), _windowed(rope="relative")
+A14B, KREA = RolloutConfig.preset("fastvideo_a14b"), RolloutConfig.preset("krea")
 KEPT, REWRITTEN = {"global_sink": True}, {"global_sink": False}
 CASES = {
     "self_forcing": [
@@ -109,6 +100,24 @@ CASES = {
         Case("window 9, sink 3, averaged", RolloutConfig(window=9, sink=3, rope="relative", sink_ema=0.999), frames=30),
         Case("window 12, sink 3, averaged", _windowed(rope="relative", sink_ema=0.999), frames=30),
     ],
+    "causvid": [
+        Case("three steps", RolloutConfig.preset("causvid"), batch=1),
+        Case("four steps", RolloutConfig.preset("causvid_4step"), frames=12, batch=1),
+        Case("three steps, from 6 frames", RolloutConfig.preset("causvid"), 6, 1, given=6),
+    ],
+    "streamdiffusionv2": [
+        Case("text to video, until its cache is full", RolloutConfig.preset("streamdiffusionv2"), frames=18, batch=1),
+        Case(
+            "video to video, until its cache is full", RolloutConfig.preset("streamdiffusionv2_v2v"), frames=5, batch=1
+        ),
+    ],
+    "krea": [
+        Case("its server", KREA, batch=1),
+        Case("context of 6", replace(KREA, window=9), batch=1),
+        Case("context of 6, first frame kept", replace(KREA, window=9, sink=1), batch=1),
+        Case("context of 6, another prompt", replace(KREA, window=9), 15, 1, (12,)),
+        Case("context of 6, from 6 frames", replace(KREA, window=9), 15, 1, given=6),
+    ],
     "fastvideo": [
         Case("absolute", RolloutConfig()),
         Case("absolute, window 12, sink 3", ABSOLUTE, frames=30),
@@ -119,244 +128,6 @@ CASES = {
         Case("two experts, from an image", A14B, frames=9, batch=1, experts=True, given=1),
     ],
 }
-
-
-class FastVideo:
-    """A student whose self-attention, cache and positions are FastVideo's; the rest of the model is ours."""
-
-    def __init__(self, model: CausalWan, config: RolloutConfig, batch: int) -> None:
-        module: Any = sys.modules["fastvideo.models.dits.causal_wanvideo"]
-        self.model, self.window, heads = model, config.window, SIZES.num_heads
-        self.relative = config.rope == "relative"
-        self.layers = [
-            module.CausalWanSelfAttention(
-                SIZES.dim, heads, config.window or -1, config.sink,
-                rope_cache_policy="relativistic" if self.relative else "absolute",
-            )
-            for _ in range(SIZES.num_layers)
-        ]  # fmt: skip
-        shape = (
-            batch,
-            (config.window or module.GLOBAL_ATTN_COMPAT_MAX_LATENT_FRAMES) * TOKENS,
-            heads,
-            SIZES.dim // heads,
-        )
-        self.caches = [
-            {name: torch.zeros(shape, dtype=model.dtype) for name in ("k", "v")}
-            | {name: torch.zeros(1, dtype=torch.long) for name in ("global_end_index", "local_end_index")}
-            for _ in self.layers
-        ]
-        self.tables = module.get_rotary_pos_embed
-        for layer in self.layers:
-            layer.attn = sdpa
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def new_cache(self, *_: Any, **__: Any) -> None:
-        """They are made with the student."""
-
-    def __call__(self, x: Tensor, t: Any, text: Any, *, cache: Any, start_frame: int = 0) -> Tensor:
-        d = SIZES.dim // SIZES.num_heads
-        first, frames = (0, self.window) if self.relative else (start_frame, x.shape[2])
-        sizes = [d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6)]
-        table = self.tables(
-            (frames, HEIGHT // 2, WIDTH // 2), SIZES.dim, SIZES.num_heads, sizes, dtype=torch.float64, rope_theta=10000,
-            start_frame=first,
-        )  # fmt: skip
-
-        def pattern(layer: int, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = (rms_norm(a, norm.weight) for a, norm in ((q, attn.norm_q), (k, attn.norm_k)))
-            return self.layers[layer](
-                *(a.unflatten(-1, (attn.heads, -1)) for a in (q, k, v)), table, None, kv_cache=self.caches[layer],
-                current_start=start_frame * TOKENS, frame_seqlen=TOKENS,
-            )  # fmt: skip
-
-        return self.model._unpatchify(self.model._transform(self.model._patchify(x), t, text, pattern), x)
-
-
-class FastVideoExpert(FastVideo):
-    """An expert as FastVideo's stage calls it, with the text of its own layers."""
-
-    def __init__(self, model: CausalWan, config: RolloutConfig, batch: int, context: Tensor) -> None:
-        super().__init__(model, config, batch)
-        self.text = model.encode_text(context[None])
-        self.local_attn_size, self.sink_size = config.window or -1, config.sink
-        self.num_attention_heads, self.attention_head_dim = SIZES.num_heads, SIZES.dim // SIZES.num_heads
-        sizes = {"num_frames_per_block": config.chunk, "sliding_window_num_frames": 21, "patch_size": (1, 2, 2)}
-        self.config = SimpleNamespace(arch_config=SimpleNamespace(**sizes))
-
-    def __call__(self, x: Tensor, _: Any, t: Tensor, *, kv_cache: Any, start_frame: int, **__: Any) -> Tensor:  # type: ignore[override]
-        self.caches = kv_cache
-        return super().__call__(x, t.expand(-1, x.shape[2]), self.text, cache=None, start_frame=start_frame)
-
-
-def fastvideo_stage(case: Case, given: "Prepared") -> Tensor:
-    """Latents [B, C, F, H, W] of FastVideo's stage for two experts."""
-    assert isinstance(given.model, TwoExperts)
-    config, modules = case.config, sys.modules
-    where: Any = modules["fastvideo.pipelines.stages.causal_denoising"]
-    where.DTYPE = given.model.dtype
-    schedulers: Any = modules["fastvideo.models.schedulers.scheduling_self_forcing_flow_match"]
-    scheduler = schedulers.SelfForcingFlowMatchScheduler(1000, shift=config.shift, sigma_min=0.0, extra_one_step=True)
-    high, low = (FastVideoExpert(e, config, case.batch, given.texts[0]) for e in (given.model.high, given.model.low))
-    stage = where.CausalDMDDenosingStage(
-        high, scheduler, low, SimpleNamespace(encode=lambda x: SimpleNamespace(mean=x), to=lambda _: None)
-    )
-    stage.vae.to, stage.vae.scaling_factor = lambda _: stage.vae, 1.0
-    stage.scheduler, stage.device = scheduler, "cpu"
-    stage.prepare_extra_func_kwargs, stage.progress_bar = lambda *_: {}, lambda **_: nullcontext()
-    settings = SimpleNamespace(
-        dmd_denoising_steps=list(config.steps), warp_denoising_step=True, context_noise=0,
-        dit_config=SimpleNamespace(boundary_ratio=BOUNDARY / 1000),
-        text_encoder_configs=[SimpleNamespace(arch_config=SimpleNamespace(text_len=SIZES.text_len))],
-    )  # fmt: skip
-    spare = torch.zeros_like(
-        given.noise[:, :, : config.chunk - 1]
-    )  # its first chunk is a frame, and it drops the last two
-    frame = [] if given.initial is None else [given.initial]
-    batch = SimpleNamespace(
-        latents=torch.cat([*frame, given.noise, spare], 2), prompt_embeds=[given.texts[0][None]], prompt_attention_mask=None,
-        pil_image=given.initial, image_latent=None, generator=None,
-    )  # fmt: skip
-    above, steps = sum(step.t >= BOUNDARY for step in config.timetable()), len(config.steps)
-    unused = torch.zeros_like(given.draws[0])  # it draws where the experts change too, and does not use it
-    order: list[Tensor] = []
-    for row in given.draws:
-        order += [unused] * (len(order) % (steps - 1) == above - 1) + [row]
-    with drawn(order):
-        return stage.forward(
-            batch, SimpleNamespace(disable_autocast=True, vae_cpu_offload=False, pipeline_config=settings)
-        ).latents
-
-
-class TextStandIn(torch.nn.Module):
-    """Prompts "0", "1", ... -> embeddings."""
-
-    def __init__(self, embeddings: list[Tensor]) -> None:
-        super().__init__()
-        self.embeddings = embeddings
-
-    def forward(self, text_prompts: list[str]) -> dict[str, Tensor]:
-        return {"prompt_embeds": torch.stack([self.embeddings[int(p)] for p in text_prompts])}
-
-
-class VAEStandIn(torch.nn.Module):
-    """Latents are the video."""
-
-    def decode_to_pixel(self, latents: Tensor, **_: Any) -> Tensor:
-        return latents
-
-    decode_to_pixel_chunk = decode_to_pixel
-
-
-@contextmanager
-def drawn(noise: Iterable[Tensor]) -> Iterator[None]:
-    """`torch.randn_like` [B * f, ...] and `torch.randn` of [B, f, ...] give these draws in order; smaller ones are cut."""
-    draws, like, of = iter(noise), torch.randn_like, torch.randn
-
-    def randn(shape: tuple[int, ...], **_: Any) -> Tensor:
-        return next(draws).unflatten(0, (shape[0], -1))[:, : shape[1]]
-
-    torch.randn_like = lambda like, **_: next(draws)[: like.shape[0]].to(like)  # type: ignore[assignment]
-    torch.randn = randn  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.randn_like, torch.randn = like, of
-
-
-class Options(dict[str, Any]):
-    """Their configuration: keys as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self:
-            raise AttributeError(name)
-        return self[name]
-
-
-class Prepared(NamedTuple):
-    """What both sides are given."""
-
-    model: CausalWan | TwoExperts
-    noise: Tensor  # [B, C, F, H, W]
-    texts: list[Tensor]  # embeddings, one per prompt; under guidance the second is the negative prompt's
-    draws: Tensor  # [n, B * f, C, H, W] noise between steps
-    initial: Tensor | None = None  # [B, C, F0, H, W]
-
-
-def official(case: Case, given: Prepared) -> Tensor:
-    """Latents [B, C, F, H, W] of their pipeline."""
-    if case.experts:
-        return fastvideo_stage(case, given)
-    ours, noise, texts, draws = given[:4]
-    assert isinstance(ours, CausalWan)
-    if "fastvideo" in sys.modules:
-        student = FastVideo(ours, case.config, case.batch)
-        return rollout(student, ours.encode_text(texts[0][None]), noise, case.config, renoise=draws)
-    config, modules = case.config, sys.modules
-    second = "wan_5b" in modules  # LongLive 2.0
-    wan, utilities = ("wan_5b", "utils.wan_5b_wrapper") if second else ("wan", "utils.wan_wrapper")
-    with torch.device("meta"):
-        model = modules[f"{wan}.modules.{case.model}"].CausalWanModel(
-            **{n: getattr(SIZES, n) for n in ("dim", "ffn_dim", "num_heads", "num_layers", "text_len", "text_dim", "freq_dim", "in_dim", "out_dim")},
-            cross_attn_norm=True, local_attn_size=config.window or -1, sink_size=config.sink,
-        )  # fmt: skip
-    model = model.to_empty(device="cpu").to(ours.dtype).eval()
-    model.load_state_dict(ours.state_dict())
-    d = SIZES.dim // SIZES.num_heads
-    rope = modules[f"{wan}.modules.model"].rope_params
-    model.freqs = torch.cat([rope(1024, d - 4 * (d // 6)), rope(1024, 2 * (d // 6)), rope(1024, 2 * (d // 6))], 1)
-    wrapper = modules[utilities].WanDiffusionWrapper.__new__(modules[utilities].WanDiffusionWrapper)
-    torch.nn.Module.__init__(wrapper)
-    wrapper.model, wrapper.uniform_timestep, wrapper.seq_len = model, False, 10**6
-    wrapper.scheduler = modules["utils.scheduler"].FlowMatchScheduler(
-        shift=config.shift, sigma_min=0.0, extra_one_step=True
-    )
-    wrapper.scheduler.set_timesteps(1000, training=True)
-    wrapper.post_init()
-    settings = Options(
-        denoising_step_list=list(config.steps), warp_denoising_step=True, num_frame_per_block=config.chunk, context_noise=0,
-        independent_first_frame=False, denoising_step_list_first_chunk=config.first_chunk_steps and list(config.first_chunk_steps),
-        checkpoint_path="", model_kwargs=Options(local_attn_size=config.window or -1), **case.options,
-    )  # fmt: skip
-    latents = noise.transpose(1, 2)
-    text, vae = TextStandIn(texts), VAEStandIn()
-    if config.unipc_steps is not None:
-        settings |= Options(
-            num_train_timestep=1000,
-            timestep_shift=config.shift,
-            guidance_scale=config.guidance or 1.0,
-            negative_prompt="1",
-        )
-        texts_of_rows: list[Any] = ["0"] * case.batch
-        if second:  # a text for each chunk
-            wrapper._compiled_model_call = None
-            settings |= Options(
-                image_or_video_shape=[case.batch, case.frames, SIZES.in_dim, HEIGHT, WIDTH],
-                inference=Options(sink_size=config.sink, local_attn_size=config.window),
-            )
-            texts_of_rows = [["0"] * (case.frames // config.chunk)] * case.batch
-        diffusion = modules["pipeline.causal_diffusion_inference"].CausalDiffusionInferencePipeline(
-            Options(settings), "cpu", generator=wrapper, text_encoder=text, vae=vae
-        )
-        diffusion.sampling_steps = config.unipc_steps
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            found = diffusion.inference(latents, texts_of_rows, return_latents=True)
-        return (found if second else found[1]).transpose(1, 2)
-    interactive = "pipeline.interactive_causal_inference" in modules and bool(case.switches)
-    where = modules["pipeline.interactive_causal_inference" if interactive else "pipeline.causal_inference"]
-    pipeline = getattr(where, "InteractiveCausalInferencePipeline" if interactive else "CausalInferencePipeline")(
-        settings, "cpu", generator=wrapper, text_encoder=text, vae=vae
-    )
-    prompts: dict[str, Any] = {"text_prompts": ["0"] * case.batch}
-    if interactive:
-        rows = [[str(i)] * case.batch for i in range(len(texts))]
-        prompts = {"text_prompts_list": rows, "switch_frame_indices": list(case.switches)}
-    elif case.switches:  # Infinity-RoPE: scenes in one string, with their seconds
-        prompts = {"text_prompts": [f"0[{case.switches[0] * 4 / 16}s{'#' * case.cut}] | 1"]}
-    with drawn(draws), redirect_stdout(StringIO()):
-        return pipeline.inference(latents, return_latents=True, **prompts)[1].transpose(1, 2)
 
 
 def prepared(case: Case, dtype: torch.dtype) -> Prepared:
@@ -389,9 +160,11 @@ def ours(case: Case, given: Prepared) -> Tensor:
         return rollout(given.model, encoded[0], given.noise, case.config, negative=encoded[1])
     schedule = [(0, encoded[0]), *zip(case.switches, encoded[1:])] if case.switches else encoded[0]
     cuts = case.switches if case.cut else ()
+    first_frame = Pixels(given.model.dtype).first_frame if case.config.reencodes else None
     return rollout(
-        given.model, schedule, given.noise, case.config, renoise=given.draws, recache=case.recache, scene_cuts=cuts
-    )
+        given.model, schedule, given.noise, case.config, renoise=given.draws, recache=case.recache, scene_cuts=cuts,
+        initial_latent=given.initial, first_frame=first_frame,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -403,7 +176,13 @@ def main() -> None:
     parser.add_argument("--case", help="only this one")
     parser.add_argument("--record", type=Path, help="write their last chunks here, as tests/golden/rollouts has them")
     args = parser.parsed()
-    {"fastvideo": load_fastvideo, "longlive2": load_longlive2}.get(args.project, load)(args.checkout)
+    {
+        "causvid": load_causvid,
+        "fastvideo": load_fastvideo,
+        "longlive2": load_longlive2,
+        "krea": load_krea,
+        "streamdiffusionv2": load_streamdiffusionv2,
+    }.get(args.project, load)(args.checkout)
     failed, recorded = False, {}
     for case in CASES[args.project]:
         if args.case in (None, case.name):

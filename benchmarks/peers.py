@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from afd_fast.reference.schedule import step_table
 from afd_fast.rollout import RolloutConfig, rollout
-from afd_fast.sampler import step_table
 from afd_fast.students import CausalWan, CausalWanConfig
 from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Row, Table, Times, in_turn
 

@@ -15,8 +15,8 @@ from afd_fast.cli.main import app
 from afd_fast.config import StudentConfig, with_overrides
 from afd_fast.errors import ConfigError
 from afd_fast.estimate.iteration import networks
+from afd_fast.reference.schedule import renoise_weights, step_table
 from afd_fast.rollout import RolloutConfig, rollout, stream
-from afd_fast.sampler import renoise_weights, step_table
 from afd_fast.students import CausalWan, CausalWanConfig, Family, TwoExperts, load_student, save_student
 from afd_fast.students.student import map_tensors
 from afd_fast.students.wan.experts import ExpertTexts

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from afd_fast.reference.schedule import step_table
 from afd_fast.rollout import RolloutConfig, rollout, stream
-from afd_fast.sampler import step_table
 from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.students.toy.model import ToyConfig, ToyStudent
 from afd_fast.students.toy.text import tokenize

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from afd_fast.cli.main import app
 from afd_fast.config import TrainConfig, with_overrides
 from afd_fast.errors import ConfigError
+from afd_fast.reference.schedule import step_table
 from afd_fast.rollout import RolloutConfig, rollout
-from afd_fast.sampler import PRESETS, of_config, step_table
+from afd_fast.sampler import PRESETS, of_config
 from afd_fast.students import CausalWan, CausalWanConfig, load_student, save_student
 from afd_fast.training.update import noised
 from afd_fast.training.velocity import Chunking, chunk_velocities
@@ -200,7 +201,7 @@ def test_unipc_and_guidance_are_for_generation(model):
     with pytest.raises(ConfigError, match="leave out one of graphs and guidance"):
         RolloutConfig(guidance=3.0, graphs=True)
     for key in ("rollout=ar_diffusion", "rollout.unipc_steps=4", "rollout.guidance=3"):
-        with pytest.raises(ConfigError, match="are for generation"):
+        with pytest.raises(ConfigError, match="is for generation"):
             with_overrides(TrainConfig(student=replace(TrainConfig().student, name="tiny")), [key])
     noise, text = torch.zeros(1, 16, 2, 4, 4), model.encode_text(torch.zeros(1, 3, 24))
     with pytest.raises(ValueError, match="grad_last_step needs"):

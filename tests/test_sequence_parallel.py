@@ -30,6 +30,7 @@ ROLLOUTS = {
     "window": RolloutConfig(steps=(1000, 500), chunk=1, window=4, sink=1, rope="relative"),
     "fused cache pass": RolloutConfig(steps=(1000, 500), fuse_cache_pass=True),
     "guidance": RolloutConfig(steps=(1000, 500), guidance=2.0),
+    "recomputed": RolloutConfig(steps=(1000, 500), window=6, recompute=True),
 }
 HISTORIES = ("detached", "teacher_forcing", "block_causal")
 CONFIG = changed(

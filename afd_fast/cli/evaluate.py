@@ -57,6 +57,9 @@ def export(
     sink: cli.Sink = None,
     rope: cli.Rope = None,
     sink_ema: cli.SinkEma = None,
+    recompute: cli.Recompute = None,
+    zero_step: cli.ZeroStep = None,
+    cache_pass: cli.CachePass = None,
     unipc_steps: cli.UniPC = None,
     guidance: cli.Guidance = None,
     negative: cli.Negative = None,
@@ -85,7 +88,8 @@ def export(
         found = cli.sampling(
             student, base, preset, size, frames, fps, batch, lora, negative, steps=steps,
             first_chunk_steps=first_chunk_steps, shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, rope=rope,
-            sink_ema=sink_ema, unipc_steps=unipc_steps, guidance=guidance,
+            sink_ema=sink_ema, recompute=recompute, zero_step=zero_step, cache_pass=cache_pass,
+            unipc_steps=unipc_steps, guidance=guidance,
         )  # fmt: skip
         settings |= {"base": base or BASE} | found.settings()
         folder.verify(out, clips, settings)

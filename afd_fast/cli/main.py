@@ -275,6 +275,9 @@ def rollout(
     sink: cli.Sink = None,
     rope: cli.Rope = None,
     sink_ema: cli.SinkEma = None,
+    recompute: cli.Recompute = None,
+    zero_step: cli.ZeroStep = None,
+    cache_pass: cli.CachePass = None,
     unipc_steps: cli.UniPC = None,
     guidance: cli.Guidance = None,
     negative: cli.Negative = None,
@@ -295,7 +298,7 @@ def rollout(
     from rich.progress import Progress
 
     from afd_fast.files.text import read_prompts
-    from afd_fast.generate import generate, jobs
+    from afd_fast.generate import check_decoder, generate, jobs
     from afd_fast.students.wan.family import load_networks
     from afd_fast.video_io import write_video
 
@@ -309,8 +312,10 @@ def rollout(
     found = cli.sampling(
         student or "tiny", base, preset, size, frames, fps, batch, lora, negative, steps=steps,
         first_chunk_steps=first_chunk_steps, shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, rope=rope,
-        sink_ema=sink_ema, unipc_steps=unipc_steps, guidance=guidance, graphs=graphs or None,
+        sink_ema=sink_ema, recompute=recompute, zero_step=zero_step, cache_pass=cache_pass,
+        unipc_steps=unipc_steps, guidance=guidance, graphs=graphs or None,
     )  # fmt: skip
+    check_decoder(found.config, preview is None)
     with cli.together(found) as ranks, Progress(console=console, disable=not ranks.lead) as progress:
         networks = load_networks(student or "tiny", base, seed, lora=found.lora or None, preview=preview)
         ranks.split_sequence(found.options.height, found.options.width, networks.student)

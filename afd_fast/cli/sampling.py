@@ -36,6 +36,15 @@ Rope = Annotated[
 SinkEma = Annotated[
     float | None, typer.Option(help="weight of the old sink where chunks that leave the window are averaged into it")
 ]
+Recompute = Annotated[
+    bool | None, typer.Option("--recompute/--no-recompute", help="compute the window anew before each chunk (Krea)")
+]
+ZeroStep = Annotated[
+    bool | None, typer.Option("--zero-step/--no-zero-step", help="end each chunk with a forward at t = 0 (Krea)")
+]
+CachePass = Annotated[
+    bool | None, typer.Option("--cache-pass/--no-cache-pass", help="run each finished chunk once more for its keys")
+]
 UniPC = Annotated[
     int | None, typer.Option("--unipc-steps", help="so many steps of UniPC instead of --steps, such as 50")
 ]

@@ -110,15 +110,17 @@ def test_evaluation():
     assert "held_out_accuracy" in row and "dynamic" in row
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-def test_generate(graphs):
+@pytest.mark.parametrize(
+    "config", [RolloutConfig(), RolloutConfig(graphs=True), RolloutConfig.preset("krea")], ids=["", "graphs", "krea"]
+)
+def test_generate(config):
     """Prompts to pixels, the VAE on a stream of its own. The tiny networks are on the GPU of the machine."""
     written = []
     with fake_cuda() as log:
         networks = load_networks("tiny")
         log.clear()
         assert networks.student.device == next(networks.vae.vae.parameters()).device == torch.device(CUDA)
-        options, config = GenerateOptions(9, 6, 10, batch=2), RolloutConfig(graphs=graphs)
+        options = GenerateOptions(9, 6, 10, batch=2)
         todo = jobs(["a red ball", "a blue ball", "a cat"])  # the last batch is a smaller one
         write = lambda path, video, fps: written.append(tuple(video.shape))
         stats = generate(networks, todo, Path(tempfile.gettempdir()), options, config, write=write)

@@ -131,6 +131,13 @@ class WanDecoder:
         latents = self.vae.encode((videos * 2 - 1).to(weight.device, weight.dtype)).latent_dist.mode().float()
         return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
 
+    def reencode(self, latents: Tensor, pixels: Tensor) -> Tensor:
+        """A latent [B, C, 1, H, W] as of a video's first frame: the last frame of video that the first of these latent frames
+        [B, C, f, H, W] became, encoded alone. pixels: the chunk's, as the decoder or its `stream` gave them. For `rollout`:
+        `first_frame=lambda chunk: decoder.reencode(chunk, stream(chunk))` with `stream = decoder.stream()`."""
+        last = pixels.shape[2] - 4 * (latents.shape[2] - 1) - 1
+        return self.encode(pixels[:, :, last : last + 1])
+
     def tiles(self, height: int, width: int) -> list[Tile]:
         """The tiles of a frame of height x width latent pixels, row by row; one if it is not divided."""
         vae, side = self.vae, self.tile
