@@ -231,12 +231,13 @@ class TrainConfig:
                 f"sampler's; got {self.update.history!r}"
             )
         plain = RolloutConfig()
-        for name in ("unipc_steps", "guidance", "recompute", "zero_step", "cache_pass", "independent_first_frame"):
-            if getattr(rollout, name) != getattr(plain, name):
-                raise ConfigError(
-                    f"rollout.{name} is for generation: training learns on the few steps of rollout.steps, in whole chunks that share "
-                    f"one cache; set rollout.{name}={str(getattr(plain, name)).lower()}"
-                )
+        names = ("unipc_steps", "guidance", "recompute", "zero_step", "cache_pass", "independent_first_frame")
+        if other := [name for name in names if getattr(rollout, name) != getattr(plain, name)]:
+            way = " ".join(f"rollout.{name}={str(getattr(plain, name)).lower()}" for name in other)
+            raise ConfigError(
+                f"rollout.{' and rollout.'.join(other)}: for generation. Training learns on the few steps of rollout.steps, in whole "
+                f"chunks that share one cache; set {way}"
+            )
 
     def check_stream(self, frames: int) -> None:
         """ConfigError for a stream that is not whole clips of `frames`, the student's latent frames."""

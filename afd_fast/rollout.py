@@ -239,7 +239,10 @@ def stream(
         history, blocks = [(0, 1)], split_blocks(noise.shape[2], config.chunk)
     else:
         independent = config.independent_first_frame
-        history = split_blocks(given, config.chunk, independent) if given else []
+        try:
+            history = split_blocks(given, config.chunk, independent) if given else []
+        except ValueError as error:
+            raise ValueError(f"initial_latent: {error}") from None
         blocks = split_blocks(noise.shape[2], config.chunk, independent and not given)
     texts = texts_of_chunks(text, [given + a for a, _ in blocks], given)
     if initial_latent is not None:
@@ -261,6 +264,8 @@ def stream(
         )
     if config.recompute and recache:
         raise ValueError("recompute=True writes the history anew before every chunk: leave out recache")
+    if first_frame is not None and not callable(first_frame):
+        raise TypeError(f"first_frame must be a function of a chunk's latents, got {first_frame!r}")
     if first_frame is not None and not config.reencodes:
         raise ValueError("first_frame= is for a config with recompute=True and sink=0: leave it out")
     if grad_last_step and config.unipc_steps is not None:

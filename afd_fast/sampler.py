@@ -71,6 +71,7 @@ PRESETS: dict[str, Sampler] = {
     # 3) and `v2v.get_denoising_schedule`; sample.py runs the same. denoising_step_list of configs/*.yaml is read by neither
     "krea": {"steps": FOUR_STEPS, "shift": 5.0, "chunk": 3, "window": 6, "recompute": True, "zero_step": True},
 }
+NEAR = 0.1  # noise that may be left where the second of two experts begins
 HOW_FAST = ("fuse_cache_pass", "merge_lora", "graphs")  # fields of RolloutConfig that do not belong to the student
 KEY = "sampler"  # in the config.json that `save_student` writes
 # FastVideo's names in its causal transformer's config.json (fastvideo/configs/models/dits/wanvideo.py); Self-Forcing's
@@ -177,7 +178,7 @@ class RolloutConfig:
             raise ConfigError(f"context_noise must lie in 0..1000, got {self.context_noise}")
         if self.shift <= 0:
             raise ConfigError(f"shift must be a positive number, got {self.shift}")
-        check_at_least(self, 1, "chunk", "unipc_steps")
+        check_at_least(self, 1, "chunk", "window", "unipc_steps")
         check_at_least(self, 0, "guidance")
         others = self.steps != FOUR_STEPS or self.first_chunk_steps or not self.warp or self.zero_step
         if self.unipc_steps is not None and others:
@@ -220,7 +221,8 @@ class RolloutConfig:
             sigmas = [step.sigma for step in table]
             if not all(a > b for a, b in itertools.pairwise([*sigmas, 0.0])):
                 raise ConfigError(
-                    f"shift={self.shift} gives the steps {steps} the noise levels {sigmas}: they must fall and stay above 0; "
+                    f"shift={self.shift} gives the steps {steps}{' and zero_step' if self.zero_step else ''} the noise levels "
+                    f"{sigmas}: they must fall and stay above 0; "
                     "set steps to different whole numbers from 1000 to 1, or shift closer to 1"
                 )
 
@@ -240,13 +242,16 @@ class RolloutConfig:
         if self.fuse_cache_pass or not self.cache_pass:
             name = "fuse_cache_pass=True" if self.fuse_cache_pass else "cache_pass=False"
             raise ConfigError(f"{name} is for students of one network, and this one has two experts: leave it out")
+        level = 0.0 if self.unipc_steps is not None else step_table((boundary,), self.shift, warp=False)[0].sigma
         for name, table in (("steps", self.timetable()), ("first_chunk_steps", self.timetable(first=True))):
-            if table[-1].t >= boundary:
+            low = [step for step in table if 0 < step.t < boundary]
+            if not low or (table[0].t >= boundary and level - low[0].sigma > NEAR):
+                found = f"goes on at t = {low[0].t:.0f}, noise level {low[0].sigma:.2f}" if low else "has none there"
                 raise ConfigError(
-                    f"{name} must end below the boundary of the two experts, t = {boundary:g}, got {table[-1].t:g}: the high-noise "
-                    "expert leaves noise; add lower steps"
+                    f"{name if self.unipc_steps is None else 'unipc_steps'} needs a step below the boundary of the two experts, t = {boundary:g}, "
+                    f"and near it, where the noise that the high-noise expert leaves is taken; it {found}: add one"
                 )
-        return 0.0 if self.unipc_steps is not None else step_table((boundary,), self.shift, warp=False)[0].sigma
+        return level
 
     @property
     def history(self) -> dict[str, Any]:

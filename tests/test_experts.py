@@ -1,5 +1,6 @@
 """Two experts, one for high and one for low noise: the rollout against a plain loop without caches, and their folders."""
 
+import copy
 import fnmatch
 import itertools
 import json
@@ -237,8 +238,11 @@ def test_refusals(student):
     text = student.encode_text(context)
     for config, match in (
         (replace(CONFIG, fuse_cache_pass=True), "fuse_cache_pass=True is for students of one network"),
-        (replace(CONFIG, steps=(1000, 700)), "steps must end below the boundary of the two experts, t = 875, got 965"),
-        (replace(CONFIG, first_chunk_steps=(1000,)), "first_chunk_steps must end below the boundary"),
+        (replace(CONFIG, steps=(1000, 700)), "steps needs a step below the boundary .* t = 875, .*it has none there"),
+        (replace(CONFIG, steps=(1000, 700), zero_step=True), "it has none there"),
+        (replace(CONFIG, steps=(1000, 60)), "it goes on at t = 434, noise level 0.43"),
+        (replace(CONFIG, first_chunk_steps=(1000,)), "first_chunk_steps needs a step below the boundary"),
+        (replace(CONFIG, steps=RolloutConfig().steps, unipc_steps=1), "unipc_steps needs a step below"),
     ):
         with pytest.raises(ConfigError, match=match):
             stream(student, text, noise, config)
@@ -249,9 +253,15 @@ def test_refusals(student):
     cache = student.new_cache(1, 7, 4, 6)
     with pytest.raises(ValueError, match="must have one t, which one expert takes; got 800 .. 900"):
         student(noise[:, :, :2], torch.tensor([[800.0, 900.0]]), text, cache=cache)
-    for boundary in (0, 1000, 0.875j, True, float("nan"), "875", None):
-        with pytest.raises(ConfigError, match="boundary must be a t between 0 and 1000"):
+    for boundary in (0, 0.875, 1000, 0.875j, True, float("nan"), "875", None):
+        with pytest.raises(ConfigError, match="boundary must be a t from 1 to 1000"):
             TwoExperts(student.high, student.low, boundary)
+    assert TwoExperts(student.high, student.low, np.float32(875)).boundary == 875
+    for pair in (("a", "b"), (None, None), (student, student), (student.high, torch.nn.Linear(2, 2))):
+        with pytest.raises(TypeError, match="TwoExperts takes two CausalWans, got a"):
+            TwoExperts(*pair, 875)
+    with pytest.raises(ConfigError, match="the experts are on cpu and meta: load both on one device="):
+        TwoExperts(student.high, copy.deepcopy(student.low).to("meta"), 875)
     with pytest.raises(ConfigError, match="the two experts have different sizes .ffn_dim 160 and 96"):
         TwoExperts(student.high, CausalWan(replace(CausalWanConfig.tiny(), ffn_dim=96)), 875)
     with pytest.raises(ConfigError, match="the experts are torch.float64 and torch.float32: load both with one dtype="):
@@ -297,7 +307,45 @@ def test_saved_and_loaded(student, folder, tmp_path):
         save_student(
             student, tmp_path / "part", {key: value for key, value in state.items() if key.startswith("high.")}
         )
+    assert not (tmp_path / "part").exists()
     assert isinstance(load_student(folder / "transformer"), CausalWan)  # one of them, by its folder
+    assert same(copy.deepcopy(student), student)  # also one that no folder said anything of
+    with pytest.raises(ConfigError, match="steps needs a step below the boundary"):
+        save_student(student, tmp_path / "part", sampler=RolloutConfig(steps=(1000,)).sampler())
+
+
+def test_a_folder_that_would_load_as_another_student(student, folder, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"holds another student \(transformer, transformer_2\).*save into a new folder"
+    ):
+        save_student(student.high, folder)
+    for name, expert in (("high_noise_model", student.high), ("low_noise_model", student.low)):
+        save_student(expert, tmp_path / "original" / name)
+    for other in (student, student.high):
+        with pytest.raises(ConfigError, match=r"holds another student \(high_noise_model, low_noise_model\)"):
+            save_student(other, tmp_path / "original")
+    assert same(load_student(folder), student)
+
+
+def test_experts_that_are_sampled_differently(folder):
+    settings = {
+        name: json.loads((folder / name / "config.json").read_text()) for name in ("transformer", "transformer_2")
+    }
+    write(folder / "transformer_2/config.json", settings["transformer_2"] | {"local_attn_size": 9})
+    assert load_student(folder).sampler == {"window": 9, "sink": 0}  # which one of them says
+    write(folder / "transformer/config.json", settings["transformer"] | {"local_attn_size": 4})
+    with pytest.raises(ConfigError, match="the experts' config.json say window=4 and 9"):
+        load_student(folder)
+
+
+def test_adapters_are_not_saved_as_weights(tmp_path):
+    from afd_fast.students.lora import add_lora
+
+    one = CausalWan(CausalWanConfig.tiny())
+    add_lora(one, 2, ["q"])
+    with pytest.raises(ConfigError, match="the student has adapters"):
+        save_student(one, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_original_layout(student, tmp_path):
@@ -481,5 +529,5 @@ class TestCommands:
     def test_refused_before_anything_is_read(self, folder, tmp_path, monkeypatch):
         monkeypatch.setattr("afd_fast.students.wan.checkpoints.read_tensors", lambda path: pytest.fail(f"read {path}"))
         for call in (("rollout", "--out", tmp_path / "out"), ("eval", "export", tmp_path / "export")):
-            with pytest.raises(ConfigError, match="steps must end below the boundary of the two experts, t = 875"):
+            with pytest.raises(ConfigError, match="steps needs a step below the boundary of the two experts, t = 875"):
                 self.call(tmp_path, *call, "--student", folder, "--steps", "1000,900", "--frames", 3)

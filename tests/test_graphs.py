@@ -1,6 +1,9 @@
 """GraphedStudent without a GPU: a recorder that does on the CPU what a CUDA graph does, the same operators on the
 same memory, so that whatever was not copied into kept tensors gives stale numbers."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -152,3 +155,13 @@ def test_the_rollouts_option_records_once_also_with_merged_adapters_and_optimise
         optimizer.step()
     assert recorder.recorded == 14 and recorder.replayed == 2 * 14
     assert (seen[0] - seen[1]).abs().max() > 1e-6 < (seen[1] - seen[2]).abs().max()
+
+
+def test_a_copy_of_the_student_has_no_recordings(student):
+    """Recordings read the weights that they were made with."""
+    graphed = student.graphed()
+    graphed._graphs["key"] = object()
+    for copied in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+        assert copied.graphed().model is copied and not copied.graphed()._graphs
+        assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), student.parameters()))
+    graphed._graphs.clear()

@@ -201,7 +201,7 @@ def test_unipc_and_guidance_are_for_generation(model):
     with pytest.raises(ConfigError, match="leave out one of graphs and guidance"):
         RolloutConfig(guidance=3.0, graphs=True)
     for key in ("rollout=ar_diffusion", "rollout.unipc_steps=4", "rollout.guidance=3"):
-        with pytest.raises(ConfigError, match="is for generation"):
+        with pytest.raises(ConfigError, match="for generation"):
             with_overrides(TrainConfig(student=replace(TrainConfig().student, name="tiny")), [key])
     noise, text = torch.zeros(1, 16, 2, 4, 4), model.encode_text(torch.zeros(1, 3, 24))
     with pytest.raises(ValueError, match="grad_last_step needs"):
@@ -249,7 +249,9 @@ class TestCommands:
         (("--steps", "250,1000"), "steps must fall"), (("--seeds", "1,1"), "--seeds takes different"),
         (("--seeds", "-1"), "--seeds takes different"), (("--lora", "a.pt"), "a.pt"), (("--fps", "0"), "fps must be"),
         (("--negative", "blurred"), "set --guidance"), (("--preset", "causvid", "--unipc-steps", 9), "leave out steps"),
-        (("--preset", "longlive", "--frames", 4), "4 latent frames do not divide into chunks of 3"),
+        (("--preset", "longlive", "--frames", 4), "4 latent frames do not divide into chunks of 3"), (("--window", 0), "window must be"),
+        (("--preset", "streamdiffusionv2_v2v"), "the steps begin at t = 700, from a video noised to level 0.70"),
+        (("--steps", "1000,1", "--zero-step"), "and zero_step the noise levels"),
     ])  # fmt: skip
     def test_refused_before_anything_is_made(self, prompts, tmp_path, monkeypatch, words, match):
         def not_yet(*_, **__):

@@ -94,6 +94,11 @@ def sampling(
     config = RolloutConfig.of(start, **{k: v for k, v in given.items() if v is not None})
     experts = None if student == "tiny" else experts_of(student)
     config.boundary_level(None if experts is None else experts.boundary)
+    if (begin := config.timetable()[0]).sigma < 0.9:
+        raise ConfigError(
+            f"the steps begin at t = {begin.t:g}, from a video noised to level {begin.sigma:.2f}, and a command begins with pure noise: "
+            "begin near 1000, or call rollout(student, text, noise=...) with such a video's latents"
+        )
     if negative is not None and config.guidance is None:
         raise ConfigError("--negative is the prompt of guidance, and there is none: set --guidance, such as 3")
     adapters = [_adapter(item) for item in lora or ()]
@@ -103,8 +108,9 @@ def sampling(
         raise ConfigError("--lora needs a student: tiny is a model with random weights")
     default, coder = (TINY_SIZE if student == "tiny" else SIZE), coder_of(student, base)
     height, width = (default.height, default.width) if size is None else _latents(size, coder.scale)
-    if frames is None:
-        frames = default.frames
+    if frames is None:  # as many as fill chunks
+        first = int(config.independent_first_frame)
+        frames = first + max((default.frames - first) // config.chunk, 1) * config.chunk
     options = GenerateOptions(frames, height, width, coder.fps if fps is None else fps, batch)
     chunk_count(frames, config)
     return Sampling(config, options, adapters, NEGATIVE_PROMPT if negative is None else negative)

@@ -20,7 +20,7 @@ from torch import Tensor
 from afd_fast.errors import ConfigError, MissingFileError
 from afd_fast.files.text import read_json
 from afd_fast.sampler import KEY as SAMPLER_KEY
-from afd_fast.sampler import Sampler, of_config, preset
+from afd_fast.sampler import RolloutConfig, Sampler, of_config, preset
 from afd_fast.students.files import local_copy, read_tensors
 from afd_fast.students.lora import fitted, merge_products
 from afd_fast.students.wan.adapters import Adapter, read_adapter
@@ -32,6 +32,7 @@ from afd_fast.students.wan.supported import (
     ExpertFolders,
     check_folder,
     check_settings,
+    check_target,
     check_tensors,
 )
 
@@ -225,6 +226,8 @@ def load_student(
     Raises FileNotFoundError that names the path or repository, and ValueError that names missing, unexpected or
     misshapen tensors. Both are ConfigErrors of one line.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype must be a torch.dtype, such as torch.bfloat16, got {dtype!r}")
     adapters = [] if lora is None else _read_loras(lora, lora_scale)
     sampler = sampler_of(path_or_repo)  # what is not supported is named before gigabytes are read
     path = local_copy(path_or_repo, [*_JSON, "*.safetensors", "transformer/*"])
@@ -277,7 +280,13 @@ def sampler_of(path_or_repo: str | Path) -> Sampler:
     experts = experts_of(path)
     if experts is None:
         return _settings_of(_config_file(path))[1]
-    (high, sampler), (low, _) = (_settings_of(expert / "config.json") for expert in experts[:2])
+    (high, sampler), (low, other) = (_settings_of(expert / "config.json") for expert in experts[:2])
+    if apart := [name for name in sampler.keys() & other.keys() if sampler[name] != other[name]]:
+        raise ConfigError(
+            f"{path}: the experts' config.json say {apart[0]}={sampler[apart[0]]} and {other[apart[0]]}, and a rollout has one: "
+            "make them the same"
+        )
+    sampler = {**other, **sampler}
     if high and low:
         with _naming(path):
             check_same(*map(config_from_json, (high, low)))
@@ -350,16 +359,24 @@ def save_student(
     are written as transformer and transformer_2, with boundary_ratio in model_index.json."""
     from afd_fast.files.tensors import save_tensors
 
-    folder, c = Path(folder), model.config
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, c, two = Path(folder), model.config, isinstance(model, TwoExperts)
+    kept = dict(model.sampler if sampler is None else sampler)
+    check_target(folder, two)
+    if any(".base_layer." in name for name in state or model.state_dict()):
+        raise ConfigError(
+            "the student has adapters, which this layout cannot hold: merge them, or give state= with them merged"
+        )
     if isinstance(model, TwoExperts):
+        RolloutConfig.of(kept).boundary_level(model.boundary)
         if state is not None and set(state) != set(model.state_dict()):
             raise ConfigError(
                 "state must hold both experts' tensors under the names of model.state_dict(): high.* and low.*"
             )
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, TwoExperts):
         for name, part, expert in zip(DIFFUSERS_EXPERTS, ("high.", "low."), (model.high, model.low)):
             of_part = {k.removeprefix(part): v for k, v in (state or {}).items() if k.startswith(part)}
-            save_student(expert, folder / name, of_part, sampler=model.sampler if sampler is None else sampler)
+            save_student(expert, folder / name, of_part, sampler=kept)
         kind, index = ["diffusers", "WanTransformer3DModel"], folder / "model_index.json"
         about = {
             "_class_name": "WanPipeline",
@@ -375,7 +392,7 @@ def save_student(
         "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": c.eps, "image_dim": None,
         "added_kv_proj_dim": None, "rope_max_seq_len": 1024, "pos_embed_seq_len": None, "text_len": c.text_len,
     }  # fmt: skip
-    if kept := dict(model.sampler if sampler is None else sampler):
+    if kept:
         settings[SAMPLER_KEY] = kept
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     state = {k: v.detach().cpu().contiguous() for k, v in to_diffusers(clean_keys(state or model.state_dict())).items()}

@@ -5,8 +5,8 @@ Each has its cache and its text. A forward at t >= boundary is the high-noise ex
 (FastVideo `pipelines/stages/causal_denoising.py` at 2f3d407).
 """
 
-import math
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -39,24 +39,35 @@ class TwoExperts(StudentModule):
     (875 for Wan2.2-T2V-A14B).
 
     A few-step rollout predicts the noise level of the boundary above it, and hands that on (`RolloutConfig.boundary_level`). For
-    sampling alone: training, a fused cache pass and `scene_cuts` are refused. Raises ConfigError for experts that differ in size or
-    dtype, and for another boundary.
+    sampling alone: training, a fused cache pass and `scene_cuts` are refused. Raises ConfigError for experts that differ in
+    size, dtype or device, and for another boundary; TypeError for other students.
     """
 
     boundary: float
 
     def __init__(self, high: CausalWan, low: CausalWan, boundary: float):
         super().__init__()
-        number = isinstance(boundary, (int, float)) and not isinstance(boundary, bool)
-        if not number or not math.isfinite(boundary) or not 0 < boundary < 1000:
+        for expert in (high, low):
+            if isinstance(expert, TwoExperts) or not isinstance(getattr(expert, "config", None), CausalWanConfig):
+                raise TypeError(
+                    f"TwoExperts takes two CausalWans, got a {type(high).__name__} and a {type(low).__name__}"
+                )
+        if (
+            not isinstance(boundary, (int, float, Real))
+            or isinstance(boundary, bool)
+            or not 1 <= float(boundary) < 1000
+        ):
             raise ConfigError(
-                f"boundary must be a t between 0 and 1000, such as 875 of Wan2.2-T2V-A14B, got {boundary!r}"
+                "boundary must be a t from 1 to 1000, such as 875 of Wan2.2-T2V-A14B (1000 times the boundary_ratio of "
+                f"model_index.json), got {boundary!r}"
             )
         check_same(high.config, low.config)
         if high.dtype != low.dtype:
             raise ConfigError(f"the experts are {high.dtype} and {low.dtype}: load both with one dtype=")
+        if high.device != low.device:
+            raise ConfigError(f"the experts are on {high.device} and {low.device}: load both on one device=")
         self.high, self.low, self.boundary = high, low, float(boundary)
-        self.sampler, self.channels = high.sampler, high.channels
+        self.sampler, self.channels = dict(high.sampler), high.channels
 
     @property
     def config(self) -> CausalWanConfig:

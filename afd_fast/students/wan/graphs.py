@@ -102,6 +102,10 @@ class GraphedStudent:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins without recordings: they read this model's weights."""
+        return GraphedStudent, (self.model,)
+
     def _forget(self) -> None:
         self._graphs.clear()
         self._met.clear()

@@ -60,7 +60,8 @@ def check_folder(folder: Path) -> ExpertFolders | None:
         raise ConfigError(f"{folder} holds a {kind}, which is not supported; {EXPECTED}")
     named = ratio is not None or settings.get("transformer_2") not in (None, [None, None])
     if any((folder / name).is_dir() for name in _WAN_EXPERTS):
-        names, ratio, said = _WAN_EXPERTS, _WAN_BOUNDARY, "as Wan 2.2's folders"
+        names, said = _WAN_EXPERTS, "as Wan 2.2's folders"
+        ratio = _WAN_BOUNDARY if ratio is None else ratio
     elif named or (folder / DIFFUSERS_EXPERTS[1]).is_dir():
         names, said = DIFFUSERS_EXPERTS, "in model_index.json" if named else "as diffusers' folders"
     else:
@@ -82,6 +83,16 @@ def check_folder(folder: Path) -> ExpertFolders | None:
             f"boundary_ratio in {index} must be a number between 0 and 1, such as 0.875, got {ratio!r}: restore the file"
         )
     return ExpertFolders(folder / names[0], folder / names[1], 1000 * float(ratio), kind)
+
+
+def check_target(folder: Path, two: bool) -> None:
+    """ConfigError for a folder whose contents `load_student` would read instead of a student of one or two networks saved there."""
+    before = _WAN_EXPERTS if two else (*_WAN_EXPERTS, *DIFFUSERS_EXPERTS)
+    there = [name for name in before if (folder / name).is_dir()]
+    if there:
+        raise ConfigError(
+            f"{folder} holds another student ({', '.join(there)}), which would be loaded instead: save into a new folder"
+        )
 
 
 def check_trained(student: str) -> None:
