@@ -252,7 +252,7 @@ def test_refusals(model):
         assert with_overrides(student, overrides).rollout.window == RolloutConfig.preset(preset).window
     for key, value in plain.items():
         other = "true" if value == "false" else "false"
-        with pytest.raises(ConfigError, match=f"rollout.{key} is for generation.*set rollout.{key}={value}"):
+        with pytest.raises(ConfigError, match=f"rollout.{key}: for generation.*set rollout.{key}={value}"):
             with_overrides(
                 student, ["rollout=krea", *(f"rollout.{k}={v}" for k, v in plain.items()), f"rollout.{key}={other}"]
             )
