@@ -217,11 +217,16 @@ def check_decoder(config: RolloutConfig, whole: bool) -> None:
         )
 
 
+def filling(frames: int, config: RolloutConfig) -> int:
+    """The most latent frames up to `frames` that fill chunks, one chunk at least."""
+    first = int(config.independent_first_frame)
+    return first + max((frames - first) // config.chunk, 1) * config.chunk
+
+
 def chunk_count(frames: int, config: RolloutConfig) -> int:
     """Chunks of a rollout of `frames` latent frames. ConfigError where they do not divide."""
-    first = 1 if config.independent_first_frame else 0
+    first, few = int(config.independent_first_frame), filling(frames, config)
     if (frames - first) % config.chunk or frames < first:
-        few = first + max((frames - first) // config.chunk, 1) * config.chunk
         raise ConfigError(
             f"{frames} latent frames do not divide into chunks of {config.chunk}{' after the first frame' if first else ''}: "
             f"{few} or {few + config.chunk} do"

@@ -78,7 +78,7 @@ def sampling(
 ) -> Sampling:  # fmt: skip
     """The settings of a command: the student's own, or a preset's, with the options `given` on top (None: not given; steps
     as text). ConfigError for what cannot be sampled."""
-    from afd_fast.generate import GenerateOptions, chunk_count
+    from afd_fast.generate import GenerateOptions, chunk_count, filling
     from afd_fast.rollout import RolloutConfig
     from afd_fast.sampler import preset as named
     from afd_fast.students.files import check_source
@@ -108,9 +108,8 @@ def sampling(
         raise ConfigError("--lora needs a student: tiny is a model with random weights")
     default, coder = (TINY_SIZE if student == "tiny" else SIZE), coder_of(student, base)
     height, width = (default.height, default.width) if size is None else _latents(size, coder.scale)
-    if frames is None:  # as many as fill chunks
-        first = int(config.independent_first_frame)
-        frames = first + max((default.frames - first) // config.chunk, 1) * config.chunk
+    if frames is None:
+        frames = filling(default.frames, config)
     options = GenerateOptions(frames, height, width, coder.fps if fps is None else fps, batch)
     chunk_count(frames, config)
     return Sampling(config, options, adapters, NEGATIVE_PROMPT if negative is None else negative)

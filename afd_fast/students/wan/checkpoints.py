@@ -359,9 +359,9 @@ def save_student(
     are written as transformer and transformer_2, with boundary_ratio in model_index.json."""
     from afd_fast.files.tensors import save_tensors
 
-    folder, c, two = Path(folder), model.config, isinstance(model, TwoExperts)
+    folder, c = Path(folder), model.config
     kept = dict(model.sampler if sampler is None else sampler)
-    check_target(folder, two)
+    check_target(folder, isinstance(model, TwoExperts))
     if any(".base_layer." in name for name in state or model.state_dict()):
         raise ConfigError(
             "the student has adapters, which this layout cannot hold: merge them, or give state= with them merged"
@@ -372,8 +372,6 @@ def save_student(
             raise ConfigError(
                 "state must hold both experts' tensors under the names of model.state_dict(): high.* and low.*"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, TwoExperts):
         for name, part, expert in zip(DIFFUSERS_EXPERTS, ("high.", "low."), (model.high, model.low)):
             of_part = {k.removeprefix(part): v for k, v in (state or {}).items() if k.startswith(part)}
             save_student(expert, folder / name, of_part, sampler=kept)
@@ -385,6 +383,7 @@ def save_student(
         }
         index.write_text(json.dumps({**(read_json(index) if index.is_file() else {}), **about}, indent=2) + "\n")
         return
+    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": c.num_heads,
         "attention_head_dim": c.dim // c.num_heads, "in_channels": c.in_dim, "out_channels": c.out_dim,
