@@ -178,25 +178,23 @@ class TrainConfig:
             )
         self._check_loss()
         folder = PurePath(self.name)  # in runs/
-        if (
-            not self.name.strip()
-            or not self.name.isprintable()
-            or not folder.name
-            or ".." in folder.parts
-            or folder.root
-        ):
+        named = self.name.strip() and self.name.isprintable() and folder.name
+        if not named or ".." in folder.parts or folder.root:
             raise ConfigError(f"name must be that of a folder, since the run's is named after it, got {self.name!r}")
         if self.seed >= 2**63:
             raise ConfigError(f"seed must be below 2**63, got {self.seed}")
         self._check_family()
         if self.sequence_parallel > 1 and self.rollout.graphs:
             raise ConfigError("rollout.graphs cannot hold the exchanges of sequence_parallel: leave out one of the two")
-        if self.stream.frames is not None and self.rollout.graphs:
-            raise ConfigError(
-                "rollout.graphs cannot replay a stream's continuations: leave out one of it and stream.frames"
-            )
-        if self.stream.frames is not None and self.method != "afd":
-            raise ConfigError(f"stream.frames={self.stream.frames} needs method=afd, got method={self.method}")
+        if self.stream.frames is not None:
+            if self.rollout.graphs:
+                raise ConfigError(
+                    "rollout.graphs cannot replay a stream's continuations: leave out one of it and stream.frames"
+                )
+            if self.method != "afd":
+                raise ConfigError(f"stream.frames={self.stream.frames} needs method=afd, got method={self.method}")
+            if self.update.history != "detached":
+                raise ConfigError(f"stream.frames needs update.history=detached, got {self.update.history}")
         if self.teacher_r is not None:
             if not 0.5 < self.teacher_r <= 1:
                 raise ConfigError(f"teacher_r must be above 0.5 and at most 1, got {self.teacher_r}")

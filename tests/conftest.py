@@ -1,5 +1,7 @@
 import os
 import random
+import shlex
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers and the processes they start share the cores
 import numpy as np
@@ -24,6 +26,31 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True)
 def _threads():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def say(monkeypatch, capsys, tmp_path):
+    """Runs a command in an empty folder: (exit status, what it printed, in one line). A process of its own is for what must
+    be killed, or must start as a user's does."""
+    from afd_fast.cli import common
+    from afd_fast.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.console, "width", 300)
+
+    def command(*words):
+        """A line, or its words."""
+        words = shlex.split(words[0]) if len(words) == 1 else map(str, words)
+        monkeypatch.setattr(sys, "argv", ["afd-fast", *words])
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        printed = capsys.readouterr()
+        return status, " ".join((printed.out + printed.err).split())
+
+    return command
 
 
 @pytest.fixture

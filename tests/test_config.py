@@ -93,10 +93,12 @@ def test_runs_by_name_and_round_trip():
         from_dict({"seed": 1})
 
 
-def test_graphs_are_refused_where_nothing_could_be_replayed():
+def test_what_a_stream_cannot_be_combined_with():
     keys = ["student=tiny", "rollout.graphs=true"]
     with pytest.raises(ConfigError, match="leave out one of it and stream.frames"):
         with_overrides(TrainConfig(), [*keys, "stream.frames=12"])
+    with pytest.raises(ConfigError, match="needs update.history=detached, got teacher_forcing"):
+        with_overrides(TrainConfig(), ["student=tiny", "stream.frames=12", "update.history=teacher_forcing"])
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="CUDA graphs, and the student is on cpu"):
             new_run(with_overrides(TrainConfig(), [*keys, "rollout.chunk=3"]))

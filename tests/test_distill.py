@@ -4,10 +4,8 @@ import importlib.util
 import io
 import json
 import re
-import shlex
 import shutil
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -17,32 +15,12 @@ import torch
 from rich.console import Console
 
 from afd_fast.cli import common, doctor, sampling
-from afd_fast.cli.main import main
 from afd_fast.errors import ConfigError, Interrupted
 from afd_fast.rollout import RolloutConfig
 from afd_fast.students.student import StudentConfig, family
 from afd_fast.students.toy import pixel
 from afd_fast.students.toy.pretrain import Kept
 from afd_fast.video_io import VideoFormat, format_of, write_video
-
-
-@pytest.fixture
-def say(monkeypatch, capsys, tmp_path):
-    """Runs a command in an empty folder: (exit status, what it printed, in one line)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common.console, "width", 300)
-
-    def command(line):
-        monkeypatch.setattr(sys, "argv", ["afd-fast", *shlex.split(line)])
-        try:
-            main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        printed = capsys.readouterr()
-        return status, " ".join((printed.out + printed.err).split())
-
-    return command
 
 
 @pytest.fixture

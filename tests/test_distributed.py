@@ -44,11 +44,19 @@ def final_state(out):
     return checkpoint.load(checkpoint.latest(out / "checkpoints"))["state"]
 
 
-def test_two_processes_are_one_also_after_a_stop(tmp_path, folder_teacher):
-    alone, together, stopped = tmp_path / "alone", tmp_path / "together", tmp_path / "stopped"
-    jobs = [run(alone, folder_teacher), run(together, folder_teacher, processes=2)]
-    for job in jobs:
-        assert job.wait() == 0, job.stdout.read()
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, folder_teacher):
+    """The folder of one process's run."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    job = run(out, folder_teacher)
+    assert job.wait() == 0, job.stdout.read()
+    return out
+
+
+def test_two_processes_are_one_also_after_a_stop(tmp_path, folder_teacher, alone):
+    together, stopped = tmp_path / "together", tmp_path / "stopped"
+    job = run(together, folder_teacher, processes=2)
+    assert job.wait() == 0, job.stdout.read()
     assert final_state(alone)["step"] == 6 and same(final_state(alone), final_state(together))
     numbers = lambda out: [
         {k: v for k, v in row.items() if "seconds" not in k and k != "elapsed"}
@@ -159,12 +167,11 @@ def test_every_shard_draws_its_own_numbers(monkeypatch):
     assert len(seen) == 6 and len(set(seen)) == 6
 
 
-def test_sharded_parameters_are_the_whole_ones(tmp_path, folder_teacher):
+def test_sharded_parameters_are_the_whole_ones(tmp_path, folder_teacher, alone):
     """FSDP2 and DCP: two processes against one, a stop, and a resume on another number of processes."""
-    alone, together, stopped = tmp_path / "alone", tmp_path / "together", tmp_path / "stopped"
-    jobs = [run(alone, folder_teacher), run(together, folder_teacher, "fsdp=true", processes=2)]
-    for job in jobs:
-        assert job.wait() == 0, job.stdout.read()
+    together, stopped = tmp_path / "together", tmp_path / "stopped"
+    job = run(together, folder_teacher, "fsdp=true", processes=2)
+    assert job.wait() == 0, job.stdout.read()
     assert checkpoint.latest(together / "checkpoints").suffix == ".dcp"
     student = lambda out: load_file(out / "student.safetensors")
     a, b = student(alone), student(together)

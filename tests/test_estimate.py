@@ -26,7 +26,6 @@ from afd_fast.training.state import generator, new_state
 from afd_fast.training.update import Targets, policy_recipe, student_backward
 from afd_fast.training.velocity import Chunking, chunk_velocities, velocity
 from benchmarks.update import CPU_FLASH
-from tests.test_trainer import command
 
 PROMPTS = ["a red ball", "a blue ball"]
 
@@ -279,7 +278,7 @@ def test_shards_share_the_work_and_shrink_the_memory():
     assert four.peak[0] < 0.5 * one.peak[0]
 
 
-def test_command(tmp_path):
+def test_command(say, tmp_path):
     tiny_run = [
         "student=tiny",
         "shards=1",
@@ -288,10 +287,9 @@ def test_command(tmp_path):
         "student.height=6",
         "student.width=10",
     ]
-    process = command("estimate", "afd_table3", *tiny_run, "--gpu", "a100", cwd=tmp_path)
-    said = process.communicate()[0]
-    assert process.returncode == 0 and "A100 80 GB: a floor, not a measurement" in said and "at the peak" in said
-    assert "no checkpoint was read" in " ".join(said.split()) and not list(tmp_path.iterdir())
+    status, said = say("estimate", "afd_table3", *tiny_run, "--gpu", "a100")
+    assert status == 0 and "A100 80 GB: a floor, not a measurement" in said and "at the peak" in said
+    assert "no checkpoint was read" in said and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

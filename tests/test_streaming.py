@@ -152,16 +152,15 @@ def test_memory_does_not_grow_with_the_stream(monkeypatch):
     assert sizes[66][0] <= sizes[12][0] + latents and sizes[66][1] == sizes[12][1]
 
 
-def test_command_trains_resumes_and_refuses(tmp_path, teacher):  # noqa: F811
+def test_command_trains_resumes_and_refuses(say, tmp_path, teacher):  # noqa: F811
     keys = [*TINY, teacher, "stream.frames=18", "rollout.window=9", "rollout.sink=3", "stream.active_clips=2"]
-    run = lambda out, *more: command("train", "afd_table3", *keys, "--out", out, *more)
-    whole, stopped = run(tmp_path / "whole"), run(tmp_path / "stopped")
+    words = lambda out: ["train", "afd_table3", *keys, "--out", out]
+    stopped = command(*words(tmp_path / "stopped"))
     wait_for_checkpoint(tmp_path / "stopped", stopped)
     stopped.kill()
     stopped.wait()
-    assert whole.wait() == 0, whole.stdout.read()
-    again = run(tmp_path / "stopped", "--resume")
-    assert again.wait() == 0, again.stdout.read()
+    assert say(*words(tmp_path / "whole"))[0] == 0
+    assert say(*words(tmp_path / "stopped"), "--resume")[0] == 0
     state = lambda name: checkpoint.load(checkpoint.latest(tmp_path / name / "checkpoints"))["state"]
     assert same(state("whole"), state("stopped"))
     rows = read_rows(tmp_path / "whole/metrics.jsonl")
@@ -169,8 +168,8 @@ def test_command_trains_resumes_and_refuses(tmp_path, teacher):  # noqa: F811
     for bad in ({"stream__frames": 20}, {"stream__active_clips": 9}, {"method": "gan"}):
         with pytest.raises(ConfigError, match="stream"):
             make_run(changed(CONFIG, **bad))
-    refused = command("train", "demo", "stream.frames=42", "--out", tmp_path / "x")
-    assert refused.wait() == 2 and "need a Wan student" in refused.stdout.read()
+    status, said = say("train demo stream.frames=42")
+    assert status == 2 and "need a Wan student" in said
 
 
 def test_window_of_training_is_the_samplers():

@@ -41,10 +41,9 @@ def teacher(tmp_path_factory):
     return f"teacher=folder:{folder}"
 
 
-def test_paper_recipe_trains_resumes_and_exports(tmp_path, teacher):
-    run = lambda out, *more: command("train", "afd_table3", *TINY, teacher, *more, "--out", out)
-    whole = run(tmp_path / "whole")
-    assert whole.wait() == 0, whole.stdout.read()
+def test_paper_recipe_trains_resumes_and_exports(say, tmp_path, teacher):
+    words = lambda out: ["train", "afd_table3", *TINY, teacher, "--out", out]
+    assert say(*words(tmp_path / "whole"))[0] == 0
     rows = read_rows(tmp_path / "whole/metrics.jsonl")
     assert (
         len(rows) == 3 and all(np.isfinite(v) for row in rows for v in row.values()) and "seconds/backward" in rows[2]
@@ -61,12 +60,11 @@ def test_paper_recipe_trains_resumes_and_exports(tmp_path, teacher):
     assert "pipeline_tag: text-to-video" in card and "| loss.ref_coef | 0.0001 |" in card
 
     stopped = tmp_path / "stopped"
-    first = run(stopped)
+    first = command(*words(stopped))
     wait_for_checkpoint(stopped, first)
     first.kill()
     first.wait()
-    again = run(stopped, "--resume")
-    assert again.wait() == 0, again.stdout.read()
+    assert say(*words(stopped), "--resume")[0] == 0
     state = lambda out: checkpoint.load(checkpoint.latest(out / "checkpoints"))["state"]
     assert same(state(tmp_path / "whole"), state(stopped))
 
@@ -269,15 +267,14 @@ def test_every_linear_of_a_block_is_adapted():
     assert len(linears) == len(lora_layers(student)) == 20
 
 
-def test_dry_run_says_sizes_and_writes_nothing(tmp_path, teacher):
-    process = command("train", "afd_table3", *TINY, teacher, "--dry-run", "--out", tmp_path / "run", cwd=tmp_path)
-    said = process.communicate()[0]
-    assert process.returncode == 0 and "of them trained" in said and "21 frames, 48x80 pixels, 16 fps" in said
+def test_dry_run_says_sizes_and_writes_nothing(say, tmp_path, teacher):
+    status, said = say("train", "afd_table3", *TINY, teacher, "--dry-run", "--out", tmp_path / "run")
+    assert status == 0 and "of them trained" in said and "21 frames, 48x80 pixels, 16 fps" in said
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method", ["sft", "gan"])
-def test_baselines_train_a_wan_student(tmp_path, teacher, method):
+def test_baselines_train_a_wan_student(say, tmp_path, teacher, method):
     """SFT through the VAE's encoder, GAN through its decoder; without adapters, every weight."""
     overrides = [
         f"method={method}",
@@ -285,8 +282,8 @@ def test_baselines_train_a_wan_student(tmp_path, teacher, method):
         "update.lr=1e-2",
         f"student.lora_rank={4 if method == 'sft' else 0}",
     ]
-    run = command("train", "afd_table3", *TINY, teacher, *overrides, "--out", tmp_path / "run")
-    assert run.wait() == 0, run.stdout.read()
+    status, said = say("train", "afd_table3", *TINY, teacher, *overrides, "--out", tmp_path / "run")
+    assert status == 0, said
     rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert rows[2]["grad_norm"] > 0 and all(np.isfinite(v) for row in rows for v in row.values())
     adapted, before = load_student(tmp_path / "run/student"), tiny().student

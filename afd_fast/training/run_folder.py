@@ -75,9 +75,14 @@ def _check_resumable(out: Path, config: TrainConfig) -> None:
     if not (out / "config.json").exists():
         raise ConfigError(f"{out} holds no run to resume")
     before, now = read_json(out / "config.json"), json.loads(json.dumps(to_dict(config)))
-    odd = [key for key in {**now, **before} if before.get(key, ...) != now.get(key, ...) and key != "iterations"]
+    if missing := sorted(now.keys() ^ before.keys()):
+        raise ConfigError(
+            f"{out} was started by another version of afd_fast (environment.json names it), whose settings differ in "
+            f"{', '.join(missing[:4])}: resume with that version, or start again with --overwrite"
+        )
+    odd = [key for key in now if before[key] != now[key] and key != "iterations"]
     if odd:
-        values = ", ".join(f"{key}={before.get(key)} there and {now.get(key)} here" for key in odd)
+        values = ", ".join(f"{key}={before[key]} there and {now[key]} here" for key in odd)
         raise ConfigError(
             f"{out} was started with another configuration ({values}); resume with the same one, only iterations may grow"
         )
