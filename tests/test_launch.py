@@ -154,6 +154,25 @@ def test_the_battery_has_every_kernel():
     assert len(KERNELS) == 3 + 6 + 2
 
 
+def test_another_seed_is_the_same_kernel(gpu):
+    for call in (
+        lambda seed: nft_loss(seed),
+        lambda seed: noise.forward_noise(tensor(2, 24), tensor(2, 1), None, seed, 24),
+    ):
+        call(3)
+        for seed in (1, 16, 2**62 + 1):
+            gpu.calls.clear()
+            call(seed)
+            assert gpu.short[-1] and seed in [x for x in gpu.calls[0] if isinstance(x, int)]
+    assert not any(gpu.short[:3]) and sum(not short for short in gpu.short) == 3 + 1
+    for kernel in KERNELS.values():
+        if "seed" in kernel.arg_names:
+            seed = kernel.arg_names.index("seed")
+            assert (
+                seed == sum(name.endswith("_ptr") for name in kernel.arg_names) and "seed" in kernel.do_not_specialize
+            )
+
+
 def test_what_triton_compiles_by_is_told_apart(gpu, monkeypatch):
     """Each launch, then each again in the same order: a mix-up would call another one's compiled kernel."""
     far = torch.zeros(16).as_strided((1, 1, 16), (2**31, 16, 1))

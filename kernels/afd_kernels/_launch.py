@@ -45,14 +45,16 @@ def launch(
 
     Triton's look-up takes about as long as the rest of a launcher. So a launch that equals an earlier one in all but the tensors'
     addresses runs the kernel that Triton found for that one: the addresses then agree modulo 16, and Triton 3.3 to 3.7 compile by
-    no more for an NVIDIA GPU. A name has one type in all launches, as 1 is True. No tensor is kept.
+    no more for an NVIDIA GPU. A name has one type in all launches, as 1 is True. No tensor is kept. A seed, which kernels are
+    not specialised by, is the first number and may be another.
     """
     settings = _settings(kernel)
     if settings is None:
         kernel[grid](*tensors, *numbers, **constants)
         return
+    fixed = numbers[1:] if "seed" in kernel.do_not_specialize else numbers
     like = (
-        kernel.fn, driver.active.get_current_device(), settings, grid, numbers, *[x.dtype for x in tensors],
+        kernel.fn, driver.active.get_current_device(), settings, grid, fixed, *[x.dtype for x in tensors],
         *[x.data_ptr() & 15 for x in tensors], *constants, *constants.values(),
     )  # fmt: skip
     found = _found.get(like)
