@@ -170,7 +170,7 @@ class FeatureCache:
         self, keys: Sequence[Hashable], videos: Callable[[int], Tensor], device: torch.device | str | None = None
     ) -> Features:
         """Features of keys, in order, on `device`; `videos(i)` -> [3, F, H, W] is only called for a key that is new."""
-        found = []
+        found, on_gpu = [], device is not None and torch.device(device).type == "cuda"
         for i, key in enumerate(keys):
             features = self.kept.pop(key, None)
             if features is None:
@@ -180,7 +180,10 @@ class FeatureCache:
                 features = encoded.clips[0].cpu()
                 self.size += features.nbytes
             self.kept[key] = features
-            found.append(features.to(device))
+            if on_gpu:  # pinned for this copy, which the host then does not wait for; what is kept is not
+                found.append(features.pin_memory().to(device, non_blocking=True))
+            else:
+                found.append(features.to(device))
             while self.size > self.limit:
                 self.size -= self.kept.pop(next(iter(self.kept))).nbytes
         return Features(tuple(found))

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from afd_kernels._finish import R_DIFFERENCE, R_REFERENCE, R_SUM, finish_kernel, packed_rows, reduce_kernel
-from afd_kernels._launch import WARPS, check_size, on, rows
+from afd_kernels._launch import WARPS, check_size, launch, on, rows
 from afd_kernels.layout import MAXIMA, TILE, Frames, Row, Slot, Source, Total
 from afd_kernels.noise import ONE, first_frame, level, next_quarter, normal4, widen
 
@@ -312,11 +312,12 @@ class _Call:
         """Walk the tensors once: store the slots `sums`, and the gradient where there is one to write."""
         flags = self.flags | {"HAS_REF": self.ref and has_ref}
         target = self.v if grad is None else grad
-        sweep_kernel[(self.programs,)](
-            *self.tensors, target, self.part, self.t, self.sigma, self.rows, self.t if go is None else go, self.cu,
-            self.seed, self.count, self.length, *self.strides, 0 if grad is None else (self.count if self.packed else grad.stride(0)),
-            0 if go is None else go.stride(0),
-            self.samples, self.tiles, self.t.shape[1], self.inner, self.recipe["beta"], GRAD=grad is not None,
+        launch(
+            sweep_kernel, (self.programs,),
+            (*self.tensors, target, self.part, self.t, self.sigma, self.rows, self.t if go is None else go, self.cu),
+            (self.seed, self.count, self.length, *self.strides, 0 if grad is None else (self.count if self.packed else grad.stride(0)),
+             0 if go is None else go.stride(0), self.samples, self.tiles, self.t.shape[1], self.inner, self.recipe["beta"]),
+            GRAD=grad is not None,
             SCALED=go is not None, GUARD=guard, SUMS=sums, num_warps=WARPS, enable_fp_fusion=False, **flags,
             **self.place,
         )  # fmt: skip
@@ -324,17 +325,18 @@ class _Call:
     def finish(self, new: int, final: bool = True) -> None:
         """Reduce the slots `new`; coefficients, and the loss where that was the last of them."""
         if new:
-            reduce_kernel[(self.samples, len(Slot))](
-                self.part, self.sums, self.cu, self.count, self.programs, self.length, self.samples, self.tiles, SUMS=new,
+            launch(
+                reduce_kernel, (self.samples, len(Slot)),
+                (self.part, self.sums, self.cu), (self.count, self.programs, self.length, self.samples, self.tiles), SUMS=new,
                 num_warps=WARPS, **self.place,
             )  # fmt: skip
         c = self.recipe
         valid, chosen, policy, prior = self.masks
-        finish_kernel[(1,)](
-            self.sums, self.r, *(self.r if x is None else x for x in self.masks), self.t, self.cu, self.loss, self.totals, self.rows, self.levels, self.count, self.length,
-            self.samples,
-            c["beta"], c["ref_coef"], c["factor"], c["weight_floor"], c["dpo_beta"], ADAPTIVE=self.adaptive,
-            SHARED=c["shared_weight"], DPO=c["form"] == "dpo",
+        launch(
+            finish_kernel, (1,),
+            (self.sums, self.r, *(self.r if x is None else x for x in self.masks), self.t, self.cu, self.loss, self.totals, self.rows),
+            (self.levels, self.count, self.length, self.samples, c["beta"], c["ref_coef"], c["factor"], c["weight_floor"], c["dpo_beta"]),
+            ADAPTIVE=self.adaptive, SHARED=c["shared_weight"], DPO=c["form"] == "dpo",
             SAMPLE_MEAN=c["sample_reduction"] == "mean", BATCH_MEAN=c["batch_reduction"] == "mean",
             REF_BATCH=c["ref_reduction"] == "batch",
             BY_R=self.flags["BY_R"], EMPTY_ALL=c["ref_empty"] == "all", HAS_OLD=self.old, HAS_REF=self.ref,

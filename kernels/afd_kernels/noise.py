@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afd_kernels._launch import WARPS, check_size, on, rows
+from afd_kernels._launch import WARPS, check_size, launch, on, rows
 from afd_kernels.layout import TILE, Frames
 
 ONE = tl.constexpr(Frames.ONE.value)
@@ -198,8 +198,9 @@ def forward_noise(x0: Tensor, t: Tensor, noise: Tensor | None, seed: int | None,
     x0, x0_stride = rows(x0, x0)
     y, y_stride = rows(noise, x0)
     with on(x0):
-        forward_noise_kernel[(tiles * x0.shape[0],)](
-            x0, y, out, t, seed or 0, count, x0_stride, y_stride, tiles, frames, inner,
+        launch(
+            forward_noise_kernel, (tiles * x0.shape[0],),
+            (x0, y, out, t), (seed or 0, count, x0_stride, y_stride, tiles, frames, inner),
             SEED=noise is None, FRAMES=Frames.of(frames, inner, tiles).value, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return out

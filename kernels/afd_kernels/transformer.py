@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from afd_kernels._launch import on
+from afd_kernels._launch import launch, on
 
 
 @triton.jit
@@ -254,10 +254,12 @@ def _launch_norm(x, y, gate, weight, bias, scale, shift, eps, official):
             f"scale {tuple(scale.shape)} and shift {tuple(shift.shape)} must have the same number of frames"
         )
     with on(x):
-        residual_norm_kernel[(batch * length,)](
-            x, y_, gate_, x if weight is None else weight, x if bias is None else bias, scale_, shift_,
-            out if x_out is None else x_out, out, length, width, x.stride(0), x.stride(1), y_.stride(0), y_.stride(1),
-            gate_b, gate_f, gate_n, scale_b, scale_f, scale_n, shift_b, shift_f, eps,
+        launch(
+            residual_norm_kernel, (batch * length,),
+            (x, y_, gate_, x if weight is None else weight, x if bias is None else bias, scale_, shift_,
+             out if x_out is None else x_out, out),
+            (length, width, x.stride(0), x.stride(1), y_.stride(0), y_.stride(1), gate_b, gate_f, gate_n,
+             scale_b, scale_f, scale_n, shift_b, shift_f, eps),
             HAS_Y=y is not None, HAS_GATE=gate is not None, AFFINE=weight is not None, **_settings(x, official),
         )  # fmt: skip
     return x_out, out
@@ -280,9 +282,10 @@ def rms_norm(x, weight, eps, official):
     if out.numel():
         batch, length, width = flat.shape
         with on(x):
-            rms_norm_kernel[(batch * length,)](
-                flat, weight, out, length, width, flat.stride(0), flat.stride(1), eps, **_settings(x, official)
-            )
+            launch(
+                rms_norm_kernel, (batch * length,), (flat, weight, out), (length, width, flat.stride(0), flat.stride(1), eps),
+                **_settings(x, official),
+            )  # fmt: skip
     return out
 
 
@@ -297,11 +300,12 @@ def _launch_rope(q, k, v, weight_q, weight_k, cos, sin, k_out, v_out, tokens, st
             raise ValueError(f"the cache's last two axes must be contiguous, got strides {cache.stride()}")
     if q_out.numel():
         with on(q):
-            qk_norm_rope_kernel[(batch * length, roles)](
-                q, k, v, weight_q, weight_k, cos, sin, q_out, k_out, v_out, length, width,
-                q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-                k_out.stride(0), k_out.stride(1), v_out.stride(0), v_out.stride(1),
-                tokens, start_frame, window, sink, eps, HALF=half, **_settings(q, official),
+            launch(
+                qk_norm_rope_kernel, (batch * length, roles),
+                (q, k, v, weight_q, weight_k, cos, sin, q_out, k_out, v_out),
+                (length, width, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+                 k_out.stride(0), k_out.stride(1), v_out.stride(0), v_out.stride(1), tokens, start_frame, window, sink, eps),
+                HALF=half, **_settings(q, official),
             )  # fmt: skip
     return q_out
 
@@ -335,10 +339,11 @@ def residual_norm_backward(x, grad_x, grad_out, gate, weight, scale, eps, offici
         gate_, gate_b, gate_f, gate_n = _modulation(x, gate)
         scale_, scale_b, scale_f, scale_n = (weight, 0, 0, 1) if scale is None else _modulation(x, scale)
         with on(x):
-            residual_norm_backward_kernel[(batch * length,)](
-                x, grad_x_, grad_out, gate_, scale_, x_grad, y_grad, length, width, x.stride(0), x.stride(1),
-                grad_x_.stride(0), grad_x_.stride(1), grad_out.stride(0), grad_out.stride(1),
-                gate_b, gate_f, gate_n, scale_b, scale_f, scale_n, eps,
+            launch(
+                residual_norm_backward_kernel, (batch * length,),
+                (x, grad_x_, grad_out, gate_, scale_, x_grad, y_grad),
+                (length, width, x.stride(0), x.stride(1), grad_x_.stride(0), grad_x_.stride(1), grad_out.stride(0),
+                 grad_out.stride(1), gate_b, gate_f, gate_n, scale_b, scale_f, scale_n, eps),
                 HAS_X=grad_x is not None, HAS_GATE=gate is not None, AFFINE=scale is None, **_settings(x, official),
             )  # fmt: skip
     return x_grad, y_grad
@@ -351,9 +356,10 @@ def rms_norm_backward(x, grad, weight, eps):
     if out.numel():
         batch, length, width = flat.shape
         with on(x):
-            rms_norm_backward_kernel[(batch * length,)](
-                flat, g, weight, out, length, width, flat.stride(0), flat.stride(1), g.stride(0), g.stride(1), eps,
-                **_sizes(x),
+            launch(
+                rms_norm_backward_kernel, (batch * length,),
+                (flat, g, weight, out),
+                (length, width, flat.stride(0), flat.stride(1), g.stride(0), g.stride(1), eps), **_sizes(x),
             )  # fmt: skip
     return out
 
@@ -366,8 +372,9 @@ def qk_norm_rope_backward(q, k, grad_q, grad_k, weight_q, weight_k, cos, sin, ep
     if q.numel():
         strides = [n for a in (q, k, gq, gk) for n in (a.stride(0), a.stride(1))]
         with on(q):
-            qk_norm_rope_backward_kernel[(batch * length, 2)](
-                q, k, gq, gk, weight_q, weight_k, cos.contiguous(), sin.contiguous(), *outs, length, width, *strides, eps,
+            launch(
+                qk_norm_rope_backward_kernel, (batch * length, 2),
+                (q, k, gq, gk, weight_q, weight_k, cos.contiguous(), sin.contiguous(), *outs), (length, width, *strides, eps),
                 HALF=cos.shape[1], **_sizes(q),
             )  # fmt: skip
     return tuple(outs)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from afd_kernels._launch import on
+from afd_kernels._launch import launch, on
 
 TILE = 4096  # elements, padding of the channels included
 
@@ -73,9 +73,11 @@ def norm_silu(x, weight, past):
         tile = max(TILE // block, 1)
         strides = [(a.stride(0), a.stride(2), a.stride(4), a.stride(1)) for a in (x, past_, out)]
         with on(x):
-            norm_silu_kernel[(triton.cdiv(height * width, tile), frames + 2, batch)](
-                x, weight, past_, out, kept, channels, height * width, *strides[0], *strides[1], *strides[2],
-                kept.stride(0), kept.stride(2), kept.stride(1), frames, channels**0.5,
+            launch(
+                norm_silu_kernel, (triton.cdiv(height * width, tile), frames + 2, batch),
+                (x, weight, past_, out, kept),
+                (channels, height * width, *strides[0], *strides[1], *strides[2], kept.stride(0), kept.stride(2),
+                 kept.stride(1), frames, channels**0.5),
                 HAS_PAST=past is not None, P=tile, BLOCK=block, num_warps=4,
             )  # fmt: skip
     return out, kept

@@ -25,7 +25,7 @@ ITERATIONS = {
     "stream": 7125,
     "full weights of 1.3B": 2442,
     "graphs": 2770,
-    "VideoReward": 4492,
+    "VideoReward": 4494,
 }
 
 # Places where the host may wait for the GPU, with the most times in one part or iteration.
@@ -50,7 +50,6 @@ COPIES = {
     "afd_fast/students/toy/model.py:encode_text": 4,
     "afd_fast/students/wan/family.py:<listcomp>": 4,
     "afd_fast/discriminators/discriminator.py:_noisy": 3,
-    "afd_fast/discriminators/discriminator.py:__call__": 2,
     "afd_fast/discriminators/toy.py:score": 3,
     "afd_fast/discriminators/toy.py:reduce": 3,
     "afd_fast/training/update.py:noised": 2,

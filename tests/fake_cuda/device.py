@@ -23,6 +23,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.utils._device
+from afd_kernels import _launch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -271,6 +272,7 @@ def fake_cuda() -> Iterator[Log]:
         patch(
             torch.Tensor, pin_memory=_pin, is_pinned=lambda self, device=None: self.untyped_storage()._cdata in _pinned
         )
+        patch(_launch, KNOWN=False)  # Triton has no driver here: every launch is JITFunction.run
         patch(JITFunction, run=_kernel)
         patch(run, profiled=lambda name: LOG.phase(name.removeprefix("afd_fast.")))
         patch(clip_grad, _has_foreach_support=lambda tensors, device: True)  # as for real tensors
