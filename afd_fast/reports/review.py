@@ -18,8 +18,8 @@ def verdict(found: Sequence[Reviewed], left_out: Sequence[str]) -> str:
     """How many clips are listed, in a sentence."""
     listed = [one for one in found if one.reasons]
     gone = sum(one.weight == 0 for one in listed)
-    more = f" {len(left_out)} more cannot be used at all." if left_out else ""
-    return f"{len(listed)} of {len(found)} clips are worth a look; {gone} of them should be left out.{more}"
+    more = f" Of no use at all: {len(left_out)} more." if left_out else ""
+    return f"To look at: {len(listed)} of {len(found)} clips. To leave out: {gone} of these.{more}"
 
 
 def write_review(out: Path, found: Sequence[Reviewed], data: TeacherVideos, fps: float) -> None:
