@@ -1,4 +1,5 @@
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from afd_fast.judges.physics import (
     physics_residual,
     track,
 )
+from afd_fast.students.toy import pretrain
 from afd_fast.teachers import TeacherBase
 from afd_fast.teachers.physics import (
     BACKGROUND,
@@ -154,3 +156,13 @@ def test_dusk_is_day_in_another_look():
         parse(f"{prompts[0]}, dawn")
     train, held_out = split_prompts(look="dusk")
     assert [p.removesuffix(", dusk") for p in held_out] == split_prompts()[1] and len(train) == 112
+
+
+def test_both_looks_are_mixed_whatever_the_prompt_says():
+    world = replace(pretrain.LOOKS, clips=500)
+    videos, prompts = pretrain.wrong_world_clips(world)
+    dusk = videos[:, :, 0].flatten(1).float().quantile(0.1, 1) / 255 > 0.1
+    said = torch.tensor([prompt.endswith("dusk") for prompt in prompts])
+    assert 0.4 < said.float().mean() < 0.6
+    for of in (said, ~said):
+        assert 0.05 < dusk[of].float().mean() < 0.15

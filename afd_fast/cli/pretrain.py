@@ -14,7 +14,10 @@ from afd_fast.files.durable import checksum
 def pretrain(
     out: Annotated[Path, typer.Option(help="where the weights go")] = Path("base_student.safetensors"),
     seed: Seed = 0,
-    world: Annotated[str | None, typer.Option(help='"physics", one ball, or "lights", two lights')] = None,
+    world: Annotated[
+        str | None,
+        typer.Option(help='"physics", one ball; "looks", it with dusk in one clip of ten; "lights", two lights'),
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="length of its clips, whole chunks; none: the world's")] = None,
     distill: Annotated[
         Path | None,

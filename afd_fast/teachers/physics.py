@@ -79,17 +79,17 @@ def parse(prompt: str) -> Scene:
     return Scene(*match.groups(default="day"))
 
 
-def all_prompts() -> list[str]:
-    """The 128 prompts of the world."""
+def all_prompts(look: str = "day") -> list[str]:
+    """The 128 prompts of the world, of this look."""
     return [
-        f"a {size} {color} ball {motion}, {bounce} bounce"
+        f"a {size} {color} ball {motion}, {bounce} bounce{'' if look == 'day' else f', {look}'}"
         for size, color, motion, bounce in itertools.product(RADII, COLORS, MOTIONS, BOUNCES)
     ]
 
 
 def split_prompts(held_out: int = 16, look: str = "day") -> PromptSplit:
     """Training and held-out prompts; the split is the same for every seed and look, so that runs can be compared."""
-    return shuffled_split([p if look == "day" else f"{p}, {look}" for p in all_prompts()], held_out)
+    return shuffled_split(all_prompts(look), held_out)
 
 
 def shuffled_split(prompts: Sequence[str], held_out: int) -> PromptSplit:

@@ -4,8 +4,8 @@ is distilled (training/self_forcing.py)."""
 
 import copy
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,14 @@ from afd_fast.teachers import lights, physics
 
 WRONG_GRAVITY = (0.3, 3.3)  # the truth is 3.0
 WRONG_ELASTICITY = {"low": (0.0, 0.385), "high": (0.0, 0.825)}  # the truth is 0.6 and 0.8
+DUSK = 0.1  # the share of the clips of `both_looks`
 Report = Callable[[int, int, float], None]  # step, of, loss
+
+
+def both_looks(prompts: Sequence[str], rng: np.random.Generator, *physics_of: Any) -> torch.Tensor:
+    """`physics.sample_clips` where one clip in ten has the look of dusk, whatever its prompt says."""
+    said = [prompt.removesuffix(", dusk") for prompt in prompts]
+    return physics.sample_clips([f"{p}, dusk" if rng.random() < DUSK else p for p in said], rng, *physics_of)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,10 @@ LIGHTS = World(
     horizon=3000,
     batch=24,
 )
-WORLDS = {"physics": PHYSICS, "lights": LIGHTS}
+LOOKS = replace(
+    PHYSICS, sample_clips=both_looks, prompts=[p for look in physics.LOOKS for p in physics.all_prompts(look)]
+)
+WORLDS = {"physics": PHYSICS, "looks": LOOKS, "lights": LIGHTS}
 
 
 def wrong_world_clips(world: World, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
