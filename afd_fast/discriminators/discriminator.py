@@ -180,10 +180,8 @@ class FeatureCache:
                 features = encoded.clips[0].cpu()
                 self.size += features.nbytes
             self.kept[key] = features
-            if on_gpu:  # pinned for this copy, which the host then does not wait for; what is kept is not
-                found.append(features.pin_memory().to(device, non_blocking=True))
-            else:
-                found.append(features.to(device))
+            # pinned for this copy, which the host then does not wait for; what is kept is not
+            found.append((features.pin_memory() if on_gpu else features).to(device, non_blocking=on_gpu))
             while self.size > self.limit:
                 self.size -= self.kept.pop(next(iter(self.kept))).nbytes
         return Features(tuple(found))

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -12,22 +12,17 @@ from triton.runtime import JITFunction, driver
 
 from afd_kernels.layout import TILE, contiguous_rows
 
-try:
-    from triton import knobs
-except ImportError:  # before Triton 3.4
-    knobs = None
-
 WARPS = 4  # 8 elements per thread in each quarter of the tile: 128-bit accesses for 16-bit types
 PROGRAMS = 2**31 - 1
 MOST = 4096  # launches that are remembered
 KNOWN = (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 7) and torch.version.hip is None
 
-_found: dict[
-    tuple, tuple[Callable, tuple]
-] = {}  # what launches have alike -> what runs the compiled kernel, constexprs
+knobs = getattr(triton, "knobs", None)  # from Triton 3.4 on
+# what launches have alike -> what runs the compiled kernel, and its constexprs
+_found: dict[tuple, tuple[Callable, tuple]] = {}
 
 
-def _settings(kernel) -> tuple | None:
+def _triton_settings(kernel) -> tuple | None:
     """What Triton reads at every launch and compiles by; None for a launch that has to be Triton's."""
     if not KNOWN or type(kernel) is not JITFunction or kernel.pre_run_hooks:
         return None
@@ -39,7 +34,7 @@ def _settings(kernel) -> tuple | None:
 
 
 def launch(
-    kernel, grid: tuple[int, ...], tensors: tuple[Tensor, ...], numbers: tuple[int | float, ...], **constants
+    kernel, grid: tuple[int, ...], tensors: Sequence[Tensor], numbers: tuple[int | float, ...], **constants
 ) -> None:
     """kernel[grid](*tensors, *numbers, **constants), where `constants` has every constexpr and Triton's options.
 
@@ -48,7 +43,7 @@ def launch(
     no more for an NVIDIA GPU. A name has one type in all launches, as 1 is True. No tensor is kept. A seed, which kernels are
     not specialised by, is the first number and may be another.
     """
-    settings = _settings(kernel)
+    settings = _triton_settings(kernel)
     if settings is None:
         kernel[grid](*tensors, *numbers, **constants)
         return

@@ -26,10 +26,10 @@ DUSK = 0.1  # the share of the clips of `both_looks`
 Report = Callable[[int, int, float], None]  # step, of, loss
 
 
-def both_looks(prompts: Sequence[str], rng: np.random.Generator, *physics_of: Any) -> torch.Tensor:
+def both_looks(prompts: Sequence[str], rng: np.random.Generator, *world: Any) -> torch.Tensor:
     """`physics.sample_clips` where one clip in ten has the look of dusk, whatever its prompt says."""
     said = [prompt.removesuffix(", dusk") for prompt in prompts]
-    return physics.sample_clips([f"{p}, dusk" if rng.random() < DUSK else p for p in said], rng, *physics_of)
+    return physics.sample_clips([f"{p}, dusk" if rng.random() < DUSK else p for p in said], rng, *world)
 
 
 @dataclass(frozen=True)
