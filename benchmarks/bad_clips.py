@@ -1,7 +1,7 @@
 """What `afd-fast review` finds of bad clips that were planted among an embedded teacher's, and what they cost its student.
 
     python -m benchmarks.bad_clips [--world physics lights] [--rate 0.1 0.3] [--seeds 3] [--steps 150]     the tables
-    python -m benchmarks.bad_clips --train clean planted reviewed --world physics [--rate 0.3] [key=value ...]   students, seed 0
+    python -m benchmarks.bad_clips --train clean planted reviewed --world physics [--rate 0.3] [--seeds 5] [key=value ...]   students
 
 Four clips of every training prompt (448 of the balls, 128 of the lights). The bad ones are drawn at random, as many of each kind:
 frozen (its first frame), black, cut (goes on as a clip of another prompt), prompt (a clip of another prompt), physics (gravity 0.3 to 1.5
@@ -22,6 +22,8 @@ from rich.console import Console
 from torch import Tensor
 
 from afd_fast.config import TrainConfig, with_overrides
+from afd_fast.evaluation.intervals import crossed
+from afd_fast.files.text import read_json
 from afd_fast.students.student import family
 from afd_fast.teachers import lights, physics
 from afd_fast.teachers.dataset import collect
@@ -29,11 +31,13 @@ from afd_fast.teachers.teacher import PromptSplit, Request, Teacher, TeacherBase
 from afd_fast.training import runs, train
 from afd_fast.training.review import Reviewed, review
 from afd_fast.training.run import Run
+from afd_fast.training.run_folder import finished, read_rows
 from afd_fast.training.state import new_state
 
 KINDS = ("frozen", "black", "cut", "prompt", "physics")
 GRAVITY, ELASTICITY = (0.3, 1.5), {"low": (0.0, 0.3), "high": (0.0, 0.3)}  # of the clips with wrong physics
 CLIPS = 4  # of a prompt
+STUDENT_SCORES = ("residual_px", "frechet", "general", "gravity")
 
 
 class World(NamedTuple):
@@ -132,20 +136,37 @@ def table(name: str, rate: float, seeds: int, steps: int) -> None:
     print(f"| {name}, {rate:.0%} | " + " | ".join(cells) + " |", flush=True)
 
 
-def student(name: str, rate: float, which: str, steps: int, keys: list[str], out: Path) -> None:
-    """Train on the clips as they should be, with the bad ones, or with the weights that a review gives them."""
+def student(name: str, rate: float, which: str, seed: int, steps: int, keys: list[str], out: Path) -> Path:
+    """Train on the clips as they should be, with the bad ones, or with the weights that a review gives them; the run's folder. One that
+    is finished stays as it is."""
     of = world(name)
-    teacher = Planted(of, 0.0 if which == "clean" else rate, 0)
+    own = replace(of.config, name=f"{name}-{which}-{seed}", teacher_clips=CLIPS, seed=seed)
+    folder, config = out / own.name, with_overrides(own, keys)
+    if finished(folder, config):
+        return folder
+    teacher = Planted(of, 0.0 if which == "clean" else rate, seed)
     if which == "reviewed":
-        found = reviewed(of, _TrainingClips(of, rate, 0), steps)
+        found = reviewed(of, _TrainingClips(of, rate, seed), steps)
         teacher.weights = {Request(x.prompt, x.number): x.weight for x in found}
-    config = with_overrides(replace(of.config, name=f"{name}-{which}", teacher_clips=CLIPS), keys)
-    result = train(config, out=out / config.name, overwrite=True, teacher=teacher, console=Console(quiet=True))
-    assert result is not None
-    for row, scores in result["rows"].items():
-        print(
-            name, which, row, {key: round(scores[key], 3) for key in ("residual_px", "frechet", "general", "gravity")}
-        )
+    train(config, out=folder, overwrite=True, teacher=teacher, console=Console(quiet=True))
+    return folder
+
+
+def students(name: str, rate: float, kinds: Sequence[str], seeds: int, steps: int, keys: list[str], out: Path) -> None:
+    """The table of what bad clips cost: a row for the base student and for each kind of teacher clips, over the seeds."""
+    folders = {which: [student(name, rate, which, seed, steps, keys, out) for seed in range(seeds)] for which in kinds}
+    first, *_ = next(iter(folders.values()))
+    base = read_json(first / "result.json")["rows"]["base"]
+    print(f"| {name}, {rate:.0%} bad | " + " | ".join(STUDENT_SCORES) + " | residual_px, 95 % over prompts and seeds |")
+    print("|---" * (2 + len(STUDENT_SCORES)) + "|")
+    print("| (base student) | " + " | ".join(f"{base[key]:.3f}" for key in STUDENT_SCORES) + " | |")
+    for which, of in folders.items():
+        rows = [read_json(folder / "result.json")["rows"]["student"] for folder in of]
+        low, high = crossed(np.array([read_rows(folder / "evaluations.jsonl")[-1]["by_prompt"] for folder in of]))
+        values = np.array([[row[key] for key in STUDENT_SCORES] for row in rows])
+        spread = values.std(0, ddof=1) if len(rows) > 1 else np.zeros(len(STUDENT_SCORES))
+        cells = [f"{m:.3f} ± {s:.3f}" for m, s in zip(values.mean(0), spread)]
+        print(f"| {which} | " + " | ".join(cells) + f" | {low:.2f} to {high:.2f} |")
 
 
 def main() -> None:
@@ -160,8 +181,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.train:
         for name in args.world:
-            for which in args.train:
-                student(name, args.rate[-1], which, args.steps, args.keys, args.out)
+            students(name, args.rate[-1], args.train, args.seeds, args.steps, args.keys, args.out)
         return
     print("| world, bad clips | precision | recall | " + " | ".join(KINDS) + " |")
     print("|---" * (3 + len(KINDS)) + "|")

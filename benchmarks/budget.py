@@ -8,8 +8,6 @@ above them as many clips of each prompt. The judge's clips of the held-out promp
 """
 
 import argparse
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from rich.console import Console
 
 from afd_fast.config import TrainConfig
 from afd_fast.errors import ConfigError
+from afd_fast.evaluation.intervals import NONE, crossed
 from afd_fast.teachers import lights
 from afd_fast.training import compare
 
@@ -48,21 +47,6 @@ def variants(config: TrainConfig, budgets: list[int]) -> list[compare.Variant]:
     """Every method at every budget."""
     of_method = compare.methods(config, list(METHODS), {"afd": ["teacher_r=0.75"]})
     return [compare.Variant(f"{v.label} {clips}", {**v.keys, **keys_of(clips)}) for clips in budgets for v in of_method]
-
-
-def interval(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of values [seeds, prompts], which resamples both."""
-    rng = np.random.default_rng(0)
-    seeds, prompts = (rng.integers(n, size=(draws, n)) for n in values.shape)
-    means = values[seeds[:, :, None], prompts[:, None, :]].mean((1, 2))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def by_prompt(out: Path, label: str) -> np.ndarray:
-    """The last evaluation's physics residual [seeds, prompts] of a method at a budget, in px."""
-    files = sorted(out.glob(f"{label}-*/evaluations.jsonl"))
-    return np.array([json.loads(file.read_text().splitlines()[-1])["by_prompt"] for file in files])
 
 
 def draw(rows: dict[str, Any], budgets: list[int], file: Path) -> None:
@@ -106,7 +90,7 @@ def main() -> None:
     print("| method, clips |" + "".join(f" {key} |" for key in SCORES) + " residual_px, 95 % over prompts and seeds |")
     for label, scores in rows.items():
         cells = (f" {scores[key]['mean']:.3f} ± {scores[key]['sd'] or 0:.3f} |" for key in SCORES)
-        low, high = interval(by_prompt(args.out, label)) if label not in ("base", "teacher") else (math.nan, math.nan)
+        low, high = crossed(np.array(found["by_prompt"][label])) if label != "teacher" else NONE
         print(f"| {label} |" + "".join(cells) + f" {low:.2f} to {high:.2f} |")
 
 

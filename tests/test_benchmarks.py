@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -85,15 +84,21 @@ def test_budgets_are_asked_for_as_prompts_and_clips(tmp_path: Path) -> None:
     assert asked == {f"{m} {n}-0": (m, n, 0.75 if m == "afd" else None) for n in budgets for m in ("sft", "afd")}
     with pytest.raises(ConfigError, match="multiple of 32"):
         budget.keys_of(100)
-    values = np.random.default_rng(0).normal(size=(5, 1)) + np.random.default_rng(1).normal(size=(1, 8))
-    low, high = budget.interval(values)  # of a sum of both: the deviation of its mean is that of both
-    assert (high - low) / 2 / 1.96 == pytest.approx(
-        np.sqrt(values.mean(1).var() / 5 + values.mean(0).var() / 8), rel=0.1
-    )
     scores = {key: {"mean": 1.0, "values": [0.5, 1.5]} for key in budget.SCORES}
     names = [f"{m} {n}" for n in budgets for m in ("sft", "afd")]
     budget.draw(dict.fromkeys(["base", "teacher", *names], scores), budgets, tmp_path / "budget.png")
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_bad_clips_cost_is_a_table_of_finished_runs(tmp_path: Path) -> None:
+    keys = "iterations=1 discriminator.warmup=0 prompts_per_step=2 rollouts_per_prompt=2 evaluation.rollouts=1".split()
+    words = ["--world", "lights", "--train", "planted", "--seeds", 1, "--out", tmp_path, *keys]
+    rows = output("bad_clips", *words).splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == ["lights, 30% bad", "---", "(base student)", "planted"]
+    assert re.fullmatch(r"\| planted \|( \S+ ± \S+ \|){4} \d\.\d\d to \d\.\d\d \|", rows[-1])
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
+    assert output("bad_clips", *words).splitlines() == rows  # a finished run is kept
+    assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
 def test_the_paths_of_methods_are_drawn_from_their_runs(tmp_path: Path) -> None:

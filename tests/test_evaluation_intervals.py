@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from afd_fast.evaluation.intervals import bootstrap, draws, wilson
+from afd_fast.evaluation.intervals import bootstrap, crossed, draws, wilson
 
 
 def groups(values, each=1):
@@ -73,3 +73,25 @@ def test_scores_of_the_same_prompts_are_drawn_together():
     other = {f"another {prompt}": value for prompt, value in groups(1 - values).items()}
     found = draws({"a": groups(values), "b": groups(1 - values), "c": other})
     assert np.std(found["a"] + found["b"]) < 1e-12 < 0.05 < np.std(found["a"] + found["c"])
+
+
+def test_seeds_and_prompts_are_resampled_together():
+    """Variances of independent effects add: 30 seeds of deviation a and 40 prompts of deviation b give a²/30 + b²/40."""
+    rng = np.random.default_rng(3)
+    seeds, prompts = rng.normal(size=(30, 1)), 2 * rng.normal(size=(1, 40))
+    low, high = crossed(5 + seeds + prompts)
+    error = (seeds.var() / 30 + prompts.var() / 40) ** 0.5
+    assert (low + high) / 2 == pytest.approx(5 + seeds.mean() + prompts.mean(), abs=0.05)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.04)
+
+
+def test_one_seed_resamples_its_prompts_and_one_prompt_has_no_interval():
+    values = np.random.default_rng(4).random((1, 25))
+    assert crossed(values) == pytest.approx(bootstrap(groups(values[0])), abs=0.01)
+    assert all(math.isnan(bound) for bound in crossed(np.ones((5, 1))))
+
+
+def test_what_could_not_be_computed_does_not_count():
+    values = np.array([[1.0, 2.0, math.nan], [1.0, 2.0, 3.0]])
+    low, high = crossed(values)
+    assert 1 <= low < high <= 3

@@ -224,8 +224,10 @@ def comparison(folder, seeds=3, afd=(0.5, 0.52, 0.51), sft=(0.3, 0.31, 0.29)):
         for seed, value in enumerate(found):
             finished(folder / f"{label}-{seed}", rows=rows_of(PHYSICS, residual_px=(1.2, value, 0.1)), seed=seed)
     rows["teacher"] = {k: {"mean": v / 10, "sd": None, "values": [v / 10]} for k, v in PHYSICS.items()}
+    by_prompt = {"base": [[1.1, 1.2, 1.3, 1.2]]}
+    by_prompt |= {label: [[v - 0.1, v, v, v + 0.1] for v in found] for label, found in values.items()}
     content = {
-        "run": "demo", "rows": rows, "seeds": list(range(seeds)), "clips_judged": 8, "prompts": {"train": 9, "held_out": 4},
+        "run": "demo", "rows": rows, "by_prompt": by_prompt, "seeds": list(range(seeds)), "clips_judged": 8, "prompts": {"train": 9, "held_out": 4},
         "runs": {f"{label}-{seed}": to_dict(TrainConfig(seed=seed)) for label in values for seed in range(seeds)},
         "environment": {"torch": "2"},
     }  # fmt: skip
@@ -257,6 +259,16 @@ def test_what_a_few_seeds_cannot_tell_is_not_marked(tmp_path):
     content = comparison(tmp_path / "c", afd=(0.2, 2.4, 0.9))
     cells = dict(zip(content["rows"], compared.table(content)[1][0].cells))
     assert cells["afd"].mark == "" and cells["sft"].mark == "better" and cells["base"].mark == ""
+
+
+def test_a_comparison_says_how_sure_its_first_score_is(tmp_path):
+    """Prompts count within the seeds: four of 0.4 to 0.6 have a standard error of 0.035, the seeds next to none."""
+    content = comparison(tmp_path / "c", afd=(0.5, 0.5, 0.5))
+    line = compared.table(content)[1][1]
+    cells = dict(zip(content["rows"], line.cells))
+    assert line.name == "95 % over prompts and seeds" and cells["teacher"].text == ""
+    assert cells["afd"].text == "0.425 to 0.575"  # of four prompts at least three must be drawn alike to be further out
+    assert "0.425 to 0.575" in " ".join(check_page(compared.write_report(tmp_path / "c")).words)
 
 
 def test_students_interval():

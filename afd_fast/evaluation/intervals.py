@@ -99,6 +99,21 @@ def bootstrap(groups: Groups) -> Interval:
     return percentiles(draws({"": groups})[""]) if len(groups) > 1 else NONE
 
 
+def crossed(values: np.ndarray) -> Interval:
+    """Percentile interval of the mean of values [S seeds, P prompts], resampling both; nan where a value could not be computed.
+
+    There is no interval with fewer than two prompts. One seed says nothing of the others: then prompts alone are resampled.
+    """
+    if values.shape[1] < 2:
+        return NONE
+    rng = np.random.default_rng(0)
+    seeds, prompts = (rng.multinomial(n, np.full(n, 1 / n), size=DRAWS) for n in values.shape)
+    found = np.isfinite(values)
+    sums, counts = (((seeds @ table) * prompts).sum(1) for table in (np.where(found, values, 0), found))
+    with np.errstate(invalid="ignore"):
+        return percentiles(sums / counts)
+
+
 def score(name: str, groups: Groups, note: str = "") -> Score:
     """The mean over all videos with its bootstrap interval."""
     return Score(name, mean(groups), *bootstrap(groups), sum(map(len, groups.values())), note)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from afd_fast.errors import extra
-from afd_fast.evaluation.intervals import NONE, Interval
+from afd_fast.evaluation.intervals import NONE, Interval, crossed
 from afd_fast.files.text import read_json
 from afd_fast.reports.figures import shown_scores, smooth, style, subplots, svg
 from afd_fast.reports.media import Clip, videos
@@ -22,6 +22,7 @@ with extra("train"):
     from rich.table import Table
 
 PROMPTS = 6  # shown
+BOOTSTRAP = "95 % over prompts and seeds"  # of the score above
 # Student's t, 97.5 % point, for 1, 2, ... degrees of freedom
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
         2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
@@ -87,11 +88,18 @@ def _cell(key: str, label: str, rows: Mapping[str, Any]) -> Cell:
     return Cell(f"{score['mean']:.{digits}f}{spread}", better)
 
 
+def _interval(values: Sequence[Sequence[float]]) -> Cell:
+    known = [of_seed for of_seed in values if of_seed]
+    low, high = crossed(np.array(known)) if known else NONE
+    return Cell(f"{low:.{_digits(low)}f} to {high:.{_digits(high)}f}" if math.isfinite(low) else "")
+
+
 def table(comparison: Mapping[str, Any]) -> tuple[list[str], list[Line]]:
     """(methods, a line per score)."""
     rows = comparison["rows"]
     keys = [key for key in SCORES if key in rows["base"]]
     lines = [Line(label_of(key, rows["base"]).strip(), [_cell(key, label, rows) for label in rows]) for key in keys]
+    lines.insert(1, Line(BOOTSTRAP, [_interval(comparison.get("by_prompt", {}).get(label, [])) for label in rows]))
     lines.append(Line("seconds", [_cell("seconds", label, rows) for label in rows]))
     return [name(label) for label in rows], lines
 

@@ -25,7 +25,7 @@ from afd_fast.training import runs as named
 from afd_fast.training.lock import COMPARISON, check_unused, locked
 from afd_fast.training.methods import METHODS
 from afd_fast.training.progress import on_stop_signal, progress
-from afd_fast.training.run_folder import check_folder, finished, write_json
+from afd_fast.training.run_folder import check_folder, finished, read_rows, write_json
 
 with extra("train"):
     from rich.console import Console
@@ -191,9 +191,14 @@ def run_all(run: str, planned: dict[Path, TrainConfig], *, jobs: int, console: C
 
 def gather(run: str, planned: dict[Path, TrainConfig], variants: list[Variant], out: Path) -> dict[str, Any]:
     """comparison.json's content: for base, every variant and the teacher each score's mean, standard deviation (of a
-    sample; None for one seed) and values."""
+    sample; None for one seed) and values; by_prompt, the first headline score [seeds, held-out prompts] of all but the teacher."""
     results = {folder: read_json(folder / "result.json") for folder in planned}
-    by_label = {v.label: [r for f, r in results.items() if f.name.rpartition("-")[0] == v.label] for v in variants}
+    folders = {v.label: [folder for folder in planned if folder.name.rpartition("-")[0] == v.label] for v in variants}
+
+    def at(number: int, folder: Path) -> list[float]:
+        """An evaluation's score of every prompt; empty where the file is damaged."""
+        evaluations = read_rows(folder / "evaluations.jsonl")
+        return evaluations[number].get("by_prompt", []) if evaluations else []
 
     def scores(rows: list[dict[str, float]]) -> dict[str, Any]:
         kept = {}
@@ -203,15 +208,17 @@ def gather(run: str, planned: dict[Path, TrainConfig], variants: list[Variant], 
             kept[key] = {"mean": statistics.fmean(values), "sd": spread, "values": values}
         return kept
 
-    first = next(iter(results.values()))
-    rows = {"base": scores([first["rows"]["base"]])}
-    for label, found in by_label.items():
-        rows[label] = scores([r["rows"]["student"] for r in found])
-        rows[label] |= scores([{"seconds": r["seconds"]} for r in found])
+    folder, first = next(iter(results.items()))
+    rows, by_prompt = {"base": scores([first["rows"]["base"]])}, {"base": [at(0, folder)]}
+    for label, of in folders.items():
+        rows[label] = scores([results[folder]["rows"]["student"] for folder in of])
+        rows[label] |= scores([{"seconds": results[folder]["seconds"]} for folder in of])
+        by_prompt[label] = [at(-1, folder) for folder in of]
     rows["teacher"] = scores([first["rows"]["teacher"]])
     comparison = {
         "run": run,
         "rows": rows,
+        "by_prompt": by_prompt,
         "seeds": sorted({c.seed for c in planned.values()}),
         "clips_judged": first["clips_judged"],
         "prompts": first["prompts"],
