@@ -163,21 +163,32 @@ def test_damaged_samples_are_named(tmp_path):
 
 def test_a_score_that_cannot_be_computed_says_why(tmp_path):
     result = finished(tmp_path / "run", rows=rows_of(CLIPS, dynamic=(5.0, 3.0, 1.0)), prompts=1)
-    row = next(row for row in table_rows(result) if row.key == "frechet")
+    row = next(row for row in table_rows(result, []) if row.key == "frechet")
     assert (row.base, row.change, row.mark) == ("–", "–", "") and "two clips" in row.why and "colours" in row.label
     page = check_page(write_report(tmp_path / "run"))
     assert any("is not computed: needs two clips" in words for words in page.words)
-    assert "needs two clips" in (console_table(result).caption or "")
+    assert "needs two clips" in (console_table(result, []).caption or "")
 
 
 def test_a_change_that_cannot_be_seen_has_no_colour():
     rows = rows_of(
-        PHYSICS, residual_px=(1.2, 1.20001, 0.1), frechet=(0.9, 0.9, 0.1), general=(0.9, 0.95, 1.0), gravity=(1, 0.5, 3)
-    )
-    found = {row.key: row for row in table_rows({"rows": rows})}
-    assert (found["residual_px"].change, found["residual_px"].mark) == ("0", "")
-    assert (found["frechet"].change, found["frechet"].mark) == ("0", "")
+        PHYSICS, residual_px=(1.2, 1.20001, 0.1), frechet=(0.9, 0.9, 0.1), general=(0.9, 0.95, 1.0), gravity=(1, 0.5, 3),
+        flicker=(1.2004, 1.2006, 0.1),
+    )  # fmt: skip
+    found = {
+        row.key: row for row in table_rows({"rows": rows}, [{"by_prompt": [2.0] * 4}, {"by_prompt": [1.0, 1.1] * 2}])
+    }
+    for key in ("residual_px", "frechet", "flicker"):  # of the last each value rounds to another digit
+        assert (found[key].change, found[key].mark) == ("0", "")
     assert found["general"].mark == "better" and found["gravity"].mark == "worse"
+
+
+@pytest.mark.parametrize(("after", "mark"), [([1.0, 1.1] * 2, "better"), ([1.0, 1.4] * 2, "")])
+def test_the_headline_is_marked_where_its_interval_tells_a_change(after, mark):
+    rows = {"rows": rows_of(PHYSICS, residual_px=(1.2, 1.1, 0.1), general=(0.9, 0.95, 1.0))}
+    evaluations = [{"by_prompt": [1.2] * 4}, {"by_prompt": after}]
+    found = {row.key: row for row in table_rows(rows, evaluations)}
+    assert found["residual_px"].mark == mark and found["general"].mark == "better"
 
 
 def result_of(rows, prompts=8):

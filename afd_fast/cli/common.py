@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from afd_fast.students.toy.pretrain import Kept, Report
 
 console = Console(emoji=False)  # a path may hold ":x:"
+FRAMES, FPS = 24, 8.0  # of somebody's own videos, where nothing else is said
 
 Out = Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run folder if it exists")]

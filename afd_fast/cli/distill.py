@@ -10,6 +10,8 @@ import typer
 from rich.markup import escape
 
 from afd_fast.cli.common import (
+    FPS,
+    FRAMES,
     Keys,
     Out,
     Overwrite,
@@ -42,8 +44,8 @@ def distill(
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH in pixels, multiples of 8; default: the clips' own aspect")
     ] = None,
-    frames: Annotated[int, typer.Option(help="of a clip; a multiple of 3")] = 24,
-    fps: Annotated[float, typer.Option(help="frames per second at which the clips are sampled")] = 8.0,
+    frames: Annotated[int, typer.Option(help="of a clip; a multiple of 3")] = FRAMES,
+    fps: Annotated[float, typer.Option(help="frames per second at which the clips are sampled")] = FPS,
     steps: Annotated[int, typer.Option(help="of the base student's pretraining", min=1)] = STEPS,
     out: Out = None,
     overwrite: Overwrite = False,

@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from afd_fast.cli.common import Keys, check_place, console, table
+from afd_fast.cli.common import FPS, FRAMES, Keys, check_place, console, table
 from afd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
+    from afd_fast.students import Family
     from afd_fast.teachers.teacher import Teacher
     from afd_fast.training.review import Reviewed
+    from afd_fast.video_io import VideoFormat
 
 SHOWN = 20  # clips of the table
 MOST = 1000  # videos of a prompt in a folder
+WIDE = 5 / 3  # the aspect of an API's videos, nearly
 
 
 def review(
@@ -34,7 +37,7 @@ def review(
     the base student. Nothing is bought: of an API the videos that are there."""
     from afd_fast.config import with_overrides
     from afd_fast.reports.review import verdict, write_review
-    from afd_fast.teachers.dataset import collect
+    from afd_fast.teachers.dataset import collect, open_teacher
     from afd_fast.teachers.folder import FolderTeacher
     from afd_fast.training import runs
     from afd_fast.training.progress import progress
@@ -48,7 +51,12 @@ def review(
     out = out or Path("runs") / f"review-{Path(rest or kind).stem}"
     check_place(out)
     prepared = new_run(config)
-    teacher = teacher_of(prepared, None, out.parent / "teacher-cache")
+    cache, video = out.parent / "teacher-cache", prepared.family.video
+    if steps or kind not in ("folder", "api"):
+        teacher = teacher_of(prepared, None, cache)
+    else:  # the student is not asked
+        video = _format(config.teacher, prepared.family)
+        teacher = open_teacher(config.teacher, video, cache)
     clips = config.teacher_clips
     if isinstance(teacher, FolderTeacher):
         clips = max(len(teacher.seeds(prompt, range(MOST))) for prompt in teacher.prompts)
@@ -59,7 +67,7 @@ def review(
 
         data = collect(teacher, clips, config.codec_crf, track, config.teacher_prompts, fetch=False)
         found = look(prepared, data, track, steps)
-    write_review(out, found, data, prepared.family.video.fps)
+    write_review(out, found, data, video.fps)
     shown = table("clip", "weight", "what looks wrong", title=escape(teacher.name))
     for one in found[:SHOWN]:
         if one.reasons:
@@ -74,6 +82,25 @@ def review(
     console.print(f"all of them: {escape(str(out / 'clips.csv'))}; to look at: {escape(str(out / 'clips.html'))}")
     if weights:
         console.print(f"weights: {escape(str(_write_weights(teacher, found, list(data.videos))))}")
+
+
+def _format(spec: str, family: "Family") -> "VideoFormat":
+    """In which the pixels of a folder's or an API's clips are looked at: the student's format, or distill's where the student has learnt an
+    embedded world alone and the prompts are of another."""
+    from statistics import median
+
+    from afd_fast.students.toy.pixel import size_for
+    from afd_fast.teachers.dataset import open_teacher
+    from afd_fast.teachers.folder import survey
+    from afd_fast.video_io import VideoFormat
+
+    asked = {prompt for part in open_teacher(spec, family.video, Path()).split() for prompt in part}
+    if family.prompts is None or asked & set(family.prompts):
+        return family.video
+    kind, _, folder = spec.partition(":")
+    found = survey(Path(folder)) if kind == "folder" else []
+    aspects = [clip.format.width / clip.format.height for clip in found if clip.format is not None]
+    return VideoFormat(FRAMES, *size_for(median(aspects) if aspects else WIDE), FPS)
 
 
 def _write_weights(teacher: "Teacher", found: "list[Reviewed]", prompts: list[str]) -> Path:

@@ -12,7 +12,7 @@ from afd_fast.errors import ConfigError, extra
 from afd_fast.files.text import read_json
 from afd_fast.reports.figures import curves, height_tracks
 from afd_fast.reports.media import Clip, videos
-from afd_fast.reports.scores import METHODS, console_table, table_rows, verdict
+from afd_fast.reports.scores import METHODS, console_table, headline, table_rows, verdict
 from afd_fast.training.run_folder import read_rows
 
 with extra("train"):
@@ -98,9 +98,9 @@ def write_report(run: str | Path) -> Path:
         tracks = height_tracks({kind: samples.all(kind) for kind in KINDS}, method, samples.judge) if judged else None
         prompts, count = samples.prompts, samples.per_prompt
     html = template("report.html").render(
-        result=result, rows=table_rows(result), verdict=verdict(result, evaluations), prompts=prompts,
+        result=result, rows=table_rows(result, evaluations), verdict=verdict(result, evaluations), prompts=prompts,
         videos=[made[i * count : (i + 1) * count] for i in range(len(prompts))], curves=curves(metrics, evaluations, teacher, method),
-        tracks=tracks, seconds=phases(metrics), last=evaluations[-1], judged=judged, headline="residual_px" if judged else "dynamic", method=METHODS[method],
+        tracks=tracks, seconds=phases(metrics), last=evaluations[-1], judged=judged, headline=headline(result["rows"]["base"]), method=METHODS[method],
     )  # fmt: skip
     path.write_text(html)
     return path
@@ -114,12 +114,13 @@ def phases(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 def conclude(console: Console, run: Path, result: Mapping[str, Any]) -> None:
     """Write the report of a run that has just ended, and say what it found."""
-    console.print(console_table(result))
+    evaluations = read_rows(run / "evaluations.jsonl")
+    console.print(console_table(result, evaluations))
     last = result["rows"]["student"]
     if "reward_physics_correlation" in last:
         console.print(
             f"within prompts, discriminator score and physics score correlate at {last['reward_physics_correlation']:.2f}; "
             f"discriminator accuracy on held-out prompts {last['held_out_accuracy']:.2f}"
         )
-    console.print(escape(verdict(result, read_rows(run / "evaluations.jsonl"))), highlight=False)
+    console.print(escape(verdict(result, evaluations)), highlight=False)
     console.print(f"{result['seconds']:.0f} s; report: {escape(str(write_report(run)))}")

@@ -85,10 +85,19 @@ def gain(key: str, base: float, student: float, teacher: float) -> float:
     return base - student if better == "low" else student - base
 
 
-def table_rows(result: Mapping[str, Any]) -> list[Row]:
-    """The comparison, one row per score: base, trained student, teacher, the change and whether it is for the better."""
+def headline(scores: Mapping[str, Any]) -> str:
+    """The score that has a value for every prompt, hence an interval."""
+    return next(key for key in ("residual_px", "dynamic") if key in scores)
+
+
+def table_rows(result: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The comparison, one row per score: base, trained student, teacher, the change and whether it is for the better. The headline is
+    marked where its interval leaves out zero; the others have none, and their marks say the direction alone."""
     base, student, teacher = (result["rows"][name] for name in ("base", "student", "teacher"))
-    return [_row(key, base, student, teacher) for key in SCORES if key in base]
+    rows = [_row(key, base, student, teacher) for key in SCORES if key in base]
+    low, high = changed_by(evaluations)[1]
+    told = low > 0 or high < 0
+    return [row._replace(mark="") if row.key == headline(base) and not told else row for row in rows]
 
 
 def _row(key: str, base: Mapping[str, float], student: Mapping[str, float], teacher: Mapping[str, float]) -> Row:
@@ -100,7 +109,7 @@ def _row(key: str, base: Mapping[str, float], student: Mapping[str, float], teac
     mark: Mark = ""
     if not math.isfinite(change):
         shown = NO_VALUE
-    elif cells[0] == cells[1]:
+    elif cells[0] == cells[1] or signed(change) == "0":
         shown = "0"
     else:
         percent = f" ({100 * change / base[key]:+.0f} %)" if SCORES[key][1] == "low" and base[key] else ""
@@ -110,9 +119,9 @@ def _row(key: str, base: Mapping[str, float], student: Mapping[str, float], teac
     return Row(key, label_of(key, base), cells[0], cells[1], cells[2], shown, mark, why)
 
 
-def console_table(result: Mapping[str, Any]) -> Table:
+def console_table(result: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> Table:
     """`table_rows` for the terminal."""
-    rows = table_rows(result)
+    rows = table_rows(result, evaluations)
     why = "".join(f"\n{NO_VALUE} {row.label.strip()}: {row.why}" for row in rows if row.why)
     table = Table(
         title=f"held-out prompts, {result['clips_judged']} clips per row", title_justify="left",
@@ -131,7 +140,7 @@ def console_table(result: Mapping[str, Any]) -> Table:
 def changed_by(evaluations: Sequence[Mapping[str, Any]]) -> tuple[float, Interval]:
     """The mean change of the first headline score from the first to the last evaluation, prompt by prompt, and its 95 %
     interval (nan: fewer than two prompts, or an old run's evaluations)."""
-    before, after = (row.get("by_prompt", []) for row in (evaluations[0], evaluations[-1]))
+    before, after = (row.get("by_prompt", []) for row in (evaluations[0], evaluations[-1])) if evaluations else ([], [])
     differences = {
         str(i): [b - a] for i, (a, b) in enumerate(zip(before, after)) if math.isfinite(a) and math.isfinite(b)
     }
@@ -143,7 +152,7 @@ def verdict(result: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]])
     """One sentence: what the run did to its first score, with an interval over the held-out prompts."""
     base, student, teacher = (result["rows"][name] for name in ("base", "student", "teacher"))
     method, prompts = METHODS[result["config"]["method"]], result["prompts"]["held_out"]
-    key = next(key for key in ("residual_px", "dynamic") if key in base)
+    key = headline(base)
     if all(same(base[k], student.get(k, math.nan)) for k in SCORES if k in base):
         return (
             f"The student did not change: after {result['config']['iterations']} iterations every score equals the base "

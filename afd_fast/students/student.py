@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -255,7 +255,7 @@ class Family:
 
     text: B prompts -> what `student.encode_text` takes. chunk: latent frames generated together. video: the size of
     finished videos, the teacher's too. lora_targets: names of the linear layers that get adapters; none: train with
-    student.lora_rank=0. save: writes the trained student into a run's folder.
+    student.lora_rank=0. save: writes the trained student into a run's folder. prompts: the only ones that it knows; none: any.
     """
 
     name: str
@@ -267,6 +267,7 @@ class Family:
     video: VideoFormat
     lora_targets: Sequence[str] = ()
     save: Save = save_weights
+    prompts: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         check_student(self.student)

@@ -322,6 +322,12 @@ def teacher_of(run: Run, teacher: Teacher | None, cache: Path) -> Teacher:
     split = prompts_of(found, run.config.teacher_prompts)
     check_prompts(found.name, split.train, batch_plan(run.config))
     prompts = list(dict.fromkeys(prompt for part in split for prompt in part))
+    known = run.family.prompts if teacher is None else None  # whoever writes a teacher for it knows what it is
+    if known is not None and (new := [prompt for prompt in prompts if prompt not in known]):
+        raise ConfigError(
+            f"student={run.config.student.name} has learnt a small world of its own alone, and {new[0][:80]!r} is no prompt of it: "
+            "for your own videos take afd-fast distill --videos DIR, or another student= (docs/training.md)"
+        )
     refused = [line for prompt in prompts if (line := _refusal(run, prompt))]
     if refused:
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""

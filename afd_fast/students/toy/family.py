@@ -1,7 +1,7 @@
 """The embedded task's family: a small student whose latents are pixels."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from afd_fast.files.tensors import save_tensors
 from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
 from afd_fast.students.toy import shipped
 from afd_fast.students.toy.model import ToyStudent, decode_video, encode_video
+from afd_fast.students.toy.pretrain import WORLDS
 from afd_fast.students.toy.text import tokenize
 from afd_fast.teachers import physics
 from afd_fast.video_io import VideoFormat
@@ -36,7 +37,8 @@ def toy_family(config: StudentConfig, chunk: int = 3, seed: int = 0) -> Family:
             f"student.base={config.base} makes chunks of {student.config.chunk} frames, and the student {config.name!r} of {chunk}: "
             "give it to the run of its own world"
         )
-    return of_student(student.to(config.device or "cpu"))
+    world = WORLDS["lights" if config.name.startswith("lights") else "looks"]
+    return replace(of_student(student.to(config.device or "cpu")), prompts=frozenset(world.prompts))
 
 
 def of_student(student: ToyStudent, *, fps: float = physics.FPS) -> Family:
