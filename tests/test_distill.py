@@ -207,6 +207,23 @@ def test_the_demo_sends_folders_here(say):
     assert status == 2 and "bouncing balls of 16x16 pixels" in said and "afd-fast distill --videos mine" in said
 
 
+@pytest.mark.parametrize(
+    "line", ["demo", "train demo --dry-run", "train regime", "review demo", "review regime --steps 3"]
+)
+def test_an_embedded_student_takes_no_videos_of_another_world(say, videos, tmp_path, line):
+    status, said = say(f"{line} teacher=folder:mine")
+    student = "lights" if "regime" in line else "toy"
+    assert status == 2 and f"student={student} has learnt a small world of its own alone" in said, said
+    assert "'prompt 0' is no prompt of it" in said and "afd-fast distill --videos DIR" in said
+    assert not list(tmp_path.rglob("config.json"))
+
+
+def test_the_pixels_of_any_folder_are_reviewed_at_their_own_aspect(say, videos, tmp_path):
+    status, said = say("review demo teacher=folder:mine --steps 0 --out looked")
+    assert status == 0 and "16 x 16" not in said and "2 frames at 8 fps, 16 are needed" in said, said
+    assert len((tmp_path / "looked/clips.csv").read_text().splitlines()) == 1 + 6
+
+
 def test_a_pixel_student_without_weights_says_where_they_come_from():
     with pytest.raises(ConfigError, match="afd-fast distill --videos DIR"):
         family(StudentConfig("pixel"), chunk=3)
@@ -274,7 +291,10 @@ def test_a_dry_run_has_what_was_chosen_and_what_it_means(say):
 
 
 def test_a_dry_run_of_train_lists_what_is_left_out(say, videos):
-    status, said = say("train demo --dry-run teacher=folder:mine prompts_per_step=2")
+    tiny = (
+        "student=tiny discriminator=pixel student.frames=3 student.height=4 student.width=6 prompts_per_step=2 shards=1"
+    )
+    status, said = say(f"train afd_table3 --dry-run {tiny} teacher=folder:mine")
     assert status == 0 and "left out: mine/short.mp4" in said and "left out: mine/broken.mp4" in said, said
 
 

@@ -98,9 +98,11 @@ def _format(spec: str, family: "Family") -> "VideoFormat":
     if family.prompts is None or asked & set(family.prompts):
         return family.video
     kind, _, folder = spec.partition(":")
-    found = survey(Path(folder)) if kind == "folder" else []
-    aspects = [clip.format.width / clip.format.height for clip in found if clip.format is not None]
-    return VideoFormat(FRAMES, *size_for(median(aspects) if aspects else WIDE), FPS)
+    found = [clip.format for clip in survey(Path(folder)) if clip.format is not None] if kind == "folder" else []
+    if not found:
+        return VideoFormat(FRAMES, *size_for(WIDE), FPS)
+    frames = int(median(f.frames / f.fps for f in found) * FPS)
+    return VideoFormat(max(2, min(FRAMES, frames)), *size_for(median(f.width / f.height for f in found)), FPS)
 
 
 def _write_weights(teacher: "Teacher", found: "list[Reviewed]", prompts: list[str]) -> Path:
