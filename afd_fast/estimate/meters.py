@@ -195,14 +195,18 @@ def student_traffic(family: Family, batch: int) -> Traffic:
 
 def _traffic(student: StudentModule, family: Family, batch: int) -> list[int]:
     """plain, adapted, forward, backward and more of a `Traffic`."""
-    (x, t), chunk, found = _inputs(family, batch), family.chunk, []
+    (x, t), chunk = _inputs(family, batch), family.chunk
+    found: list[int] = []
     text = student.encode_text(WORDS[family.name](student, batch))
     passes, weights = _passes(student, x, t, text, chunk), [p for p in student.parameters() if p.requires_grad]
     for p in weights:  # every backward adds to the gradients of the one before
         p.grad = torch.empty_like(p)
     for _ in range(2):  # linear in the number of chunks before
         with Meter() as forward:
-            v = next(passes)
+            v = next(passes, None)
+        if v is None:  # a video of one chunk has none after it
+            found += found[:2]
+            break
         with Meter() as backward:
             torch.autograd.backward(v, torch.empty_like(v), retain_graph=True)
         with Meter() as adapted:

@@ -16,7 +16,7 @@ import torch
 from afd_fast.errors import ConfigError, MissingFileError, extra
 
 # suffixes of files; the name of a repository has none of them
-_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 def first_line(error: BaseException) -> str:
@@ -32,7 +32,7 @@ def check_source(source: str | Path) -> None:
         return
     if path.exists():
         raise ConfigError(f"{name} is neither a file nor a folder: check the path")
-    if isinstance(source, Path) or path.suffix in _FILES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if isinstance(source, Path) or path.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise MissingFileError(
             f"{name} is neither a file, a folder nor an owner/name repository: check the path (docs/models.md says where checkpoints "
             "are downloaded)"
@@ -48,9 +48,11 @@ def loading(what: str, source: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers, diffusers and tokenizers raise many types
+        mend = "the repository's name, your access to it and the network"
+        if Path(source).exists():
+            mend = "that it is complete, and what was meant"
         raise ConfigError(
-            f"{source} has no {what} that can be loaded ({type(error).__name__}: {first_line(error)}): check the folder or "
-            "the repository's name, your access to it and the network"
+            f"{source} has no {what} that can be loaded ({type(error).__name__}: {first_line(error)}): check {mend}"
         ) from error
 
 
@@ -91,17 +93,45 @@ def read_tensors(path: Path) -> Any:
     """Contents of a checkpoint file, on the CPU. Raises ConfigError for a damaged file and for one that could run code."""
     if not path.is_file():
         raise MissingFileError(f"{path} is not a file: check the path")
-    try:
-        if path.suffix == ".safetensors":
-            with extra("train"):
-                from safetensors.torch import load_file
+    with extra("train"):
+        from safetensors.torch import load_file
 
+    with _reading(path):
+        if path.suffix == ".safetensors":
             return load_file(path)
         check_sums(path)
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the old format, which is not a zip file, has no mmap
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return _unpickled(path)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a checkpoint file, those of its groups included, without reading their numbers. Errors of `read_tensors`."""
+    with extra("train"):
+        from safetensors import safe_open
+
+    with _reading(path):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return list(file.keys())
+        return list(_names(_unpickled(path)))
+
+
+def _names(contents: Any, before: str = "") -> Iterator[str]:
+    for key, value in contents.items() if isinstance(contents, dict) else ():
+        yield from _names(value, f"{before}{key}.") if isinstance(value, dict) else [f"{before}{key}"]
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # the old format, which is not a zip file, has no mmap
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors of torch and safetensors become a ConfigError of one line that names the file."""
+    try:
+        yield
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(

@@ -12,7 +12,7 @@ from afd_fast.errors import ConfigError, extra
 from afd_fast.files.tensors import save_tensors
 from afd_fast.files.text import read_json
 from afd_fast.sampler import HOW_FAST
-from afd_fast.students.files import check_source, local_copy
+from afd_fast.students.files import SUFFIXES, check_source, local_copy, tensor_names
 from afd_fast.students.student import Facts, Family, LatentFormat, StudentConfig, TrainedWeights
 from afd_fast.students.wan.checkpoints import Loras, experts_of, load_student, save_student
 from afd_fast.students.wan.experts import TwoExperts
@@ -99,6 +99,7 @@ def coder_of(student: str, base: str | None = None) -> Coder:
     """The VAE that comes with a student, read without its weights. ConfigError for one that is not Wan's."""
     if student == "tiny":
         return Coder(16, 8, FPS)
+    _check_names(Path(student))  # before anything is downloaded for it
     folder = local_copy(base or BASE, ["vae/config.json"])
     file = folder / "vae/config.json"
     if not file.is_file():
@@ -113,6 +114,21 @@ def coder_of(student: str, base: str | None = None) -> Coder:
         )
     patch = settings.get("patch_size") or 1
     return Coder(settings.get("z_dim", 16), 8 * patch, FPS_2_2 if patch > 1 else FPS)
+
+
+def _check_names(path: Path) -> None:
+    """ConfigError for a file or folder without a Wan student's tensors, of which the names alone are read."""
+    if not path.exists():
+        return
+    place = path / "transformer" if (path / "transformer").is_dir() else path
+    files = [file for file in place.iterdir() if file.suffix in SUFFIXES] if path.is_dir() else [path]
+    if (path.is_file() or experts_of(str(path)) is None) and not any(
+        name.endswith("patch_embedding.weight") for file in files for name in tensor_names(file)
+    ):
+        what = (
+            "none of the tensors in it is a Wan student's patch_embedding" if files else "there is no checkpoint in it"
+        )
+        raise ConfigError(f"{path} is no causal Wan student: {what} (docs/models.md says which there are)")
 
 
 def _check_fit(model: CausalWan | TwoExperts, student: str, channels: int, decoder: str | Path | None) -> None:
