@@ -9,7 +9,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -152,6 +152,13 @@ def check_fields(settings: Any) -> None:
         if not _is_a(value, kind):
             raise ConfigError(f"{name} must be {in_words(kind)}, got {given!r}")
         object.__setattr__(settings, name, value)
+
+
+def some(reasons: Iterable[str], shown: int = 5) -> str:
+    """Reasons as one line, of many the first few."""
+    found = list(reasons)
+    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+    return "; ".join(found[:shown]) + more
 
 
 def check_at_least(settings: Any, minimum: float, *names: str) -> None:

@@ -2,6 +2,9 @@
 
     python examples/own_student.py VIDEOS OUT      # VIDEOS: mp4 files and manifest.csv (columns prompt,video)
 
+It takes some minutes. Its student starts from random weights: it shows how the parts fit and makes no good videos, and the
+run's warnings say so.
+
 A student needs three methods: `encode_text`, `new_cache` and `forward`. This one is a small causal convolutional net:
 each chunk of two frames sees the mean of the earlier chunks. Shapes: B samples, C channels, F frames, H x W pixels.
 """
@@ -73,7 +76,7 @@ def main(videos, out, *overrides):
         video=VideoFormat(FRAMES, SIZE, SIZE, fps=8),
     )
     keys = ["name=own", "student=own", "student.lora_rank=0", f"rollout.chunk={CHUNK}", f"teacher=folder:{videos}"]
-    config = with_overrides(TrainConfig(), [*keys, "prompts_per_step=4", "iterations=200", *overrides])
+    config = with_overrides(TrainConfig(), [*keys, "prompts_per_step=4", "iterations=60", *overrides])
     train(config, family, out)
     print(write_report(out))
 

@@ -551,7 +551,9 @@ class TestManifest:
 
     @pytest.mark.parametrize("name,text,said", [
         ("manifest.csv", b"prompt,video\ncaf\xe9,a.mp4\n", "byte 0xe9 in line 2"),
-        ("manifest.csv", b"prompt;video\na;a.mp4\n", "no column prompt, video; it has prompt;video"),
+        ("manifest.csv", b"prompt;video\na;a.mp4\n", "no column prompt, video; it has prompt;video: begin it with the line prompt,video"),
+        ("manifest.csv", b"prompt, video\na, a.mp4\n", "no column video; it has prompt, ' video': begin it with"),
+        ("manifest.csv", b"Prompt,Video\na,a.mp4\n", "no column prompt, video; it has Prompt, Video: begin it with"),
         ("manifest.csv", b'prompt,video\n"a,a.mp4\nb,b.mp4\n', "not a CSV file"),
         ("manifest.csv", b"prompt,video\na\n", "line 2 has fewer cells than the header"),
         ("manifest.csv", b"prompt,video\na, \n", "row 1 lacks"),

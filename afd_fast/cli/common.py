@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,11 +55,14 @@ def table(*headers: str, **options: Any) -> Table:
 
 
 def check_place(out: Path) -> None:
-    """ConfigError unless the folder `out` can be made, or is there; nothing is touched."""
+    """ConfigError unless the folder `out` can be made, or is there and can be written; nothing is left behind."""
     nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    try:
+        with tempfile.TemporaryDirectory(prefix=".afd-fast-", dir=nearest):
+            pass
+    except OSError:
         what = "cannot be written" if nearest.is_dir() else "is a file"
-        raise ConfigError(f"{out} cannot be made, as {nearest} {what}: choose another --out")
+        raise ConfigError(f"{out} cannot be made, as {nearest} {what}: choose another --out") from None
 
 
 @contextlib.contextmanager
@@ -83,7 +86,13 @@ def keeping(base: Path, made: Mapping[str, Any]) -> Iterator[tuple["Report", "Ke
 
 
 def check_writable(path: Path) -> None:
-    """OSError now, not after the minutes that make the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    path.unlink()
+    """ConfigError now, not after the minutes that make the file; a file that is there stays as it is."""
+    new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): choose another place") from None
+    if new:
+        path.unlink()

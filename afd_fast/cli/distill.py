@@ -23,7 +23,7 @@ from afd_fast.cli.common import (
     run,
     table,
 )
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,7 @@ STEPS = 600  # of the base student's pretraining
 CLIPS = 8  # used of a prompt, at most
 # prompts of an iteration before the folder's are counted: what may be said of shards then is not said too early
 ANY = 12
+CHOSEN = ("student", "teacher", "height", "width", "frames", "fps")  # keys in whose place options stand
 
 
 def distill(
@@ -67,9 +68,9 @@ def distill(
     name = f"distill-{videos.resolve().name}"
     out = out or Path("runs") / name
     base = out.with_name(f"{out.name}.base.safetensors")
-    if odd := [item for item in overrides or [] if item.partition("=")[0].partition(".")[0] in ("student", "teacher")]:
+    if odd := [item for item in overrides or [] if item.partition("=")[0].partition(".")[0] in CHOSEN]:
         raise ConfigError(
-            f"{odd[0]} has no meaning here: --videos, --size and --frames choose the teacher and the student"
+            f"{odd[0]} has no meaning here: --videos, --size, --frames and --fps choose the teacher and the student"
         )
     if not fps > 0 or fps == float("inf"):
         raise ConfigError(f"--fps must be a positive number, got {fps}")
@@ -78,13 +79,15 @@ def distill(
         raise ConfigError(f"--size is written HEIGHTxWIDTH, such as 48x80, got {size!r}")
     pixel.config_for(VideoFormat(frames, *given, fps))
     any_clips = with_overrides(_config(name, f"folder:{videos}", base, clips=1, prompts_per_step=ANY), overrides or [])
-    if not dry_run:
+    if dry_run:
+        check_place(out)
+    else:
         _check_out(out, any_clips, overwrite, resume)
     found = survey(videos)
     shapes = [clip.format for clip in found if clip.format is not None]
     if not shapes:
         raise ConfigError(
-            f"{videos}: no usable video. {'; '.join(clip.problem for clip in found) or 'the manifest is empty'}"
+            f"{videos}: no usable video. {some(clip.problem for clip in found) or 'the manifest is empty'}"
         )
     height, width = given if size else pixel.size_for(statistics.median(s.width / s.height for s in shapes))
     video = VideoFormat(frames, height, width, fps)
@@ -220,7 +223,8 @@ def _say(config: "TrainConfig", video: "VideoFormat", base: Path, steps: int) ->
     console.print(
         f"student: {video.frames} frames of {video.height}x{video.width} pixels at {video.fps:g} fps, made from pixels without a "
         f"VAE. Its base is pretrained for {steps} steps on augmentations of your training videos (mirrored, cropped, brightened, "
-        f"tinted): {escape(str(base))}. Then {config.iterations} iterations of AFD learn from the videos themselves.",
+        f"tinted): {escape(str(base))}. Then {config.iterations} iterations of AFD learn from the videos themselves; in the first "
+        f"{config.discriminator.warmup} the discriminator learns alone.",
         highlight=False,
     )
     if torch.cuda.is_available():

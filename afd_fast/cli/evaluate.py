@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from afd_fast.cli import sampling as cli
-from afd_fast.cli.common import table
+from afd_fast.cli.common import check_place, table
 from afd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def export(
     elif prompts is not None:
         n = 1 if n is None else n
         clips = _listed(prompts, n, seed)
+    check_place(out)
     settings: folder.Settings = {"n": n, "student": student}
     networks = None
     if student is not None:

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from afd_fast.cli import missing
 from afd_fast.cli import sampling as cli
-from afd_fast.cli.common import Keys, Out, Overwrite, Resume, console, keeping, table
+from afd_fast.cli.common import Keys, Out, Overwrite, Resume, check_place, check_writable, console, keeping, table
 from afd_fast.cli.common import run as train_run
 from afd_fast.cli.distill import distill
 from afd_fast.cli.doctor import doctor
@@ -295,7 +295,7 @@ def rollout(
     """Generate a video for every prompt with a causal Wan student: as its checkpoint says, as a --preset says, or as set.
     Under torchrun all processes make each video together, each with its share of tokens and heads."""
     import torch
-    from rich.progress import Progress
+    from rich.progress import MofNCompleteColumn, Progress
 
     from afd_fast.files.text import read_prompts
     from afd_fast.generate import check_decoder, generate, jobs
@@ -309,6 +309,7 @@ def rollout(
     todo = jobs(read_prompts(prompts), seed, None if seeds is None else cli.numbers_of_seeds(seeds))
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
+    check_place(out)
     found = cli.sampling(
         student or "tiny", base, preset, size, frames, fps, batch, lora, negative, steps=steps,
         first_chunk_steps=first_chunk_steps, shift=shift, warp=warp, chunk=chunk, window=window, sink=sink, rope=rope,
@@ -316,7 +317,8 @@ def rollout(
         unipc_steps=unipc_steps, guidance=guidance, graphs=graphs or None,
     )  # fmt: skip
     check_decoder(found.config, preview is None)
-    with cli.together(found) as ranks, Progress(console=console, disable=not ranks.lead) as progress:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with cli.together(found) as ranks, Progress(*columns, console=console, disable=not ranks.lead) as progress:
         networks = load_networks(student or "tiny", base, seed, lora=found.lora or None, preview=preview)
         ranks.split_sequence(found.options.height, found.options.width, networks.student)
         task = progress.add_task("chunks", total=None)
@@ -350,6 +352,7 @@ def report(
     if not (run / "result.json").exists():
         mend = "continue it with --resume" if (run / "config.json").exists() else "give a run's, such as runs/demo"
         raise ConfigError(f"{run} holds no finished run (no result.json): {mend}")
+    check_writable(picture or run / "report.html")
     console.print(escape(str(write_picture(run, picture) if picture else write_report(run))))
 
 

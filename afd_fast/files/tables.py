@@ -36,10 +36,12 @@ def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
         raise ConfigError(f"{path} is not there")
     try:
         reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-        absent = set(columns) - set(reader.fieldnames or ())
-        if absent:
+        columns, found = list(columns), reader.fieldnames or ()
+        if absent := set(columns) - set(found):
+            names = ", ".join(name if name == name.strip() else repr(name) for name in found) or "none"
             raise ConfigError(
-                f"{path} has no column {', '.join(sorted(absent))}; it has {', '.join(reader.fieldnames or ()) or 'none'}"
+                f"{path} has no column {', '.join(sorted(absent))}; it has {names}: begin it with the line {','.join(columns)}, and put "
+                "a comma between the cells, without a space"
             )
         rows: list[dict[str, str]] = []
         for row in reader:

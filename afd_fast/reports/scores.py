@@ -43,7 +43,8 @@ FLIGHT = "no clip shows two frames of free flight"
 REBOUND = "no clip of such a prompt shows a fall and a rebound"
 WHY = {  # a score that is not a number
     "diversity_px": "no prompt has two clips: set evaluation.rollouts=2 or more",
-    "frechet": "needs two clips on each side: more held-out prompts, or evaluation.rollouts=2 and more teacher videos",
+    "frechet": "needs two clips on each side: of the student evaluation.rollouts times the held-out prompts, of the teacher the videos of "
+               "the held-out prompts",
     "gravity": FLIGHT, "gravity_error": FLIGHT, "bounce_high": REBOUND, "bounce_low": REBOUND,
 }  # fmt: skip
 DIGITS = 3

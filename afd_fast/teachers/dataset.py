@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, some
 from afd_fast.teachers import lights, mixed, physics
 from afd_fast.teachers.folder import FolderTeacher
 from afd_fast.teachers.teacher import TEACHERS, PromptSplit, Request, Teacher, hold_out
@@ -182,7 +182,7 @@ def collect(
     if not held_out:
         train, held_out = hold_out(train)
     if not train:
-        raise ConfigError(f"{teacher.name} has no training prompt with a video. " + "; ".join(teacher.problems))
+        raise ConfigError(f"{teacher.name} has no training prompt with a video. " + some(teacher.problems))
     data = TeacherVideos(teacher, train, held_out, codec_crf, problems=list(teacher.problems))
     for prompt in track(list(dict.fromkeys(train + held_out)), "reading teacher videos"):
         data.videos[prompt] = torch.stack([to_uint8(data.clips([prompt], [seed])[0]) for seed in seeds[prompt]])

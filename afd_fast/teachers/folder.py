@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from afd_fast.errors import ConfigError, VideoError
+from afd_fast.errors import ConfigError, VideoError, some
 from afd_fast.files.durable import settle
 from afd_fast.files.tables import inside, read_csv, write_csv
 from afd_fast.files.text import check_folder, read_text
@@ -148,7 +148,7 @@ class FolderTeacher(TeacherBase):
                 self.left_out[file] = str(error)
         self.prompts = [p for p, videos in self._videos.items() if videos]
         if not self.prompts:
-            raise ConfigError(f"{folder}: no usable video. " + "; ".join(self._problems or ["the manifest is empty"]))
+            raise ConfigError(f"{folder}: no usable video. " + some(self._problems or ["the manifest is empty"]))
 
     @property
     def problems(self) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any, TypedDict, cast
 
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.discriminators.discriminator import Discriminator, check_discriminator
-from afd_fast.errors import ConfigError, Interrupted, TrainingError, extra
+from afd_fast.errors import ConfigError, Interrupted, TrainingError, extra, some
 from afd_fast.judges import Scores
 from afd_fast.students.files import first_line
 from afd_fast.students.student import Family, TrainedWeights, check_settings
@@ -53,7 +53,6 @@ with extra("train"):
     from rich.markup import escape
     from safetensors import SafetensorError
 
-SHOWN = 5  # refused prompts in an error
 NOTED = ("loss", "reward", "margin", "accuracy")  # shown at the progress bar
 
 
@@ -330,10 +329,7 @@ def teacher_of(run: Run, teacher: Teacher | None, cache: Path) -> Teacher:
         )
     refused = [line for prompt in prompts if (line := _refusal(run, prompt))]
     if refused:
-        more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
-        raise ConfigError(
-            f"{len(refused)} of {len(prompts)} prompts cannot be used: {'; '.join(refused[:SHOWN])}{more}"
-        )
+        raise ConfigError(f"{len(refused)} of {len(prompts)} prompts cannot be used: {some(refused)}")
     return found
 
 

@@ -16,7 +16,14 @@ from afd_fast.students.toy.model import ToyConfig, ToyStudent
 
 with extra("demo"):
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from safetensors import safe_open
 
 TIMED = 6  # steps after which the rest is foretold
@@ -52,6 +59,7 @@ def shown(console: Console) -> Iterator[pretrain.Report]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeRemainingColumn(),
         TextColumn("left"),
     )
