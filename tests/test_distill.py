@@ -97,6 +97,7 @@ def test_it_trains_from_files_to_report_and_continues(say, videos, tmp_path):
         ("student=tiny", "student=tiny has no meaning here"),
         ("student.frames=6", "student.frames=6 has no meaning here"),
         ("teacher=physics", "teacher=physics has no meaning here"),
+        ("height=24", "height=24 has no meaning here: --videos, --size, --frames and --fps choose"),
         ("nonesuch=1", "unknown key 'nonesuch'"),
         ("--frames 30", "no usable video"),
         ("rollout.window=3", "need a Wan student"),

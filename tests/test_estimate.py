@@ -290,6 +290,8 @@ def test_command(say, tmp_path):
     status, said = say("estimate", "afd_table3", *tiny_run, "--gpu", "a100")
     assert status == 0 and "A100 80 GB: a floor, not a measurement" in said and "at the peak" in said
     assert "no checkpoint was read" in said and not list(tmp_path.iterdir())
+    one_chunk = [word.replace("frames=6", "frames=3").replace("toy", "pixel") for word in tiny_run]
+    assert say("estimate", "afd_table3", *one_chunk)[0] == 0
 
 
 @pytest.mark.parametrize(
