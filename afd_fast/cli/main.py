@@ -201,8 +201,10 @@ def compare_methods(
     out: Out = None,
     jobs: Jobs = 1,
 ) -> None:
-    """Train RUN with several methods over several seeds: one table, one report. METHOD:key=value is a setting of one method
-    alone. The same command continues after a stop."""
+    """Train RUN with several methods over several seeds: one table, one report.
+
+    METHOD:key=value is a setting of one method alone. The same command continues after a stop.
+    """
     from afd_fast.training import compare
 
     names = [name for name in dict.fromkeys(methods.split(",")) if name and name != "base"]
@@ -292,8 +294,11 @@ def rollout(
     seeds: Annotated[str | None, typer.Option(help="such as 0,1,2: a video of every prompt with each of them")] = None,
     graphs: Annotated[bool, typer.Option("--graphs", help="replay forwards as CUDA graphs")] = False,
 ) -> None:
-    """Generate a video for every prompt with a causal Wan student: as its checkpoint says, as a --preset says, or as set.
-    Under torchrun all processes make each video together, each with its share of tokens and heads."""
+    """Generate a video for every prompt with a causal Wan student.
+
+    As its checkpoint says, as a --preset says, or as set. Under torchrun all processes make each video together, each with its share of
+    tokens and heads.
+    """
     import torch
     from rich.progress import MofNCompleteColumn, Progress
 

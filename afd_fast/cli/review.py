@@ -33,8 +33,11 @@ def review(
         Path | None, typer.Option(help="folder of clips.csv and clips.html; default runs/review-TEACHER")
     ] = None,
 ) -> None:
-    """List the clips of RUN's teacher that look wrong, worst first: frozen, black, cut, copied, not what the prompt says, or moving like
-    the base student. Nothing is bought: of an API the videos that are there."""
+    """List the clips of RUN's teacher that look wrong, worst first.
+
+    Frozen, black, cut, copied, not what the prompt says, or moving like the base student. Nothing is bought: of an API the videos that are
+    there.
+    """
     from afd_fast.config import with_overrides
     from afd_fast.reports.review import verdict, write_review
     from afd_fast.teachers.dataset import collect, open_teacher

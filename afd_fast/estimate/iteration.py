@@ -31,6 +31,7 @@ from afd_fast.students.wan.supported import check_trained
 from afd_fast.students.wan.vae import WanDecoder
 
 with extra("train"):
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
 OPTIMISER = 4 * (3 + 7)  # bytes a parameter: clipping reads twice and writes, AdamW reads 4 and writes 3, in float32
@@ -336,13 +337,14 @@ def short(x: float) -> str:
 
 def tables(e: Estimate, gpu: formulas.GPU) -> tuple[Table, Table]:
     """Work and times of every phase, and memory."""
-    time = Table(title=f"one iteration on {gpu.name}: a floor, not a measurement", title_justify="left")
+    title = f"one iteration on {gpu.name}: a floor, not a measurement"
+    time = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # whole names in 80 columns
     for column in (
         "phase",
         "TFLOP bf16",
         "TFLOP fp32",
-        "GB by products",
-        "GB by others",
+        "GB, products",
+        "GB, others",
         "floor, ms",
         "likely, ms",
         "bound by",
