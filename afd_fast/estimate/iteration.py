@@ -343,13 +343,14 @@ def tables(e: Estimate, gpu: formulas.GPU) -> tuple[Table, Table]:
         "phase",
         "TFLOP bf16",
         "TFLOP fp32",
-        "GB, products",
-        "GB, others",
+        "GB, GEMMs",
+        "GB, rest",
         "floor, ms",
         "likely, ms",
         "bound by",
     ):
-        time.add_column(column, justify="left" if column in ("phase", "bound by") else "right")
+        named = column in ("phase", "bound by")
+        time.add_column(column, justify="left" if named else "right", no_wrap=named)
     floor, likely = (sum(w.seconds(g) for w in e.phases.values()) for g in (gpu, gpu.likely()))
     for name, w in (e.phases | {"all": total(e.phases.values())}).items():
         seconds = (floor, likely) if name == "all" else (w.seconds(gpu), w.seconds(gpu.likely()))
@@ -357,7 +358,7 @@ def tables(e: Estimate, gpu: formulas.GPU) -> tuple[Table, Table]:
         if w.bytes:
             time.add_row(name, *map(short, figures), "" if name == "all" else w.bound(gpu))
     products, bandwidth = formulas.LIKELY
-    time.caption = f"likely: {products:.0%} of the products' peak, {bandwidth:.0%} of the bandwidth (an assumption); others: no products"
+    time.caption = f"likely: {products:.0%} of the products' peak, {bandwidth:.0%} of the bandwidth (an assumption); rest: no products"
     size = Table(title="memory, without what the allocator and kernels need", title_justify="left")
     size.add_column("what")
     size.add_column("GB", justify="right")
