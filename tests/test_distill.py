@@ -225,6 +225,34 @@ def test_the_pixels_of_any_folder_are_reviewed_at_their_own_aspect(say, videos, 
     assert len((tmp_path / "looked/clips.csv").read_text().splitlines()) == 1 + 6
 
 
+@pytest.mark.parametrize("line", [
+    "rollout --config tiny --prompts p.txt --out p.txt/x", "review demo teacher=folder:mine --steps 0 --out p.txt/x",
+    "distill --videos mine --frames 6 --out p.txt/x", "distill --videos mine --frames 6 --dry-run --out p.txt/x",
+    "eval export p.txt/x --prompts p.txt --student tiny", "pretrain --out p.txt/x", "demo --out p.txt/x", "compare demo --out p.txt/x",
+])  # fmt: skip
+def test_a_place_that_cannot_be_written_is_named_before_the_work(say, videos, tmp_path, line):
+    (tmp_path / "p.txt").write_text("a cat\n")
+    status, said = say(line)
+    assert status == 2 and "p.txt/x" in said and ("cannot be made" in said or "cannot be written" in said), said
+    assert (tmp_path / "p.txt").read_text() == "a cat\n"
+
+
+@pytest.mark.parametrize("text", ["", "text"])
+@pytest.mark.parametrize(
+    "command", ["rollout --prompts p.txt --out x --student", "eval export x --prompts p.txt --student"]
+)
+def test_a_file_of_something_else_is_no_student(say, tmp_path, command, text):
+    """Without a network: nothing is fetched for it."""
+    (tmp_path / "p.txt").write_text("a cat\n")
+    if text:
+        (tmp_path / "w.pt").write_text(text)
+    else:
+        torch.save({"a": torch.zeros(1)}, tmp_path / "w.pt")
+    status, said = say(f"{command} w.pt")
+    what = "cannot be read as a checkpoint" if text else "is no causal Wan student: none of the tensors"
+    assert status == 2 and f"error: w.pt {what}" in said and not (tmp_path / "x").exists(), said
+
+
 def test_a_pixel_student_without_weights_says_where_they_come_from():
     with pytest.raises(ConfigError, match="afd-fast distill --videos DIR"):
         family(StudentConfig("pixel"), chunk=3)
