@@ -93,25 +93,24 @@ def read_tensors(path: Path) -> Any:
     """Contents of a checkpoint file, on the CPU. Raises ConfigError for a damaged file and for one that could run code."""
     if not path.is_file():
         raise MissingFileError(f"{path} is not a file: check the path")
-    with extra("train"):
-        from safetensors.torch import load_file
-
-    with _reading(path):
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        with extra("train"):
+            from safetensors.torch import load_file
+        with _reading(path):
             return load_file(path)
+    with _reading(path):
         check_sums(path)
         return _unpickled(path)
 
 
 def tensor_names(path: Path) -> list[str]:
     """Names of the tensors in a checkpoint file, those of its groups included, without reading their numbers. Errors of `read_tensors`."""
-    with extra("train"):
-        from safetensors import safe_open
-
+    if path.suffix == ".safetensors":
+        with extra("train"):
+            from safetensors import safe_open
+        with _reading(path), safe_open(path, "pt") as file:
+            return list(file.keys())
     with _reading(path):
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return list(file.keys())
         return list(_names(_unpickled(path)))
 
 

@@ -22,6 +22,7 @@ from afd_fast.judges import Scores
 from afd_fast.students.files import first_line
 from afd_fast.students.student import Family, TrainedWeights, check_settings
 from afd_fast.students.student import family as make_family
+from afd_fast.teachers import mixed
 from afd_fast.teachers.cache import CachedTeacher
 from afd_fast.teachers.dataset import BatchPlan, TeacherVideos, check_prompts, collect, open_teacher, prompts_of
 from afd_fast.teachers.mixed import MixedTeacher
@@ -321,8 +322,9 @@ def teacher_of(run: Run, teacher: Teacher | None, cache: Path) -> Teacher:
     split = prompts_of(found, run.config.teacher_prompts)
     check_prompts(found.name, split.train, batch_plan(run.config))
     prompts = list(dict.fromkeys(prompt for part in split for prompt in part))
-    known = run.family.prompts if teacher is None else None  # whoever writes a teacher for it knows what it is
-    if known is not None and (new := [prompt for prompt in prompts if prompt not in known]):
+    kinds = {one.partition(":")[0] for one in mixed.parse(run.config.teacher) or [run.config.teacher]}
+    files = teacher is None and kinds & {"folder", "api"}  # whoever writes a teacher for a student knows what both are
+    if files and (known := run.family.prompts) and (new := [prompt for prompt in prompts if prompt not in known]):
         raise ConfigError(
             f"student={run.config.student.name} has learnt a small world of its own alone, and {new[0][:80]!r} is no prompt of it: "
             "for your own videos take afd-fast distill --videos DIR, or another student= (docs/training.md)"

@@ -123,7 +123,7 @@ def _check_names(path: Path) -> None:
     place = path / "transformer" if (path / "transformer").is_dir() else path
     files = [file for file in place.iterdir() if file.suffix in SUFFIXES] if path.is_dir() else [path]
     if (path.is_file() or experts_of(str(path)) is None) and not any(
-        name.endswith("patch_embedding.weight") for file in files for name in tensor_names(file)
+        "patch_embedding." in name for file in files for name in tensor_names(file)
     ):
         what = (
             "none of the tensors in it is a Wan student's patch_embedding" if files else "there is no checkpoint in it"
