@@ -65,7 +65,7 @@ def demo(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help='"physics", "physics:dusk", or "api:FILE" (docs/teachers.md); your own videos: afd-fast distill'
+            help='"physics", "physics:dusk", or "api:FILE" with prompts of this world (docs/teachers.md); your own videos: afd-fast distill'
         ),
     ] = None,
     from_scratch: Annotated[
