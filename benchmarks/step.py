@@ -27,7 +27,7 @@ from afd_fast.training import runs
 from afd_fast.training.loop import train_step
 from afd_fast.training.run import Metrics, Run
 from afd_fast.training.state import new_state
-from afd_fast.training.trainer import batch_plan
+from afd_fast.training.teacher import batch_plan
 from afd_fast.video_io import VideoFormat
 from benchmarks.rows import CUDA, DEVICE, Arguments, Row, Times, append_rows, device_name
 

@@ -11,7 +11,8 @@ from afd_fast.students.toy.family import of_student
 from afd_fast.training.run import Run
 from afd_fast.training.run_folder import make_folder
 from afd_fast.training.state import new_state
-from afd_fast.training.trainer import Trainer, new_run, teacher_of
+from afd_fast.training.teacher import teacher_of
+from afd_fast.training.trainer import Trainer, new_run
 from afd_fast.training.velocity import Chunking, velocity
 
 QUIET = Console(quiet=True)

@@ -393,7 +393,7 @@ def test_an_iteration(keys):
     from afd_fast.training.loop import train_step
     from afd_fast.training.run import Run
     from afd_fast.training.state import new_state
-    from afd_fast.training.trainer import batch_plan
+    from afd_fast.training.teacher import batch_plan
 
     step = steps()
     config = with_overrides(step.config_of("tiny"), keys)

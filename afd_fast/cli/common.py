@@ -37,6 +37,7 @@ def run(config: "TrainConfig", out: Path | None, overwrite: bool, resume: bool, 
     from afd_fast.training import train
 
     out = out or Path("runs") / config.name
+    check_place(out)
     result = train(config, family, out, resume, overwrite=overwrite, console=console)
     if result is not None:  # rank 0
         conclude(console, out, result)
@@ -87,6 +88,7 @@ def keeping(base: Path, made: Mapping[str, Any]) -> Iterator[tuple["Report", "Ke
 
 def check_writable(path: Path) -> None:
     """ConfigError now, not after the minutes that make the file; a file that is there stays as it is."""
+    check_place(path.parent)
     new = not path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -215,7 +215,7 @@ def sources(config: "TrainConfig") -> Iterator[Check]:
     from afd_fast.teachers.dataset import check_prompts
     from afd_fast.teachers.folder import read_manifest
     from afd_fast.teachers.teacher import hold_out
-    from afd_fast.training.trainer import batch_plan
+    from afd_fast.training.teacher import batch_plan
 
     teachers = _teachers(config)
 

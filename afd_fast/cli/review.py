@@ -45,7 +45,8 @@ def review(
     from afd_fast.training import runs
     from afd_fast.training.progress import progress
     from afd_fast.training.review import review as look
-    from afd_fast.training.trainer import new_run, teacher_of
+    from afd_fast.training.teacher import teacher_of
+    from afd_fast.training.trainer import new_run
 
     config = with_overrides(runs.get(run), overrides or [])
     kind, _, rest = config.teacher.partition(":")
@@ -84,7 +85,9 @@ def review(
     console.print(escape(verdict(found, data.problems)), highlight=False)
     console.print(f"all of them: {escape(str(out / 'clips.csv'))}; to look at: {escape(str(out / 'clips.html'))}")
     if weights:
-        console.print(f"weights: {escape(str(_write_weights(teacher, found, list(data.videos))))}")
+        written = escape(str(_write_weights(teacher, found, list(data.videos))))
+        all_one = all(one.weight == 1 for one in found)
+        console.print(f"weights: {'all 1, which needs no column in ' if all_one else ''}{written}")
 
 
 def _format(spec: str, family: "Family") -> "VideoFormat":
@@ -97,11 +100,14 @@ def _format(spec: str, family: "Family") -> "VideoFormat":
     from afd_fast.teachers.folder import survey
     from afd_fast.video_io import VideoFormat
 
-    asked = {prompt for part in open_teacher(spec, family.video, Path()).split() for prompt in part}
-    if family.prompts is None or asked & set(family.prompts):
-        return family.video
     kind, _, folder = spec.partition(":")
-    found = [clip.format for clip in survey(Path(folder)) if clip.format is not None] if kind == "folder" else []
+    clips = survey(Path(folder)) if kind == "folder" else []
+    asked = [clip.prompt for clip in clips] or [
+        p for part in open_teacher(spec, family.video, Path()).split() for p in part
+    ]
+    if family.prompts is None or set(asked) & set(family.prompts):
+        return family.video
+    found = [clip.format for clip in clips if clip.format is not None]
     if not found:
         return VideoFormat(FRAMES, *size_for(WIDE), FPS)
     frames = int(median(f.frames / f.fps for f in found) * FPS)

@@ -92,13 +92,12 @@ def headline(scores: Mapping[str, Any]) -> str:
 
 
 def table_rows(result: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The comparison, one row per score: base, trained student, teacher, the change and whether it is for the better. The headline is
-    marked where its interval leaves out zero; the others have none, and their marks say the direction alone."""
+    """The comparison, one row per score: base, trained student, teacher, the change and whether it is for the better. Nothing is
+    marked unless the headline's interval leaves out zero; the other scores have none, and their marks say the direction alone."""
     base, student, teacher = (result["rows"][name] for name in ("base", "student", "teacher"))
     rows = [_row(key, base, student, teacher) for key in SCORES if key in base]
     low, high = changed_by(evaluations)[1]
-    told = low > 0 or high < 0
-    return [row._replace(mark="") if row.key == headline(base) and not told else row for row in rows]
+    return rows if low > 0 or high < 0 else [row._replace(mark="") for row in rows]
 
 
 def _row(key: str, base: Mapping[str, float], student: Mapping[str, float], teacher: Mapping[str, float]) -> Row:

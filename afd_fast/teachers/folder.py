@@ -42,8 +42,13 @@ def read_manifest(folder: Path) -> list[Entry]:
     for number, row in enumerate(rows, 1):
         prompt, video = (row.get("prompt"), row.get("video")) if isinstance(row, dict) else (None, None)
         if not (isinstance(prompt, str) and prompt.strip() and isinstance(video, str) and video.strip()):
+            has = (
+                f" (it has {', '.join(map(str, row))})"
+                if isinstance(row, dict) and not {"prompt", "video"} <= row.keys()
+                else ""
+            )
             raise ConfigError(
-                f'{source}: row {number} lacks "prompt" or "video", each a text that is not empty: correct it'
+                f'{source}: row {number} lacks "prompt" or "video", each a text that is not empty{has}: correct it'
             )
         entries.append(Entry(prompt, video, _weight(row.get("weight"), f"{source}: row {number}")))
     return entries

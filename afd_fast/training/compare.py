@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -21,11 +22,14 @@ from afd_fast import threads
 from afd_fast.config import TrainConfig, to_dict, with_overrides, with_values
 from afd_fast.errors import ConfigError, Interrupted, TrainingError, extra
 from afd_fast.files.text import read_json
+from afd_fast.students.student import FAMILIES
 from afd_fast.training import runs as named
 from afd_fast.training.lock import COMPARISON, check_unused, locked
 from afd_fast.training.methods import METHODS
 from afd_fast.training.progress import on_stop_signal, progress
 from afd_fast.training.run_folder import check_folder, finished, read_rows, write_json
+from afd_fast.training.teacher import teacher_of
+from afd_fast.training.trainer import new_run
 
 with extra("train"):
     from rich.console import Console
@@ -242,6 +246,11 @@ def compare(
     if out.is_dir() and not (out / COMPARISON).exists() and any(out.iterdir()):
         raise ConfigError(f"{out} holds other things than a comparison: choose another --out")
     planned = runs(config, rows, seeds, out)
+    if config.student.name in FAMILIES and not all(finished(folder, one) for folder, one in planned.items()):
+        with (
+            TemporaryDirectory() as cache
+        ):  # what every run would refuse, before the first; a checkpoint takes too long to load
+            teacher_of(new_run(next(iter(planned.values()))), None, Path(cache))
     with locked(out, COMPARISON):
         for folder in planned:  # a comparison that was killed leaves its trainers running
             check_unused(folder)

@@ -17,14 +17,12 @@ from typing import Any, TypedDict, cast
 
 from afd_fast.config import TrainConfig, to_dict
 from afd_fast.discriminators.discriminator import Discriminator, check_discriminator
-from afd_fast.errors import ConfigError, Interrupted, TrainingError, extra, some
+from afd_fast.errors import ConfigError, Interrupted, TrainingError, extra
 from afd_fast.judges import Scores
 from afd_fast.students.files import first_line
 from afd_fast.students.student import Family, TrainedWeights, check_settings
 from afd_fast.students.student import family as make_family
-from afd_fast.teachers import mixed
-from afd_fast.teachers.cache import CachedTeacher
-from afd_fast.teachers.dataset import BatchPlan, TeacherVideos, check_prompts, collect, open_teacher, prompts_of
+from afd_fast.teachers.dataset import TeacherVideos, check_prompts, collect
 from afd_fast.teachers.mixed import MixedTeacher
 from afd_fast.teachers.teacher import Teacher
 from afd_fast.training import checkpoint
@@ -46,6 +44,7 @@ from afd_fast.training.run_folder import (
     write_json,
 )
 from afd_fast.training.state import new_state
+from afd_fast.training.teacher import batch_plan, teacher_of
 from afd_fast.training.wandb_run import check_wandb
 from afd_fast.training.watch import Watch
 
@@ -262,11 +261,6 @@ class Trainer:
         return result
 
 
-def batch_plan(config: TrainConfig) -> BatchPlan:
-    """How the configuration draws an iteration's prompts."""
-    return BatchPlan(config.seed, config.prompts_per_step, config.rollouts_per_prompt, config.shards)
-
-
 def new_run(
     config: TrainConfig,
     family: Family | None = None,
@@ -310,39 +304,6 @@ def called_methods(config: TrainConfig) -> dict[str, str]:
     if config.sequence_parallel > 1:
         called["split_sequence"] = f"sequence_parallel={config.sequence_parallel}"
     return called
-
-
-def teacher_of(run: Run, teacher: Teacher | None, cache: Path) -> Teacher:
-    """The teacher of a run, checked against it: its prompts fill the shards, and the student's text encoder takes them.
-    Nothing is fetched or paid for. teacher: in place of the one that the configuration names."""
-    if teacher is None:
-        found = open_teacher(run.config.teacher, run.family.video, cache)
-    else:
-        found = CachedTeacher(teacher, cache, fit=run.family.video)
-    split = prompts_of(found, run.config.teacher_prompts)
-    check_prompts(found.name, split.train, batch_plan(run.config))
-    prompts = list(dict.fromkeys(prompt for part in split for prompt in part))
-    kinds = {one.partition(":")[0] for one in mixed.parse(run.config.teacher) or [run.config.teacher]}
-    files = teacher is None and kinds & {"folder", "api"}  # whoever writes a teacher for a student knows what both are
-    if files and (known := run.family.prompts) and (new := [prompt for prompt in prompts if prompt not in known]):
-        raise ConfigError(
-            f"student={run.config.student.name} has learnt a small world of its own alone, and {new[0][:80]!r} is no prompt of it: "
-            "for your own videos take afd-fast distill --videos DIR, or another student= (docs/training.md)"
-        )
-    refused = [line for prompt in prompts if (line := _refusal(run, prompt))]
-    if refused:
-        raise ConfigError(f"{len(refused)} of {len(prompts)} prompts cannot be used: {some(refused)}")
-    return found
-
-
-def _refusal(run: Run, prompt: str) -> str:
-    """Why the student's text encoder or the discriminator cannot read a prompt; empty where both can."""
-    try:
-        run.family.text([prompt])
-        run.discriminator.check_prompt(prompt)
-    except ValueError as error:
-        return f"{prompt[:80]!r}: {error}"
-    return ""
 
 
 def train(

@@ -18,7 +18,8 @@ from afd_fast.teachers.dataset import TeacherVideos
 from afd_fast.training import runs
 from afd_fast.training.loop import train_step
 from afd_fast.training.run import Run
-from afd_fast.training.trainer import batch_plan, new_run
+from afd_fast.training.teacher import batch_plan
+from afd_fast.training.trainer import new_run
 from afd_fast.video_io import VideoFormat
 from benchmarks.discriminator import Words
 from tests import tiny_videoalign

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from afd_fast.errors import extra
+from afd_fast.errors import ConfigError, extra
 from afd_fast.files.tensors import save_tensors
 from afd_fast.students.files import loading
 from afd_fast.students.toy import pretrain
@@ -37,6 +37,8 @@ SHIPPED = {
 
 def load(path: Path | None = None, *, name: str = "toy") -> ToyStudent:
     """A shipped base student, or one that `make` or a run wrote. ConfigError for another file."""
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{path} is a folder: give the file of a toy student, such as a run's student.safetensors")
     with as_file(files("afd_fast") / "assets" / SHIPPED[name]) as shipped, loading("toy student", path or shipped):
         with safe_open(path or shipped, "pt") as file:
             student = ToyStudent(ToyConfig(**json.loads(file.metadata()["config"])))
