@@ -162,7 +162,7 @@ def test_the_discriminator_judges_held_out_clips_in_batches(tmp_path, tiny_confi
     whole, seen, score = made.evaluator._of_discriminator(clips, prompts, measured), [], ToyDiscriminator.score
     monkeypatch.setattr(ToyDiscriminator, "score", lambda self, x, p: (seen.append(len(x)), score(self, x, p))[1])
     made.run.config = changed(tiny_config, evaluation__batch=1)
-    assert made.evaluator._of_discriminator(clips, prompts, measured) == pytest.approx(whole, rel=1e-4)
+    assert made.evaluator._of_discriminator(clips, prompts, measured) == pytest.approx(whole, rel=1e-3)
     assert set(seen) == {1} and len(seen) == 8
 
 
@@ -292,10 +292,10 @@ def test_what_looks_like_markup_is_printed_as_it_is(say, arguments, code):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["pretrain", "--out", "{0}/file/x.safetensors"], "Not a directory|File exists"),
-        (["pretrain", "--world", "lights", "--out", "{0}/file/x.safetensors"], "Not a directory|File exists"),
+        (["pretrain", "--out", "{0}/file/x.safetensors"], "is a file: choose another --out"),
+        (["pretrain", "--world", "lights", "--out", "{0}/file/x.safetensors"], "is a file: choose another --out"),
         (["demo", "--from-scratch", "--out", "{0}"], "exists; continue it with --resume"),
-        (["demo", "--from-scratch", "--out", "{0}/file/v1.5"], "Not a directory|File exists"),
+        (["demo", "--from-scratch", "--out", "{0}/file/v1.5"], "is a file: choose another --out"),
     ],
 )
 def test_ten_minutes_of_pretraining_start_only_where_they_can_be_kept(say, tmp_path, monkeypatch, arguments, message):
