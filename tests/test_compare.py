@@ -52,9 +52,12 @@ def test_comparison_stops_goes_on_and_reports(tmp_path):
 
 
 def test_a_failing_run_is_named_with_its_last_words(tmp_path):
-    run = command("ablate", "v_old", "demo", *TINY, f"teacher=folder:{tmp_path}/nowhere", "--out", tmp_path / "a")
+    student = f"student={tmp_path}/nowhere.pt"  # what only its own process opens
+    run = command(
+        "ablate", "v_old", "afd_table3", student, "discriminator=toy", "teacher=folder:v", "--out", tmp_path / "a"
+    )
     assert run.wait() == 1
-    assert re.search(r"update.v_old=ema-0 failed: .*nowhere", run.stdout.read().replace("\n", " "))
+    assert re.search(r"update.v_old=ema-0 failed: .*nowhere.pt is neither a file", run.stdout.read().replace("\n", " "))
 
 
 def test_every_method_and_setting_is_a_valid_configuration(tmp_path):

@@ -60,12 +60,13 @@ def accuracy(model, kind, g, n=256, shuffle=False, **shape):
 
 
 @pytest.mark.parametrize(
-    "kind, steps, low, high", [("separable", 20, 0.95, 1), ("identical", 30, 0.4, 0.6), ("prompt", 55, 0.95, 1)]
+    "kind, steps, lr, low, high",
+    [("separable", 20, 4e-3, 0.95, 1), ("identical", 30, 4e-3, 0.4, 0.6), ("prompt", 70, 2e-3, 0.95, 1)],
 )
-def test_reward_model_learns(kind, steps, low, high):
+def test_reward_model_learns(kind, steps, lr, low, high):
     model = tiny.reward_model(0, lora=16, settings=SMALL, checkpointing=False)
     g = rng(1)
-    train(model, kind, steps, 12, 4e-3, g)
+    train(model, kind, steps, 12, lr, g)  # at 4e-3 the prompt is learnt and forgotten, on some CPUs at the end
     assert low <= accuracy(model, kind, g) <= high
     if kind == "prompt":
         assert accuracy(model, kind, g, shuffle=True) < 0.65
