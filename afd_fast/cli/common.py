@@ -37,7 +37,8 @@ def run(config: "TrainConfig", out: Path | None, overwrite: bool, resume: bool, 
     from afd_fast.training import train
 
     out = out or Path("runs") / config.name
-    check_place(out)
+    if not out.exists():  # else `train` looks at it, and another rank's probe inside would count as its content
+        check_place(out)
     result = train(config, family, out, resume, overwrite=overwrite, console=console)
     if result is not None:  # rank 0
         conclude(console, out, result)

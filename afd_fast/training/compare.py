@@ -247,9 +247,8 @@ def compare(
         raise ConfigError(f"{out} holds other things than a comparison: choose another --out")
     planned = runs(config, rows, seeds, out)
     if config.student.name in FAMILIES and not all(finished(folder, one) for folder, one in planned.items()):
-        with (
-            TemporaryDirectory() as cache
-        ):  # what every run would refuse, before the first; a checkpoint takes too long to load
+        # what every run would refuse, before the first; a checkpoint takes too long to load
+        with TemporaryDirectory() as cache:
             teacher_of(new_run(next(iter(planned.values()))), None, Path(cache))
     with locked(out, COMPARISON):
         for folder in planned:  # a comparison that was killed leaves its trainers running

@@ -21,18 +21,17 @@ def batch_plan(config: TrainConfig) -> BatchPlan:
 def teacher_of(run: Run, teacher: Teacher | None, cache: Path) -> Teacher:
     """The teacher of a run: its prompts fill the shards, the student's text encoder takes them, and they are of a world that the student
     knows. Nothing is fetched or paid for. teacher: in place of the one that the configuration names."""
-    kinds: set[str] = set()
+    specs = list(mixed.parse(run.config.teacher) or [run.config.teacher]) if teacher is None else []
     if teacher is None:
-        spec = run.config.teacher
-        kinds = {one.partition(":")[0] for one in mixed.parse(spec) or [spec]}
-        _check_folders(run)
-        found = open_teacher(spec, run.family.video, cache)
+        _check_folders(run, specs)
+        found = open_teacher(run.config.teacher, run.family.video, cache)
     else:
         found = CachedTeacher(teacher, cache, fit=run.family.video)
     split = prompts_of(found, run.config.teacher_prompts)
     check_prompts(found.name, split.train, batch_plan(run.config))
     prompts = list(dict.fromkeys(prompt for part in split for prompt in part))
-    if kinds & {"folder", "api"}:  # whoever writes a teacher for a student knows what both are
+    # whoever writes a teacher for a student knows what both are
+    if any(spec.startswith(("folder:", "api:")) for spec in specs):
         _check_world(run, prompts)
     refused = [line for prompt in prompts if (line := _refusal(run, prompt))]
     if refused:
@@ -40,15 +39,14 @@ def teacher_of(run: Run, teacher: Teacher | None, cache: Path) -> Teacher:
     return found
 
 
-def _check_folders(run: Run) -> None:
+def _check_folders(run: Run, specs: Iterable[str]) -> None:
     """`_check_world` of folders that hold no prompt of it, before one of their videos is opened."""
-    if run.family.prompts is None:
-        return
-    for one in mixed.parse(run.config.teacher) or [run.config.teacher]:
-        kind, _, folder = one.partition(":")
-        prompts = [entry.prompt for entry in read_manifest(Path(folder))] if kind == "folder" and folder else []
-        if not set(prompts) & set(run.family.prompts):
-            _check_world(run, prompts)
+    known = run.family.prompts
+    for kind, _, folder in (spec.partition(":") for spec in specs):
+        if known is not None and kind == "folder" and folder:
+            prompts = [entry.prompt for entry in read_manifest(Path(folder))]
+            if not set(prompts) & set(known):
+                _check_world(run, prompts)
 
 
 def _check_world(run: Run, prompts: Iterable[str]) -> None:
