@@ -162,3 +162,10 @@ def test_shards_that_the_prompts_cannot_fill_are_refused_first(tmp_path):
     with pytest.raises(ConfigError, match="2 training prompts cannot be split into shards=4"):
         train(config, out=tmp_path / "run", teacher=teacher, console=QUIET)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["student", "discriminator"])
+def test_a_misspelt_name_is_refused_with_the_names_that_there_are(key, tmp_path):
+    with pytest.raises(ConfigError, match=f"{key}=tinny is none of .*toy.* neither a file, a folder"):
+        train(with_overrides(TrainConfig(), [f"{key}.name=tinny"]), out=tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from afd_fast.rollout import RolloutConfig, rollout
+from afd_fast.errors import ConfigError
+from afd_fast.rollout import RolloutConfig, rollout, stream
 from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.students.lora import add_lora, trainable
 from afd_fast.students.wan.family import LORA_TARGETS
@@ -157,8 +158,16 @@ def test_the_rollouts_option_records_once_also_with_merged_adapters_and_optimise
     assert (seen[0] - seen[1]).abs().max() > 1e-6 < (seen[1] - seen[2]).abs().max()
 
 
-def test_a_copy_of_the_student_has_no_recordings(student):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_graphs_without_a_cuda_device_are_refused_before_the_rollout(student):
+    text, noise, _ = inputs(student, 0)
+    with pytest.raises(ConfigError, match="CUDA graphs need a CUDA device.* leave out graphs"):
+        stream(student, text, noise, RolloutConfig(graphs=True))
+
+
+def test_a_copy_of_the_student_has_no_recordings(student, monkeypatch):
     """Recordings read the weights that they were made with."""
+    monkeypatch.setattr("afd_fast.students.wan.graphs.CudaRecorder", Recorder)
     graphed = student.graphed()
     graphed._graphs["key"] = object()
     for copied in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):

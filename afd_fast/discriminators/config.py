@@ -9,6 +9,7 @@ import torch
 from afd_fast.discriminators.discriminator import Discriminator, check_discriminator
 from afd_fast.discriminators.objective import Objective
 from afd_fast.errors import ConfigError, check_at_least
+from afd_fast.students.files import check_named
 from afd_fast.students.student import check_device, placing
 from afd_fast.video_io import VideoFormat
 
@@ -100,6 +101,7 @@ def entry(name: str) -> DiscriminatorEntry:
 
 def new_discriminator(config: DiscriminatorConfig, video: VideoFormat, device: torch.device) -> Discriminator:
     """The discriminator for videos of this format, on its device. ConfigError for a device that is not there."""
+    check_named("discriminator", config.name, DISCRIMINATORS)
     found = check_discriminator(entry(config.name).make(config, video))
     with placing("discriminator.device", config.device):
         return found.to(config.device or device)

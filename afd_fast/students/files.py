@@ -7,7 +7,7 @@ import contextlib
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,16 @@ def check_source(source: str | Path) -> None:
         )
     if path.parent.exists():
         raise MissingFileError(f"{name} is missing in the folder {path.parent}: check the path")
+
+
+def check_named(key: str, name: str, known: Collection[str]) -> None:
+    """`check_source` of `key=name`, unless it is one of the known names, which the error lists too."""
+    if name in known:
+        return
+    try:
+        check_source(name)
+    except MissingFileError as error:
+        raise MissingFileError(f"{key}={name} is none of {', '.join(sorted(known))}, and {error}") from None
 
 
 @contextlib.contextmanager

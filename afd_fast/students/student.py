@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from afd_fast.errors import ConfigError, check_at_least, check_fields
 from afd_fast.files.tensors import save_tensors
 from afd_fast.reference.flow import check_float
+from afd_fast.students.files import check_named
 from afd_fast.video_io import VideoFormat
 
 if TYPE_CHECKING:
@@ -365,14 +366,13 @@ WAN = FamilyEntry(
 )
 _TOY = FamilyEntry("afd_fast.students.toy.family:toy_family", keys=("base",), chunk=3)
 _LIGHTS = FamilyEntry("afd_fast.students.toy.family:toy_family", keys=("base",), chunk=6)
-_PIXEL = FamilyEntry("afd_fast.students.toy.pixel:pixel_family", keys=("base",), chunk=3)
 FAMILIES: dict[str, FamilyEntry] = {
     "toy": _TOY,
     "toy_long": _TOY,
     "lights": _LIGHTS,
     "lights_many": _LIGHTS,
     "tiny": WAN,
-    "pixel": _PIXEL,
+    "pixel": FamilyEntry("afd_fast.students.toy.pixel:pixel_family", keys=("base",), chunk=3),
 }
 
 
@@ -391,6 +391,7 @@ def entry(name: str) -> FamilyEntry:
 def family(config: StudentConfig, *, chunk: int, seed: int = 0) -> Family:
     """The family a configuration names, on `config.device`. seed: of random weights ("tiny"). ConfigError for a device that
     is not there."""
+    check_named("student", config.name, FAMILIES)
     make = entry(config.name).make
     if isinstance(make, str):
         module, function = make.split(":")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from afd_fast.errors import ConfigError
 from afd_fast.students.student import check_text, map_tensors
 from afd_fast.students.wan.cache import KVCache
 from afd_fast.students.wan.model import CausalWan, Conditioning, WanText
@@ -26,6 +27,8 @@ class CudaRecorder:
     graphs are all gone takes no new one."""
 
     def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError("CUDA graphs need a CUDA device, and there is none here: leave out graphs")
         self.stream: torch.cuda.Stream | None = (
             None  # of its own: a stream's cuBLAS workspace goes with any graph of it
         )
