@@ -33,6 +33,7 @@ from afd_fast.training.review import Reviewed, review
 from afd_fast.training.run import Run
 from afd_fast.training.run_folder import finished, read_rows
 from afd_fast.training.state import new_state
+from benchmarks.rows import refusals
 
 KINDS = ("frozen", "black", "cut", "prompt", "physics")
 GRAVITY, ELASTICITY = (0.3, 1.5), {"low": (0.0, 0.3), "high": (0.0, 0.3)}  # of the clips with wrong physics
@@ -191,4 +192,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusals():
+        main()

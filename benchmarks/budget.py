@@ -20,6 +20,7 @@ from afd_fast.errors import ConfigError
 from afd_fast.evaluation.intervals import NONE, crossed
 from afd_fast.teachers import lights
 from afd_fast.training import compare
+from benchmarks.rows import refusals
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -95,4 +96,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusals():
+        main()

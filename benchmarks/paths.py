@@ -17,6 +17,7 @@ import numpy as np
 
 from afd_fast.errors import ConfigError
 from afd_fast.reports.scores import METHODS
+from benchmarks.rows import refusals
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -85,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusals():
+        main()

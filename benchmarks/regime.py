@@ -35,6 +35,7 @@ from afd_fast.training.rollouts import clip, sample_policy
 from afd_fast.training.run import Run
 from afd_fast.training.state import generator, new_state
 from afd_fast.video_io import to_uint8
+from benchmarks.rows import refusals
 
 SCORES = ("general", "size", "light", "shape", "sharp", "motion", "dynamic_px", "diversity_px", "frechet", "flicker")
 
@@ -101,4 +102,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusals():
+        main()

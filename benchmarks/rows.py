@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from afd_fast.errors import AFDError
+
 COLUMNS = (
     "case variant pass shape dtype ms ms_p20 ms_p80 host_ms peak_mib gb_s tflop_s of_peak max_err eager_err device torch "
     "triton commit date"
@@ -52,6 +54,15 @@ class Arguments(argparse.ArgumentParser):
         if arguments.gpu and not CUDA:
             raise SystemExit(f"{self.prog}: needs a CUDA device, and PyTorch {torch.__version__} finds none")
         return arguments
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Around a `main`: the library's errors in one line, as its commands print them."""
+    try:
+        yield
+    except AFDError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 @dataclass
