@@ -99,7 +99,8 @@ def table(comparison: Mapping[str, Any]) -> tuple[list[str], list[Line]]:
     rows = comparison["rows"]
     keys = [key for key in SCORES if key in rows["base"]]
     lines = [Line(label_of(key, rows["base"]).strip(), [_cell(key, label, rows) for label in rows]) for key in keys]
-    lines.insert(1, Line(BOOTSTRAP, [_interval(comparison.get("by_prompt", {}).get(label, [])) for label in rows]))
+    if "by_prompt" in comparison:  # not in a comparison of an older version
+        lines.insert(1, Line(BOOTSTRAP, [_interval(comparison["by_prompt"].get(label, [])) for label in rows]))
     lines.append(Line("seconds", [_cell("seconds", label, rows) for label in rows]))
     return [name(label) for label in rows], lines
 
