@@ -1,18 +1,19 @@
 """Whether the regime that AFD is made for exists on the lights: the preconditions of every comparison there, in one table.
 
-    python -m benchmarks.regime [--many FILE] [--few FILE] [--clips 16] [--iterations 100] [--lr 0.003]
+    python -m benchmarks.regime [--many FILE] [--few FILE] [--clips 16] [--iterations 100] [--lr 0.003] [--seeds 5]
 
 1. The many-step student is good at many steps and bad at the few of the student that was distilled from it.
 2. The distilled student is good at these few steps.
 3. Flow-matching regression (SFT's update) on the distilled student's *own* samples hurts it already. They can teach it nothing
    new, so what is lost is lost to regression.
 
-Clips of the held-out prompts, judged against the wrong world that both students have learnt; that world's own clips come first.
+Clips of the held-out prompts, judged against the wrong world that both students have learnt; that world's own clips come first. Mean and
+standard deviation over --seeds of the noise, and of the regression's clips and updates.
 """
 
 import argparse
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -52,14 +53,16 @@ def clips_of(run: Run, prompts: Sequence[str], number: int) -> Tensor:
     return to_uint8(clip(run, sample_policy(run, prompts, generator(0, number, "regime"), average=True)))
 
 
-def regressed(config: TrainConfig, few: ToyStudent, prompts: Sequence[str], iterations: int, lr: float) -> Run:
+def regressed(
+    config: TrainConfig, few: ToyStudent, prompts: Sequence[str], iterations: int, lr: float, seed: int
+) -> Run:
     """A run that has learnt by SFT from the clips of the distilled student itself, new ones at every iteration."""
     source = run_of(config, few)
-    run = run_of(config, few, {"iterations": iterations, "update.lr": lr})
+    run = run_of(config, few, {"iterations": iterations, "update.lr": lr, "seed": seed})
     rows = config.prompts_per_step * config.rollouts_per_prompt
     for step in range(iterations):
-        words = [prompts[i] for i in np.random.default_rng([1, step]).integers(len(prompts), size=rows)]
-        train_step(run, [Shard(0, words, clips_of(source, words, 1 + step))])
+        words = [prompts[i] for i in np.random.default_rng([1 + seed, step]).integers(len(prompts), size=rows)]
+        train_step(run, [Shard(0, words, clips_of(source, words, 1 + seed * iterations + step))])
     return run
 
 
@@ -70,6 +73,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=16, help="of each held-out prompt")
     parser.add_argument("--iterations", type=int, default=100, help="of the regression")
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-3], help="of the regression")
+    parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
     config = runs.regime()
     train, held = lights.split_prompts()
@@ -79,26 +83,35 @@ def main() -> None:
     def wrong(seed: int) -> Tensor:
         return lights.sample_clips(prompts, np.random.default_rng(seed), WRONG_GRAVITY, WRONG_ELASTICITY)
 
-    def show(name: str, clips: Tensor) -> None:
-        found = JUDGES["lights"](clips, prompts, reference)
-        print(f"| {name} |" + "".join(f" {found[key]:.3f} |" for key in SCORES), flush=True)
+    def show(name: str, clips: Callable[[int], Tensor]) -> None:
+        found = [JUDGES["lights"](clips(seed), prompts, reference) for seed in range(args.seeds)]
+        values = np.array([[scores[key] for key in SCORES] for scores in found])
+        spread = values.std(0, ddof=1) if args.seeds > 1 else np.zeros(len(SCORES))
+        print(f"| {name} |" + "".join(f" {m:.3f} ± {s:.3f} |" for m, s in zip(values.mean(0), spread)), flush=True)
 
     def at(steps: int) -> TrainConfig:
         even = tuple(1000 * (1 - i / steps) for i in range(steps))
         return replace(config, rollout=replace(config.rollout, steps=even))
 
-    reference = wrong(0)
+    def sampled(steps: TrainConfig, student: ToyStudent) -> Callable[[int], Tensor]:
+        run = run_of(steps, student)
+        return lambda seed: clips_of(run, prompts, seed)
+
+    reference = wrong(args.seeds)
     print(f"| {len(prompts)} clips of {len(held)} held-out prompts |" + "".join(f" {key} |" for key in SCORES))
     print("|---" * (1 + len(SCORES)) + "|")
-    show("the wrong world itself", wrong(1))
+    show("the wrong world itself", wrong)
     for steps in (16, 4, 2):
-        show(f"many-step student, {steps} even steps", clips_of(run_of(at(steps), many), prompts, 0))
+        show(f"many-step student, {steps} even steps", sampled(at(steps), many))
     few_steps = ", ".join(f"{t:g}" for t in config.rollout.steps)
-    show(f"many-step student, steps {few_steps}", clips_of(run_of(config, many), prompts, 0))
-    show(f"distilled student, steps {few_steps}", clips_of(run_of(config, few), prompts, 0))
+    show(f"many-step student, steps {few_steps}", sampled(config, many))
+    show(f"distilled student, steps {few_steps}", sampled(config, few))
     for lr in args.lr:
-        run = regressed(config, few, train, args.iterations, lr)
-        show(f"after {args.iterations} iterations on its own clips, lr {lr:g}", clips_of(run, prompts, 0))
+
+        def learnt(seed: int, lr: float = lr) -> Tensor:
+            return clips_of(regressed(config, few, train, args.iterations, lr, seed), prompts, seed)
+
+        show(f"after {args.iterations} iterations on its own clips, lr {lr:g}", learnt)
 
 
 if __name__ == "__main__":

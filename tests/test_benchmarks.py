@@ -34,7 +34,7 @@ COMMANDS = {
     "update --frames 6 --repeats 1": "teacher forcing",
     "step --size tiny --iterations 1": "optimiser",
     "methods --size tiny --iterations 1": "rejection",
-    "regime --clips 2 --iterations 1": "its own clips",
+    "regime --clips 2 --iterations 1 --seeds 2": "its own clips",
 }
 GPU_SUITE = (ROOT / "benchmarks/gpu.sh").read_text()
 BENCHES = re.findall(r"^ +bench \d+ \S+ (.+)$", GPU_SUITE, re.M)
