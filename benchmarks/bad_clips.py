@@ -33,7 +33,7 @@ from afd_fast.training.review import Reviewed, review
 from afd_fast.training.run import Run
 from afd_fast.training.run_folder import finished, read_rows
 from afd_fast.training.state import new_state
-from benchmarks.rows import refusals
+from benchmarks.rows import over_seeds, refusals
 
 KINDS = ("frozen", "black", "cut", "prompt", "physics")
 GRAVITY, ELASTICITY = (0.3, 1.5), {"low": (0.0, 0.3), "high": (0.0, 0.3)}  # of the clips with wrong physics
@@ -165,9 +165,7 @@ def students(name: str, rate: float, kinds: Sequence[str], seeds: int, steps: in
         rows = [read_json(folder / "result.json")["rows"]["student"] for folder in of]
         low, high = crossed(np.array([read_rows(folder / "evaluations.jsonl")[-1]["by_prompt"] for folder in of]))
         values = np.array([[row[key] for key in STUDENT_SCORES] for row in rows])
-        spread = values.std(0, ddof=1) if len(rows) > 1 else np.zeros(len(STUDENT_SCORES))
-        cells = [f"{m:.3f} ± {s:.3f}" for m, s in zip(values.mean(0), spread)]
-        print(f"| {which} | " + " | ".join(cells) + f" | {low:.2f} to {high:.2f} |")
+        print(f"| {which} | " + " | ".join(over_seeds(values)) + f" | {low:.2f} to {high:.2f} |")
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from afd_fast.training.rollouts import clip, sample_policy
 from afd_fast.training.run import Run
 from afd_fast.training.state import generator, new_state
 from afd_fast.video_io import to_uint8
-from benchmarks.rows import refusals
+from benchmarks.rows import over_seeds, refusals
 
 SCORES = ("general", "size", "light", "shape", "sharp", "motion", "dynamic_px", "diversity_px", "frechet", "flicker")
 
@@ -86,8 +86,7 @@ def main() -> None:
     def show(name: str, clips: Callable[[int], Tensor]) -> None:
         found = [JUDGES["lights"](clips(seed), prompts, reference) for seed in range(args.seeds)]
         values = np.array([[scores[key] for key in SCORES] for scores in found])
-        spread = values.std(0, ddof=1) if args.seeds > 1 else np.zeros(len(SCORES))
-        print(f"| {name} |" + "".join(f" {m:.3f} ± {s:.3f} |" for m, s in zip(values.mean(0), spread)), flush=True)
+        print(f"| {name} | " + " | ".join(over_seeds(values)) + " |", flush=True)
 
     def at(steps: int) -> TrainConfig:
         even = tuple(1000 * (1 - i / steps) for i in range(steps))

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from afd_fast.errors import AFDError
@@ -54,6 +55,12 @@ class Arguments(argparse.ArgumentParser):
         if arguments.gpu and not CUDA:
             raise SystemExit(f"{self.prog}: needs a CUDA device, and PyTorch {torch.__version__} finds none")
         return arguments
+
+
+def over_seeds(values: np.ndarray) -> list[str]:
+    """Mean ± standard deviation of each column of values [seeds, n]."""
+    spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+    return [f"{m:.3f} ± {s:.3f}" for m, s in zip(values.mean(0), spread)]
 
 
 @contextlib.contextmanager
