@@ -14,6 +14,7 @@ from afd_fast.students.toy.model import ToyConfig, ToyStudent
 from afd_fast.students.toy.text import tokenize
 from afd_fast.students.wan.graphs import GraphedStudent
 from afd_fast.training import train
+from tests.test_graphs import Recorder
 
 FOUR = RolloutConfig()
 
@@ -323,7 +324,7 @@ def test_what_is_no_encoded_text_is_refused_by_name(model):
     x, t = noise[:, :, :3], torch.full((1, 3), 500.0)
     toy, small = ToyStudent(), torch.randn(1, 3, 12, 16, 16)
     calls = [partial(rollout, model, noise=noise), lambda text: rollout(model, [(0, text), (3, text)], noise),
-             lambda text: rollout(GraphedStudent(model), text, noise), partial(model, x, t),
+             lambda text: rollout(GraphedStudent(model, recorder=Recorder()), text, noise), partial(model, x, t),
              lambda text: model(x, t, text, cache=model.new_cache(1, 6, 4, 6)),
              lambda text: model.forward_teacher_forcing(x, t, text, x), lambda text: model.forward_block_causal(x, t, text),
              lambda text: rollout(toy, text, small), lambda text: toy.forward_block_causal(small, torch.zeros(1, 12), text),
@@ -340,7 +341,7 @@ def test_what_is_no_encoded_text_is_refused_by_name(model):
                 torch.no_grad(),
             ):
                 call(text=wrong)
-    graphed = GraphedStudent(model)
+    graphed = GraphedStudent(model, recorder=Recorder())
     with torch.no_grad():
         rollout(graphed, text, noise)  # it keeps a text now
         with pytest.raises(TypeError, match="text must be a WanText"):

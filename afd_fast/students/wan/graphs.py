@@ -92,7 +92,7 @@ class GraphedStudent:
     """
 
     def __init__(self, model: CausalWan, *, max_graphs: int = 256, recorder: Recorder | None = None):
-        self.model, self.max_graphs, self.recorder = model, max_graphs, recorder or CudaRecorder()
+        self.model, self.max_graphs, self.recorder = model, max_graphs, recorder
         self._cache: KVCache | None = None
         self._cache_key: tuple[object, ...] | None = None
         self._weights: list[int] | None = None
@@ -120,7 +120,8 @@ class GraphedStudent:
         self, batch: int, frames: int, height: int, width: int, window: int | None = None, sink: int = 0,
         rope: str = "absolute", sink_ema: float | None = None,
     ) -> KVCache:  # fmt: skip
-        """The kept cache, emptied; the start of a rollout, where changed shapes and weights are noticed."""
+        """The kept cache, emptied; the start of a rollout, where changed shapes and weights are noticed. ConfigError without a GPU."""
+        self.recorder = self.recorder or CudaRecorder()  # not in __init__: a copy may be made where there is no GPU
         self.model.join()  # before their addresses are read
         key = (batch, frames, height, width, window, sink, rope, sink_ema)
         weights = [p.data_ptr() for p in self.model.parameters()]
@@ -176,6 +177,7 @@ class GraphedStudent:
         inputs = self._filled(x, start_frame, cache)
         if key not in self._graphs:
             forward = partial(self.model, inputs.x, t, text, cache=cache, start_frame=start_frame, rope=inputs.rope)
+            assert self.recorder is not None  # new_cache has made it
             self._graphs[key] = Recording(*self.recorder.record(forward))
         recording = self._graphs[key]
         cache.withhold(start_frame, end)
