@@ -1,6 +1,6 @@
 """What `afd-fast review` finds of bad clips that were planted among an embedded teacher's, and what they cost its student.
 
-    python -m benchmarks.bad_clips [--world physics lights] [--rate 0.1 0.3] [--seeds 3] [--steps 150]     the tables
+    python -m benchmarks.bad_clips [--world physics lights] [--rate 0.1 0.3] [--seeds 5] [--steps 150]     the tables
     python -m benchmarks.bad_clips --train clean planted reviewed --world physics [--rate 0.3] [--seeds 5] [key=value ...]   students
 
 Four clips of every training prompt (448 of the balls, 128 of the lights). The bad ones are drawn at random, as many of each kind:
@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", nargs="+", choices=("physics", "lights"), default=["physics", "lights"])
     parser.add_argument("--rate", nargs="+", type=float, default=[0.1, 0.3])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--train", nargs="+", choices=("clean", "planted", "reviewed"))
     parser.add_argument("--out", type=Path, default=Path("runs/bad-clips"))
