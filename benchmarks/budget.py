@@ -17,7 +17,7 @@ from rich.console import Console
 
 from afd_fast.config import TrainConfig
 from afd_fast.errors import ConfigError
-from afd_fast.evaluation.intervals import NONE, crossed
+from afd_fast.evaluation.intervals import crossed
 from afd_fast.teachers import lights
 from afd_fast.training import compare
 from benchmarks.rows import refusals
@@ -91,8 +91,11 @@ def main() -> None:
     print("| method, clips |" + "".join(f" {key} |" for key in SCORES) + " residual_px, 95 % over prompts and seeds |")
     for label, scores in rows.items():
         cells = (f" {scores[key]['mean']:.3f} ± {scores[key]['sd'] or 0:.3f} |" for key in SCORES)
-        low, high = crossed(np.array(found["by_prompt"][label])) if label != "teacher" else NONE
-        print(f"| {label} |" + "".join(cells) + f" {low:.2f} to {high:.2f} |")
+        interval = ""
+        if label != "teacher":
+            low, high = crossed(np.array(found["by_prompt"][label]))
+            interval = f" {low:.2f} to {high:.2f}"
+        print(f"| {label} |" + "".join(cells) + f"{interval} |")
 
 
 if __name__ == "__main__":
