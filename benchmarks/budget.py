@@ -20,7 +20,7 @@ from afd_fast.errors import ConfigError
 from afd_fast.evaluation.intervals import crossed
 from afd_fast.teachers import lights
 from afd_fast.training import compare
-from benchmarks.rows import refusals
+from benchmarks.rows import over_seeds, refusals
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -90,12 +90,12 @@ def main() -> None:
     draw(rows, budgets, args.out / "budget.png")
     print("| method, clips |" + "".join(f" {key} |" for key in SCORES) + " residual_px, 95 % over prompts and seeds |")
     for label, scores in rows.items():
-        cells = (f" {scores[key]['mean']:.3f} ± {scores[key]['sd'] or 0:.3f} |" for key in SCORES)
+        cells = over_seeds(np.array([scores[key]["values"] for key in SCORES]).T)
         interval = ""
         if label != "teacher":
             low, high = crossed(np.array(found["by_prompt"][label]))
             interval = f" {low:.2f} to {high:.2f}"
-        print(f"| {label} |" + "".join(cells) + f"{interval} |")
+        print(f"| {label} | " + " | ".join(cells) + f" |{interval} |")
 
 
 if __name__ == "__main__":

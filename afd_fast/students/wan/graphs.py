@@ -121,7 +121,7 @@ class GraphedStudent:
         rope: str = "absolute", sink_ema: float | None = None,
     ) -> KVCache:  # fmt: skip
         """The kept cache, emptied; the start of a rollout, where changed shapes and weights are noticed. ConfigError without a GPU."""
-        self.recorder = self.recorder or CudaRecorder()  # not in __init__: a copy may be made where there is no GPU
+        self.recorder = self.recorder or CudaRecorder()  # a copy has none: it may be made where there is no GPU
         self.model.join()  # before their addresses are read
         key = (batch, frames, height, width, window, sink, rope, sink_ema)
         weights = [p.data_ptr() for p in self.model.parameters()]

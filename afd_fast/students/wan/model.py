@@ -172,12 +172,12 @@ class CausalWan(StudentModule):
 
     def graphed(self) -> Student:
         """See `GraphedStudent`."""
-        from afd_fast.students.wan.graphs import GraphedStudent
+        from afd_fast.students.wan.graphs import CudaRecorder, GraphedStudent
 
         if self._split is not None:
             raise ConfigError("CUDA graphs do not hold exchanges between ranks: leave out graphs or split_sequence")
         if self._graphed is None:
-            self._graphed = GraphedStudent(self)
+            self._graphed = GraphedStudent(self, recorder=CudaRecorder())  # which refuses where there is no GPU
         return self._graphed
 
     def split_sequence(self, group: "dist.ProcessGroup | None", height: int, width: int) -> None:
