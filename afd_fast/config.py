@@ -195,6 +195,8 @@ class TrainConfig:
                 raise ConfigError(f"stream.frames={self.stream.frames} needs method=afd, got method={self.method}")
             if self.update.history != "detached":
                 raise ConfigError(f"stream.frames needs update.history=detached, got {self.update.history}")
+        if self.shuffle_rewards and self.method != "afd":
+            raise ConfigError(f"shuffle_rewards permutes the advantages of method=afd, got method={self.method}")
         if self.teacher_r is not None:
             if not 0.5 < self.teacher_r <= 1:
                 raise ConfigError(f"teacher_r must be above 0.5 and at most 1, got {self.teacher_r}")

@@ -22,18 +22,19 @@ from rich.console import Console
 from torch import Tensor
 
 from afd_fast.config import TrainConfig, with_overrides
+from afd_fast.errors import ConfigError
 from afd_fast.evaluation.intervals import crossed
 from afd_fast.files.text import read_json
 from afd_fast.students.student import family
 from afd_fast.teachers import lights, physics
 from afd_fast.teachers.dataset import collect
 from afd_fast.teachers.teacher import PromptSplit, Request, Teacher, TeacherBase
-from afd_fast.training import runs, train
+from afd_fast.training import compare, runs, train
 from afd_fast.training.review import Reviewed, review
 from afd_fast.training.run import Run
-from afd_fast.training.run_folder import finished, read_rows
+from afd_fast.training.run_folder import finished, judged
 from afd_fast.training.state import new_state
-from benchmarks.rows import over_seeds, refusals
+from benchmarks.rows import over_seeds, ranged, refusals
 
 KINDS = ("frozen", "black", "cut", "prompt", "physics")
 GRAVITY, ELASTICITY = (0.3, 1.5), {"low": (0.0, 0.3), "high": (0.0, 0.3)}  # of the clips with wrong physics
@@ -137,55 +138,84 @@ def table(name: str, rate: float, seeds: int, steps: int) -> None:
     print(f"| {name}, {rate:.0%} | " + " | ".join(cells) + " |", flush=True)
 
 
-def student(name: str, rate: float, which: str, seed: int, steps: int, keys: list[str], out: Path) -> Path:
-    """Train on the clips as they should be, with the bad ones, or with the weights that a review gives them; the run's folder. One that
-    is finished stays as it is."""
-    of = world(name)
-    own = replace(of.config, name=f"{name}-{which}-{seed}", teacher_clips=CLIPS, seed=seed)
-    folder, config = out / own.name, with_overrides(own, keys)
+def planned(
+    name: str, rate: float, kinds: Sequence[str], seeds: int, steps: int, keys: list[str], out: Path
+) -> dict[str, dict[Path, TrainConfig]]:
+    """By kind of teacher clips, the folder and the configuration of every seed's run. ConfigError where a folder holds another run."""
+    config = with_overrides(replace(world(name).config, teacher_clips=CLIPS), keys)
+    marks = {"clean": "", "planted": f" {rate:g}", "reviewed": f" {rate:g}, {steps} steps"}
+    return {
+        which: compare.runs(config, [compare.Variant(f"{name} {which}{marks[which]}")], seeds, out) for which in kinds
+    }
+
+
+def student(name: str, rate: float, which: str, steps: int, folder: Path, config: TrainConfig) -> None:
+    """Train on the clips as they should be, with the bad ones, or with the weights that a review gives them. A run that is finished stays
+    as it is, and one that was stopped goes on."""
     if finished(folder, config):
-        return folder
-    teacher = Planted(of, 0.0 if which == "clean" else rate, seed)
+        return
+    of = world(name)
+    teacher = Planted(of, 0.0 if which == "clean" else rate, config.seed)
     if which == "reviewed":
-        found = reviewed(of, _TrainingClips(of, rate, seed), steps)
+        found = reviewed(of, _TrainingClips(of, rate, config.seed), steps)
         teacher.weights = {Request(x.prompt, x.number): x.weight for x in found}
-    train(config, out=folder, overwrite=True, teacher=teacher, console=Console(quiet=True))
-    return folder
+    started = (folder / "config.json").exists()
+    train(config, out=folder, resume=started, overwrite=not started, teacher=teacher, console=Console(quiet=True))
 
 
 def students(name: str, rate: float, kinds: Sequence[str], seeds: int, steps: int, keys: list[str], out: Path) -> None:
     """The table of what bad clips cost: a row for the base student and for each kind of teacher clips, over the seeds."""
-    folders = {which: [student(name, rate, which, seed, steps, keys, out) for seed in range(seeds)] for which in kinds}
-    first, *_ = next(iter(folders.values()))
+    plan = planned(name, rate, kinds, seeds, steps, keys, out)
+    for which, of_kind in plan.items():
+        for folder, config in of_kind.items():
+            student(name, rate, which, steps, folder, config)
+    first, *_ = next(iter(plan.values()))
     base = read_json(first / "result.json")["rows"]["base"]
     print(f"| {name}, {rate:.0%} bad | " + " | ".join(STUDENT_SCORES) + " | residual_px, 95 % over prompts and seeds |")
     print("|---" * (2 + len(STUDENT_SCORES)) + "|")
     print("| (base student) | " + " | ".join(f"{base[key]:.3f}" for key in STUDENT_SCORES) + " | |")
-    for which, of in folders.items():
+    for which, of in plan.items():
         rows = [read_json(folder / "result.json")["rows"]["student"] for folder in of]
-        low, high = crossed(np.array([read_rows(folder / "evaluations.jsonl")[-1]["by_prompt"] for folder in of]))
+        last = [judged(folder, config.iterations)[-1]["by_prompt"] for folder, config in of.items()]
+        low, high = crossed(np.array(last))
         values = np.array([[row[key] for key in STUDENT_SCORES] for row in rows])
         print(f"| {which} | " + " | ".join(over_seeds(values)) + f" | {low:.2f} to {high:.2f} |")
+
+
+def check_rate(name: str, rate: float) -> None:
+    """ConfigError where not every kind gets a bad clip."""
+    clips = CLIPS * len(world(name).teacher.split().train)
+    if (bad := round(rate * clips)) < len(KINDS):
+        raise ConfigError(
+            f"--rate {rate:g} of the {clips} clips of {name} is {bad}: give at least {len(KINDS) / clips:.2g}, one for each kind"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", nargs="+", choices=("physics", "lights"), default=["physics", "lights"])
-    parser.add_argument("--rate", nargs="+", type=float, default=[0.1, 0.3])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--rate", nargs="+", type=ranged(float, 0, 1), help="default: 0.1 0.3, with --train 0.3")
+    parser.add_argument("--seeds", type=ranged(int, 1), default=5)
+    parser.add_argument("--steps", type=ranged(int, 0), default=150)
     parser.add_argument("--train", nargs="+", choices=("clean", "planted", "reviewed"))
     parser.add_argument("--out", type=Path, default=Path("runs/bad-clips"))
     parser.add_argument("keys", nargs="*", help="key=value of the students' runs")
     args = parser.parse_intermixed_args()
+    if args.keys and not args.train:
+        parser.error(f"{args.keys[0]} is for the students' runs: give --train too")
+    rates = args.rate or ([0.3] if args.train else [0.1, 0.3])
+    for name in args.world:
+        for rate in rates:
+            check_rate(name, rate)
     if args.train:
         for name in args.world:
-            students(name, args.rate[-1], args.train, args.seeds, args.steps, args.keys, args.out)
+            for rate in rates:
+                students(name, rate, args.train, args.seeds, args.steps, args.keys, args.out)
         return
     print("| world, bad clips | precision | recall | " + " | ".join(KINDS) + " |")
     print("|---" * (3 + len(KINDS)) + "|")
     for name in args.world:
-        for rate in args.rate:
+        for rate in rates:
             table(name, rate, args.seeds, args.steps)
 
 

@@ -1,6 +1,6 @@
 """Physics, dynamic degree, diversity and general quality against the number of teacher clips bought, SFT beside AFD on the lights.
 
-    python -m benchmarks.budget [--clips 16 64 128 448] [--seeds 5] [--jobs 2] [--out runs/budget] [key=value ...]
+    python -m benchmarks.budget [--clips 16 32 64 128 448] [--seeds 5] [--jobs 2] [--out runs/budget] [key=value ...]
 
 AFD is the run `regime` with teacher_r=0.75. A budget below the world's 32 training prompts is so many prompts with one clip each, and
 above them as many clips of each prompt. The judge's clips of the held-out prompts are not counted. The same command again continues;
@@ -20,7 +20,7 @@ from afd_fast.errors import ConfigError
 from afd_fast.evaluation.intervals import crossed
 from afd_fast.teachers import lights
 from afd_fast.training import compare
-from benchmarks.rows import over_seeds, refusals
+from benchmarks.rows import over_seeds, ranged, refusals
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -70,16 +70,16 @@ def draw(rows: dict[str, Any], budgets: list[int], file: Path) -> None:
         axis.set_xlabel("teacher clips bought", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[0].legend(fontsize=8, frameon=False, loc="center right")
     figure.savefig(file, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run")
-    parser.add_argument("--clips", type=int, nargs="+", default=[16, 64, 128, 448])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--clips", type=ranged(int, 1), nargs="+", default=[16, 32, 64, 128, 448])
+    parser.add_argument("--seeds", type=ranged(int, 1), default=5)
+    parser.add_argument("--jobs", type=ranged(int, 1), default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/budget"))
     args = parser.parse_args()
     budgets = sorted(set(args.clips))

@@ -28,7 +28,7 @@ from afd_fast.discriminators.videoalign.model import (
     qwen2_vl_2b,
 )
 from afd_fast.ops.attention import BACKENDS, resolve_backend
-from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Row, Table, timed
+from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Row, Table, ranged, timed
 
 
 class Words:
@@ -201,8 +201,8 @@ def checked_error(b: Bench) -> float:
 def main() -> None:
     parser = Arguments(__doc__)
     parser.add_argument("--size", choices=("tiny", "2b"), default="2b" if CUDA else "tiny")
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pairs", type=ranged(int, 1), default=4)
+    parser.add_argument("--repeats", type=ranged(int, 1), default=5)
     parser.add_argument("--attention", choices=("auto", *BACKENDS), default="auto")
     args = parser.parsed()
     b = Bench(args.size, args.pairs, args.attention)

@@ -29,7 +29,7 @@ from afd_fast.training.loop import train_step
 from afd_fast.training.methods import METHODS
 from afd_fast.training.run import Run
 from afd_fast.training.state import new_state
-from benchmarks.rows import CUDA, Times, clocked, device_name
+from benchmarks.rows import CUDA, Times, clocked, device_name, ranged, refusals
 from benchmarks.step import SIZES, build, config_of
 from benchmarks.update import CPU_FLASH, saved_bytes
 
@@ -112,7 +112,7 @@ def measure(prepared: dict[str, Prepared], iterations: int, device: str) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=(*WORLDS, *SIZES), default="demo")
-    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--iterations", type=ranged(int, 1), default=5)
     args = parser.parse_args()
     device = "cuda" if CUDA and args.size not in WORLDS else "cpu"
     prepared = {method: Prepared(args.size, method, device) for method in METHODS}
@@ -129,4 +129,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusals():
+        main()

@@ -7,8 +7,8 @@ over the seeds, a small point an evaluation of one seed, the large one the end.
 """
 
 import argparse
-import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ import matplotlib
 import numpy as np
 
 from afd_fast.errors import ConfigError
+from afd_fast.files.text import read_json
+from afd_fast.reports.run import read_result
 from afd_fast.reports.scores import METHODS
-from benchmarks.rows import refusals
+from afd_fast.training.run_folder import judged
+from benchmarks.rows import picture, refusals
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,15 +44,20 @@ def methods(place: Path) -> dict[str, list[Path]]:
 
 def label(folder: Path) -> str:
     """What a run's method is called."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     name, r = METHODS.get(config["method"], config["method"]), config.get("teacher_r")
     return name if r is None else f"{name}, teacher_r={r}"
 
 
 def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A run's evaluations, and its teacher's scores."""
-    lines = (folder / "evaluations.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((folder / "result.json").read_text())["rows"]["teacher"]
+    """A run's evaluations, and its teacher's scores. ConfigError where they are not there, or not what is drawn."""
+    result = read_result(folder)
+    evaluations, teacher = judged(folder, result["config"]["iterations"]), result["rows"]["teacher"]
+    if missing := [key for key in (*X, Y) if key not in teacher]:
+        raise ConfigError(
+            f"{folder} has no {' and no '.join(missing)}: the lights' judge has it, so give runs of `regime`"
+        )
+    return evaluations, teacher
 
 
 def draw(runs: dict[str, list[Path]], file: Path) -> None:
@@ -57,7 +65,10 @@ def draw(runs: dict[str, list[Path]], file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for axis, (key, title) in zip(axes, X.items()):
         for number, (name, of_method) in enumerate(read_runs.items()):
-            points = np.array([[(e[key], e[Y]) for e in evaluations] for evaluations, _ in of_method])  # [seeds, n, 2]
+            steps = set.intersection(*({e["step"] for e in evaluations} for evaluations, _ in of_method))
+            points = np.array(
+                [[(e[key], e[Y]) for e in run if e["step"] in steps] for run, _ in of_method]
+            )  # [seeds, n, 2]
             colour, mean = f"C{number}", points.mean(0)
             axis.plot(*mean.T, color=colour, lw=1.6, label=name)
             axis.plot(*points[:, 1:].reshape(-1, 2).T, ".", color=colour, ms=4, alpha=0.5)
@@ -76,11 +87,15 @@ def draw(runs: dict[str, list[Path]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, default=Path("paths.png"))
+    parser.add_argument("--out", type=picture, default=Path("paths.png"))
     args = parser.parse_args()
-    found: dict[str, list[Path]] = {}
-    for place in args.runs:
-        found |= {label(folders[0]): folders for folders in methods(place).values()}
+    runs = [folders for place in args.runs for folders in methods(place).values()]
+    names = Counter(label(folders[0]) for folders in runs)
+    found = {}
+    for folders in runs:
+        first = folders[0]
+        name = label(first)
+        found[name if names[name] == 1 else f"{name} ({first.parent.name}/{first.name.rpartition('-')[0]})"] = folders
     draw(found, args.out)
     print(f"{args.out}: {', '.join(f'{name} ({len(folders)} runs)' for name, folders in found.items())}")
 

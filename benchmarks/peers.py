@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from afd_fast.reference.schedule import step_table
 from afd_fast.rollout import RolloutConfig, rollout
 from afd_fast.students import CausalWan, CausalWanConfig
-from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Row, Table, Times, in_turn
+from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Row, Table, Times, in_turn, ranged
 
 FREE = ("view", "_unsafe_view", "unsqueeze", "transpose", "permute", "slice", "select", "expand", "unbind", "detach",
         "split", "t", "alias", "empty", "as_strided", "squeeze", "new_empty", "empty_like", "lift_fresh", "_reshape_alias",
@@ -205,9 +205,9 @@ def main() -> None:
     parser = Arguments(__doc__)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--size", choices=SIZES, default="1.3b" if CUDA else "tiny")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--frames", type=int, default=21)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=ranged(int, 1), default=1)
+    parser.add_argument("--frames", type=ranged(int, 1), default=21)
+    parser.add_argument("--repeats", type=ranged(int, 1), default=5)
     parser.add_argument("--count", action="store_true", help="count operators instead of timing")
     args = parser.parsed()
     if args.count and args.csv:

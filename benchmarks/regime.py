@@ -36,7 +36,7 @@ from afd_fast.training.rollouts import clip, sample_policy
 from afd_fast.training.run import Run
 from afd_fast.training.state import generator, new_state
 from afd_fast.video_io import to_uint8
-from benchmarks.rows import over_seeds, refusals
+from benchmarks.rows import over_seeds, ranged, refusals
 
 SCORES = ("general", "size", "light", "shape", "sharp", "motion", "dynamic_px", "diversity_px", "frechet", "flicker")
 
@@ -70,10 +70,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--many", type=Path, help="many-step student; default: the shipped one")
     parser.add_argument("--few", type=Path, help="few-step student; default: the shipped one")
-    parser.add_argument("--clips", type=int, default=16, help="of each held-out prompt")
-    parser.add_argument("--iterations", type=int, default=100, help="of the regression")
-    parser.add_argument("--lr", type=float, nargs="+", default=[3e-3], help="of the regression")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--clips", type=ranged(int, 1), default=16, help="of each held-out prompt")
+    parser.add_argument("--iterations", type=ranged(int, 1), default=100, help="of the regression")
+    parser.add_argument("--lr", type=ranged(float, 0), nargs="+", default=[3e-3], help="of the regression")
+    parser.add_argument("--seeds", type=ranged(int, 1), default=5)
     args = parser.parse_args()
     config = runs.regime()
     train, held = lights.split_prompts()

@@ -33,7 +33,7 @@ from afd_fast.students.wan.family import HashText, Networks
 from afd_fast.students.wan.graphs import GraphedStudent
 from afd_fast.students.wan.layers import WanText
 from afd_fast.students.wan.vae import WanDecoder
-from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Clock, Row, Table, Times, timed
+from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Clock, Row, Table, Times, ranged, timed
 
 FRAMES = 21  # latent frames of a clip
 CHUNK = 3
@@ -316,7 +316,7 @@ def main() -> None:
     default = [name for name in CASES if name not in ("vae", "video")]
     parser.add_argument("cases", nargs="*", metavar="CASE", default=default)
     parser.add_argument("--size", choices=("tiny", "1.3b"), default="1.3b" if CUDA else "tiny")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=ranged(int, 1), default=5)
     args = parser.parsed()
     if unknown := sorted(set(args.cases) - set(CASES)):
         parser.error(f"unknown cases {', '.join(unknown)}; known: {', '.join(CASES)}")

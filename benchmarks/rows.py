@@ -7,6 +7,7 @@ import datetime
 import functools
 import hashlib
 import importlib.util
+import math
 import statistics
 import subprocess
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ COLUMNS = (
     "triton commit date"
 ).split()
 ROOT = Path(__file__).parent.parent
+N = TypeVar("N", int, float)
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 PEAK_TFLOP_S = 990.0 if CUDA and torch.cuda.get_device_capability() == (9, 0) else None  # H100/H200, dense bfloat16
@@ -58,9 +60,37 @@ class Arguments(argparse.ArgumentParser):
 
 
 def over_seeds(values: np.ndarray) -> list[str]:
-    """Mean ± standard deviation of each column of values [seeds, n]."""
-    spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
-    return [f"{m:.3f} ± {s:.3f}" for m, s in zip(values.mean(0), spread)]
+    """Mean ± standard deviation of each column of values [seeds, n]; of one seed the value alone."""
+    means = values.mean(0).round(3) + 0.0  # no -0.000
+    if len(values) == 1:
+        return [f"{mean:.3f}" for mean in means]
+    return [f"{m:.3f} ± {s:.3f}" for m, s in zip(means, values.std(0, ddof=1))]
+
+
+def ranged(kind: type[N], least: float, most: float = math.inf) -> Callable[[str], N]:
+    """The `type` of an option that takes a number from `least` to `most`."""
+
+    def parse(text: str) -> N:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(-1)
+        if not (math.isfinite(value) and least <= value <= most):
+            upto = "" if most == math.inf else f" to {most:g}"
+            raise argparse.ArgumentTypeError(
+                f"expected {'a whole number' if kind is int else 'a number'} from {least:g}{upto}, got {text}"
+            )
+        return value
+
+    return parse
+
+
+def picture(text: str) -> Path:
+    """The `type` of an option that names a picture to write."""
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file .png, .svg or .pdf in a folder that exists, got {text}")
+    return path
 
 
 @contextlib.contextmanager

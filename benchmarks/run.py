@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.cases import CASES, DTYPES, SHAPES, Case, Setting
-from benchmarks.rows import DEVICE, Arguments, Clock, Row, Times, append_rows, cell, device_name
+from benchmarks.rows import DEVICE, Arguments, Clock, Row, Times, append_rows, cell, device_name, ranged
 
 OURS = ("fused", "one_launch")
 
@@ -68,11 +68,11 @@ def main() -> None:
     p = Arguments(__doc__)
     p.add_argument("--case", nargs="*", default=list(CASES), choices=CASES)
     p.add_argument("--shape", nargs="*", default=list(SHAPES), choices=SHAPES)
-    p.add_argument("--batch", nargs="*", type=int, default=[1, 16])
+    p.add_argument("--batch", nargs="*", type=ranged(int, 1), default=[1, 16])
     p.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
     p.add_argument("--variant", nargs="*", default=[*OURS, "compile", "reference", "eager"])
     p.add_argument("--device", default=DEVICE)
-    p.add_argument("--seconds", type=float, default=1.0, help="per variant")
+    p.add_argument("--seconds", type=ranged(float, 0), default=1.0, help="per variant")
     a = p.parsed()
     print(
         f"{'case':18}{'variant':11}{'shape':20}{'dtype':6}{'ms':>10}{'host ms':>9}{'GB/s':>9}{'of copy':>9}{'max err':>10}{'MiB':>9}"

@@ -29,7 +29,7 @@ from afd_fast.training.run import Metrics, Run
 from afd_fast.training.state import new_state
 from afd_fast.training.teacher import batch_plan
 from afd_fast.video_io import VideoFormat
-from benchmarks.rows import CUDA, DEVICE, Arguments, Row, Times, append_rows, device_name
+from benchmarks.rows import CUDA, DEVICE, Arguments, Row, Times, append_rows, device_name, ranged
 
 PHASES = {  # rows of the table: the phases of `train_step` that each adds up
     "rollout": ["rollout"],
@@ -164,7 +164,7 @@ def main() -> None:
     parser = Arguments(__doc__)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
-    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--iterations", type=ranged(int, 1), default=5)
     args = parser.parsed()
     if args.iterations < 1:
         parser.error(f"--iterations must be at least 1, got {args.iterations}")

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from afd_fast import nft_loss, nft_recipe
 from afd_fast.students import CausalWan, CausalWanConfig
 from afd_fast.training.velocity import Chunking, LossInputs, nft_backward
-from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Row, Table, Times, clocked
+from benchmarks.rows import CUDA, DEVICE, DTYPE, Arguments, Row, Table, Times, clocked, ranged
 
 aten = torch.ops.aten
 CPU_FLASH = {  # which the counter does not know
@@ -105,8 +105,8 @@ class Update:
 def main() -> None:
     p = Arguments(__doc__)
     p.add_argument("--size", default="small", choices=SIZES)
-    p.add_argument("--frames", type=int, default=21)
-    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--frames", type=ranged(int, 1), default=21)
+    p.add_argument("--repeats", type=ranged(int, 1), default=5)
     a = p.parsed()
     if a.frames < CHUNK or a.frames % CHUNK or a.repeats < 1:
         p.error(f"--frames must be a multiple of {CHUNK} and --repeats at least 1, got {a.frames} and {a.repeats}")

@@ -95,28 +95,90 @@ def test_what_bad_clips_cost_is_a_table_of_finished_runs(tmp_path: Path) -> None
     words = ["--world", "lights", "--train", "planted", "--seeds", 1, "--out", tmp_path, *keys]
     rows = output("bad_clips", *words).splitlines()
     assert [row.split("|")[1].strip() for row in rows] == ["lights, 30% bad", "---", "(base student)", "planted"]
-    assert re.fullmatch(r"\| planted \|( \S+ ± \S+ \|){4} \d\.\d\d to \d\.\d\d \|", rows[-1])
+    assert re.fullmatch(r"\| planted \|( \d\S+ \|){4} \d\.\d\d to \d\.\d\d \|", rows[-1])
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
+    assert [path.parent.name for path in made] == ["lights planted 0.3-0"]
     assert output("bad_clips", *words).splitlines() == rows  # a finished run is kept
     assert {path: path.stat().st_mtime_ns for path in made} == made
+    (stopped,) = made
+    stopped.unlink()  # one that was stopped before its end goes on
+    before = (tmp_path / "lights planted 0.3-0/metrics.jsonl").read_text()
+    assert output("bad_clips", *words).splitlines() == rows
+    assert (tmp_path / "lights planted 0.3-0/metrics.jsonl").read_text() == before
+    with pytest.raises(ConfigError, match="was started with another configuration .update.lr"):
+        output("bad_clips", *words, "update.lr=1e-2")
+
+
+@pytest.mark.parametrize("words,said", [
+    ("bad_clips --rate 0", "--rate 0 of the 448 clips of physics is 0: give at least 0.011"),
+    ("bad_clips --world lights --rate 0.01", "--rate 0.01 of the 128 clips of lights is 1: give at least 0.039"),
+    ("bad_clips --rate nan", "argument --rate: expected a number from 0 to 1, got nan"),
+    ("bad_clips --rate 2", "argument --rate: expected a number from 0 to 1, got 2"),
+    ("bad_clips --seeds 0", "argument --seeds: expected a whole number from 1, got 0"),
+    ("bad_clips --steps -1", "argument --steps: expected a whole number from 0, got -1"),
+    ("bad_clips iterations=3", "iterations=3 is for the students' runs: give --train too"),
+    ("regime --clips 0", "argument --clips: expected a whole number from 1, got 0"),
+    ("regime --seeds 1.5", "argument --seeds: expected a whole number from 1, got 1.5"),
+    ("regime --iterations -1", "argument --iterations: expected a whole number from 1, got -1"),
+    ("regime --lr nan", "argument --lr: expected a number from 0, got nan"),
+    ("regime --lr inf", "argument --lr: expected a number from 0, got inf"),
+    ("methods --iterations 0", "argument --iterations: expected a whole number from 1, got 0"),
+    ("budget --clips 0", "argument --clips: expected a whole number from 1, got 0"),
+    ("budget teacher_clips=2 --clips 64 128", "teacher_clips=2 has no effect here"),
+    ("paths x --out x.xyz", "argument --out: expected a file .png, .svg or .pdf in a folder that exists, got x.xyz"),
+    ("paths x --out nodir/x.png", "argument --out: expected a file .png, .svg or .pdf in a folder that exists"),
+    ("step --iterations 0", "argument --iterations: expected a whole number from 1, got 0"),
+    ("rollout --repeats x", "argument --repeats: expected a whole number from 1, got x"),
+])  # fmt: skip
+def test_bad_options_are_one_line_before_anything_runs(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SystemExit, ConfigError)) as stop:
+        output(*words.split())
+    assert said in f"{stop.value} {capsys.readouterr().err}"
+    assert not any(tmp_path.iterdir())
+
+
+def lights_run(folder: Path, method: str, r: float | None = None, steps: tuple[int, ...] = (0, 2, 4)) -> None:
+    """What `benchmarks.paths` reads of a finished run of 4 iterations."""
+    folder.mkdir(parents=True)
+    scores = {"residual_px": 1.0, "diversity_px": 2.0, "general": 0.9}
+    (folder / "config.json").write_text(json.dumps({"method": method, "teacher_r": r}))
+    (folder / "result.json").write_text(json.dumps({"rows": {"teacher": scores}, "config": {"iterations": 4}}))
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps({"step": s, **scores}) + "\n" for s in steps))
 
 
 def test_the_paths_of_methods_are_drawn_from_their_runs(tmp_path: Path) -> None:
-    for name, method, r in (("sft", "sft", None), ("afd 128", "afd", 0.75)):
-        for seed in range(2):
-            folder = tmp_path / f"{name}-{seed}"
-            folder.mkdir()
-            scores = {"residual_px": 1.0, "diversity_px": 2.0, "general": 0.9}
-            (folder / "config.json").write_text(json.dumps({"method": method, "teacher_r": r}))
-            (folder / "result.json").write_text(json.dumps({"rows": {"teacher": scores}}))
-            (folder / "evaluations.jsonl").write_text(2 * (json.dumps(scores) + "\n"))
-    assert output("paths", tmp_path, "--out", tmp_path / "p.png").endswith(
-        "AFD, teacher_r=0.75 (2 runs), SFT (2 runs)\n"
+    runs, picture = tmp_path / "runs", tmp_path / "p.png"
+    for name, method, r in (("sft", "sft", None), ("afd 128", "afd", 0.75), ("afd 64", "afd", 0.75)):
+        for seed in range(2):  # of which the second has lost a row between its ends
+            lights_run(runs / f"{name}-{seed}", method, r, (0, 2, 4) if seed == 0 else (0, 4))
+    said = output("paths", runs, "--out", picture)
+    assert said.endswith(
+        "AFD, teacher_r=0.75 (runs/afd 128) (2 runs), AFD, teacher_r=0.75 (runs/afd 64) (2 runs), SFT (2 runs)\n"
     )
-    assert output("paths", tmp_path / "sft", "--out", tmp_path / "p.png").endswith("p.png: SFT (2 runs)\n")
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert output("paths", runs / "sft", runs / "afd 64", "--out", picture).endswith(
+        "SFT (2 runs), AFD, teacher_r=0.75 (2 runs)\n"
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="no finished runs"):
-        paths.methods(tmp_path / "gan")
+        paths.methods(runs / "gan")
+
+
+@pytest.mark.parametrize("file,content,said", [
+    ("evaluations.jsonl", '{"step": 0}\n{"st', "has lost the scores"),
+    ("evaluations.jsonl", "", "has lost the scores"),
+    ("config.json", '{"method', "config.json"),
+    ("result.json", '{"rows": {"teacher": {"residual_px": 1.0, "general": 1}}, "config": {"iterations": 4}}', "has no diversity_px"),
+    ("result.json", "{}", "result.json holds no result of a run"),
+    ("result.json", '{"ro', "result.json"),
+])  # fmt: skip
+def test_damaged_runs_are_named_and_not_drawn(tmp_path: Path, file: str, content: str, said: str) -> None:
+    lights_run(tmp_path / "sft-0", "sft")
+    (tmp_path / "sft-0" / file).write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        output("paths", tmp_path, "--out", tmp_path / "p.png")
 
 
 def row(case: str, variant: str, shape: str, ms: float, kind: str = "forward", **more: str) -> dict[str, str]:

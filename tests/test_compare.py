@@ -9,14 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from afd_fast.config import to_dict, with_overrides, with_values
 from afd_fast.errors import ConfigError
 from afd_fast.training import runs as named
-from afd_fast.training.compare import ABLATIONS, compare, log_of, methods, own_overrides, runs
+from afd_fast.training.compare import ABLATIONS, _check_effect, compare, log_of, methods, own_overrides, runs
 from afd_fast.training.lock import COMPARISON, RUN, check_unused, locked
 from afd_fast.training.methods import METHODS
-from afd_fast.training.run_folder import finished, make_folder
+from afd_fast.training.run_folder import finished, make_folder, write_rows
 from tests.runs import QUIET
 from tests.test_trainer import TINY, command, wait_for_rows
 
@@ -92,9 +94,36 @@ def test_settings_of_one_method_alone():
         (["afd"], "sft:update.lr=1", "settings for sft, which is not compared"),
         (["sft"], "sft:update.rate=1", "unknown key 'update.rate'"),
         (["sft"], "sft:update.lr=x", "update.lr=x: expected a finite number"),
+        (["sft"], "sft:method=gan", "sft:method= is not for one method alone"),
+        (["sft"], "sft:seed=3", "sft:seed= is not for one method alone"),
+        (["sft"], "sft:name=x", "sft:name= is not for one method alone"),
     ):
         with pytest.raises(ConfigError, match=message):
             methods(config, names, own_overrides([wrong])[1])
+
+
+@pytest.mark.parametrize("override,variants,said", [
+    ("method=gan", lambda c: methods(c, ["sft", "afd"]), "method=gan has no effect here"),
+    ("update.v_old=self", ABLATIONS["v_old"], "update.v_old=self has no effect here"),
+    ("teacher_r=0.9", ABLATIONS["teacher_r"], "teacher_r=0.9 has no effect here"),
+])  # fmt: skip
+def test_a_setting_that_every_row_replaces_is_refused(tmp_path, override, variants, said):
+    with pytest.raises(ConfigError, match=said):
+        compare("demo", [override], variants, 1, tmp_path / "c", console=QUIET)
+    assert not (tmp_path / "c").exists()
+
+
+def test_settings_that_rows_build_on_are_taken():
+    demo = named.demo()
+    for override, variants in (
+        ("update.lr=1e-4", lambda c: methods(c, ["sft", "afd"])),
+        ("discriminator.lr=1e-3", ABLATIONS["disc_lr"]),
+        ("prompts_per_step=24", ABLATIONS["k"]),
+        ("update.v_old=self", lambda c: methods(c, ["sft", "afd"])),
+        ("discriminator.warmup=1", lambda c: methods(c, ["sft"])),
+        ("discriminator.warmup=1", lambda c: methods(c, ["sft", "afd"])),
+    ):
+        _check_effect(demo, with_overrides(demo, [override]), variants)
 
 
 def test_a_foreign_folder_is_refused(tmp_path):
@@ -142,11 +171,18 @@ def test_a_comparison_with_more_iterations_extends_its_runs(tmp_path):
     ((folder, wanted),) = planned.items()
     make_folder(folder, wanted)
     (folder / "result.json").write_text(json.dumps({"config": to_dict(wanted)}))
+    save_file({"base": torch.zeros(1)}, folder / "samples.safetensors")
+    write_rows(folder / "evaluations.jsonl", [{"step": 0}, {"step": 30}])
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints/step-000030.pt").touch()
     more = with_values(config, {"iterations": 40})
     ((folder, longer),) = runs(more, methods(more, ["afd"]), 1, tmp_path).items()
     assert finished(folder, wanted) and not finished(folder, longer)
+    write_rows(folder / "evaluations.jsonl", [{"step": 0}, {"step": 20}])  # the last one is lost: to be judged again
+    assert not finished(folder, wanted)
+    write_rows(folder / "evaluations.jsonl", [{"step": 0}, {"step": 30}])
+    (folder / "samples.safetensors").write_bytes((folder / "samples.safetensors").read_bytes()[:-1])
+    assert not finished(folder, wanted)
     fewer = with_values(config, {"iterations": 25})
     with pytest.raises(ConfigError, match="set iterations=30 or more, got 25"):
         runs(fewer, methods(fewer, ["afd"]), 1, tmp_path)

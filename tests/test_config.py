@@ -106,11 +106,19 @@ def test_what_a_stream_cannot_be_combined_with():
 
 def test_a_teachers_clip_joins_whole_rollouts_of_afd_alone():
     for given, message in (
-        (["method=sft"], "needs method=afd"),
+        (["method=sft"], "teacher_r needs method=afd"),
         (["student=tiny", "stream.frames=42"], "leave out stream.frames"),
     ):
         with pytest.raises(ConfigError, match=message):
             with_overrides(TrainConfig(), [*given, "teacher_r=1"])
+
+
+@pytest.mark.parametrize("method", ["sft", "gan", "dmd", "rejection"])
+def test_rewards_are_permuted_where_they_are_used(method):
+    with pytest.raises(
+        ConfigError, match=f"shuffle_rewards permutes the advantages of method=afd, got method={method}"
+    ):
+        with_overrides(TrainConfig(), [f"method={method}", "shuffle_rewards=true"])
 
 
 def test_every_key_has_a_meaning():

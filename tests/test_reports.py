@@ -220,6 +220,17 @@ def test_one_prompt_has_no_interval():
     assert "without an interval" in verdict(result_of(rows), [{}, {}])  # an older run's
 
 
+def test_a_run_that_has_lost_files_has_a_page_or_says_what_to_do(tmp_path):
+    finished(tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").unlink()
+    write_report(tmp_path / "run")
+    rows = (tmp_path / "run/evaluations.jsonl").read_text()
+    for kept in ("", rows[: rows.index("\n")], rows[:-40]):
+        (tmp_path / "run/evaluations.jsonl").write_text(kept)
+        with pytest.raises(ConfigError, match="evaluations.jsonl has lost .*: continue the run with --resume"):
+            write_report(tmp_path / "run")
+
+
 # -- comparisons -------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +255,19 @@ def comparison(folder, seeds=3, afd=(0.5, 0.52, 0.51), sft=(0.3, 0.31, 0.29)):
     }  # fmt: skip
     write_json(folder / "comparison.json", content)
     return content
+
+
+def test_a_comparison_whose_runs_have_lost_metrics_has_a_page(tmp_path):
+    comparison(tmp_path / "c")
+    (tmp_path / "c/afd-0/metrics.jsonl").unlink()
+    check_page(compared.write_report(tmp_path / "c"))
+
+
+def test_the_interval_is_over_all_seeds_or_not_there(tmp_path):
+    content = comparison(tmp_path / "c")
+    content["by_prompt"]["afd"][1] = []  # a run of an older version
+    cells = next(line for line in compared.table(content)[1] if line.name == compared.BOOTSTRAP).cells
+    assert [bool(cell.text) for cell in cells] == [True, False, True, False]
 
 
 def test_a_page_of_a_comparison(tmp_path):

@@ -384,6 +384,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("arguments,said", [
         (["--weights"], "--weights needs videos that are files: teacher=physics has none"),
+        (["teacher=[folder:a, folder:b]", "--weights"], "review the teachers one at a time"),
         (["teacher=folder:/nowhere", "--weights"], "/nowhere is not there"),
         (["teacher=film"], "teacher must be"),
         (["--out", f"{__file__}/out"], "cannot be made, as .* is a file"),

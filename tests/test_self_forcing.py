@@ -153,3 +153,16 @@ def test_a_stopped_command_continues_bit_for_bit(tmp_path, monkeypatch, capfd, s
     whole, again = (shipped.load(tmp_path / f"{name}.safetensors").state_dict() for name in ("whole", "base"))
     assert all(torch.equal(whole[k], again[k]) for k in whole)
     assert {p.name for p in tmp_path.iterdir()} == {f"{n}.safetensors" for n in ("many", "whole", "base")}
+
+
+@pytest.mark.parametrize("about", [{"run": "{}"}, {"command": "afd-fast pretrain --distill many.safetensors --seed 0"}])
+def test_a_student_that_is_not_of_many_steps_is_not_distilled(tmp_path, monkeypatch, capfd, about):
+    monkeypatch.chdir(tmp_path)
+    shipped.save(small_family().student, tmp_path / "few.safetensors", **about)
+    monkeypatch.setattr(
+        sys, "argv", ["afd-fast", "pretrain", "--distill", "few.safetensors", "--out", "out.safetensors"]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    assert "few.safetensors is no many-step student" in " ".join(capfd.readouterr().err.split())
+    assert [p.name for p in tmp_path.iterdir()] == ["few.safetensors"]

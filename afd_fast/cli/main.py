@@ -211,7 +211,7 @@ def compare_methods(
     """
     from afd_fast.training import compare
 
-    names = [name for name in dict.fromkeys(methods.split(",")) if name and name != "base"]
+    names = [name for name in dict.fromkeys(map(str.strip, methods.split(","))) if name and name != "base"]
     common, own = compare.own_overrides(overrides or [])
 
     def rows(config: "TrainConfig") -> list[compare.Variant]:

@@ -41,7 +41,7 @@ def pretrain(
         raise ConfigError(f"--world must be {' or '.join(WORLDS)}, got {name!r}")
     chunk = WORLDS[name].student.chunk
     if frames is not None and (frames < chunk or frames % chunk):
-        raise ConfigError(f"--frames must be a multiple of {chunk}, got {frames}")
+        raise ConfigError(f"--frames must be a positive multiple of {chunk}, got {frames}")
     with keeping(out, {"world": name, "seed": seed, "frames": frames}) as (report, kept):
         loss = shipped.make(out, name=name, seed=seed, frames=frames, report=report, kept=kept)
     console.print(f"{escape(str(out))}: loss {loss}")
@@ -54,7 +54,7 @@ def _distill(many: Path, out: Path, seed: int) -> None:
     from afd_fast.students.toy.pretrain import WORLDS
     from afd_fast.training import self_forcing
 
-    student, name = shipped.load(many), shipped.world_of(many)
+    student, name = shipped.load(many), shipped.world_of_many_steps(many)
     of = {"distilled": checksum(many), "seed": seed}
     with keeping(out, of) as (report, kept):
         made = self_forcing.distill(of_student(student), WORLDS[name].prompts, seed=seed, report=report, kept=kept)

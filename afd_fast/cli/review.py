@@ -42,6 +42,7 @@ def review(
     from afd_fast.reports.review import verdict, write_review
     from afd_fast.teachers.dataset import collect, open_teacher
     from afd_fast.teachers.folder import FolderTeacher
+    from afd_fast.teachers.mixed import parse
     from afd_fast.training import runs
     from afd_fast.training.progress import progress
     from afd_fast.training.review import review as look
@@ -49,10 +50,14 @@ def review(
     from afd_fast.training.trainer import new_run
 
     config = with_overrides(runs.get(run), overrides or [])
-    kind, _, rest = config.teacher.partition(":")
+    kind = config.teacher.partition(":")[0]
+    several = parse(config.teacher)
+    if weights and several:
+        raise ConfigError("--weights writes one manifest: review the teachers one at a time")
     if weights and kind not in ("folder", "api"):
         raise ConfigError(f"--weights needs videos that are files: teacher={config.teacher} has none, leave it out")
-    out = out or Path("runs") / f"review-{Path(rest or kind).stem}"
+    names = [Path(spec.partition(":")[2] or spec).stem for spec in several or [config.teacher]]
+    out = out or Path("runs") / f"review-{'+'.join(names)}"
     check_place(out)
     prepared = new_run(config)
     cache, video = out.parent / "teacher-cache", prepared.family.video

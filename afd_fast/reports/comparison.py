@@ -89,8 +89,7 @@ def _cell(key: str, label: str, rows: Mapping[str, Any]) -> Cell:
 
 
 def _interval(values: Sequence[Sequence[float]]) -> Cell:
-    known = [of_seed for of_seed in values if of_seed]
-    low, high = crossed(np.array(known)) if known else NONE
+    low, high = crossed(np.array(values)) if values and all(values) else NONE  # an older version's runs have none
     return Cell(f"{low:.{_digits(low)}f} to {high:.{_digits(high)}f}" if math.isfinite(low) else "")
 
 
@@ -200,7 +199,7 @@ def curves(comparison: Mapping[str, Any], out: Path) -> str:
         folder = out / next(run for run in comparison["runs"] if run.rpartition("-")[0] == label)
         metrics = read_rows(folder / "metrics.jsonl")
         for axis, key in zip(axes[-1], TRACES):
-            if key in metrics[-1]:
+            if metrics and key in metrics[-1]:
                 trace = smooth([m.get(key, math.nan) for m in metrics])
                 axis.plot([m["step"] + 1 for m in metrics], trace, color=color, lw=1.2)
     for column, key in enumerate(keys):

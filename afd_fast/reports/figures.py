@@ -75,7 +75,7 @@ def curves(
     """Reward, margin and accuracy of D (without one, the loss) and the judge's scores over the run, as SVG."""
     figure, axes = subplots(2, 3, 5.2)
     steps = [m["step"] + 1 for m in metrics]
-    panels = list(PANELS.items()) if "margin" in metrics[-1] else [("loss", "training loss")]
+    panels = list(PANELS.items()) if metrics and "margin" in metrics[-1] else [("loss", "training loss")]
     for axis in axes[0, len(panels) :]:
         axis.set_axis_off()
     for axis, (key, title) in zip(axes[0], panels):

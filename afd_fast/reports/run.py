@@ -13,7 +13,7 @@ from afd_fast.files.text import read_json
 from afd_fast.reports.figures import curves, height_tracks
 from afd_fast.reports.media import Clip, videos
 from afd_fast.reports.scores import METHODS, console_table, headline, table_rows, verdict
-from afd_fast.training.run_folder import read_rows
+from afd_fast.training.run_folder import judged, read_rows
 
 with extra("train"):
     from jinja2 import Environment, PackageLoader, select_autoescape
@@ -90,17 +90,17 @@ def write_report(run: str | Path) -> Path:
     another folder."""
     run = Path(run)
     result, path = read_result(run), run / "report.html"
-    metrics, evaluations = read_rows(run / "metrics.jsonl"), read_rows(run / "evaluations.jsonl")
+    metrics, evaluations = read_rows(run / "metrics.jsonl"), judged(run, result["config"]["iterations"])
     method, teacher = result["config"]["method"], result["rows"]["teacher"]
-    judged = "residual_px" in teacher
+    physical = "residual_px" in teacher
     with open_samples(run) as samples:
         made = videos(clips_of(samples, METHODS[method]), samples.fps, path)
-        tracks = height_tracks({kind: samples.all(kind) for kind in KINDS}, method, samples.judge) if judged else None
+        tracks = height_tracks({kind: samples.all(kind) for kind in KINDS}, method, samples.judge) if physical else None
         prompts, count = samples.prompts, samples.per_prompt
     html = template("report.html").render(
         result=result, rows=table_rows(result, evaluations), verdict=verdict(result, evaluations), prompts=prompts,
         videos=[made[i * count : (i + 1) * count] for i in range(len(prompts))], curves=curves(metrics, evaluations, teacher, method),
-        tracks=tracks, seconds=phases(metrics), last=evaluations[-1], judged=judged, headline=headline(result["rows"]["base"]), method=METHODS[method],
+        tracks=tracks, seconds=phases(metrics), last=evaluations[-1], judged=physical, headline=headline(result["rows"]["base"]), method=METHODS[method],
     )  # fmt: skip
     path.write_text(html)
     return path
@@ -108,13 +108,13 @@ def write_report(run: str | Path) -> Path:
 
 def phases(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds of a run by phase."""
-    names = [key for key in metrics[-1] if key.startswith("seconds/")]
+    names = [key for row in metrics[-1:] for key in row if key.startswith("seconds/")]
     return {key.removeprefix("seconds/"): sum(m.get(key, 0) for m in metrics) for key in names}
 
 
 def conclude(console: Console, run: Path, result: Mapping[str, Any]) -> None:
     """Write the report of a run that has just ended, and say what it found."""
-    evaluations = read_rows(run / "evaluations.jsonl")
+    evaluations = judged(run, result["config"]["iterations"])
     console.print(console_table(result, evaluations))
     last = result["rows"]["student"]
     if "reward_physics_correlation" in last:

@@ -38,7 +38,7 @@ def read_manifest(folder: Path) -> list[Entry]:
             f"{folder} holds neither manifest.csv nor manifest.jsonl: write a manifest.csv with the line prompt,video and then a line "
             "with prompt and file for each of its mp4 files"
         )
-    entries = []
+    entries, seen = [], dict[tuple[str, str], int]()
     for number, row in enumerate(rows, 1):
         prompt, video = (row.get("prompt"), row.get("video")) if isinstance(row, dict) else (None, None)
         if not (isinstance(prompt, str) and prompt.strip() and isinstance(video, str) and video.strip()):
@@ -50,6 +50,10 @@ def read_manifest(folder: Path) -> list[Entry]:
             raise ConfigError(
                 f'{source}: row {number} lacks "prompt" or "video", each a text that is not empty{has}: correct it'
             )
+        if (first := seen.setdefault((prompt, Path(video).as_posix()), number)) != number:
+            raise ConfigError(f"{source}: row {number} is the video of row {first} again, {video}: remove one of them")
+        if odd := [key for key in row if str(key).strip().lower() in ("weight", "weights") and key != "weight"]:
+            raise ConfigError(f"{source} has the column {odd[0]!r}: call it weight")
         entries.append(Entry(prompt, video, _weight(row.get("weight"), f"{source}: row {number}")))
     return entries
 

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def parse(spec: str) -> dict[str, float] | None:
     if not spec.startswith(("[", "{")):
         return None
     try:
-        given = json.loads(spec)
+        given = json.loads(spec, object_pairs_hook=lambda pairs: pairs)
     except ValueError:
         if not (spec.startswith("[") and spec.endswith("]")) or '"' in spec:
             raise ConfigError(
@@ -32,18 +33,26 @@ def parse(spec: str) -> dict[str, float] | None:
                 '["a", "b"] or, with shares, {"a": 0.7, "b": 0.3}'
             ) from None
         given = [name.strip() for name in spec[1:-1].split(",")]
-    names = list(given)
-    if len(names) < 2 or len(set(map(str, names))) < len(names) or not all(isinstance(n, str) and n for n in names):
+    pairs = spec.startswith("{")
+    names = [name for name, _ in given] if pairs else given
+    if len(names) < 2 or not all(isinstance(n, str) and n for n in names) or len(set(map(_same, names))) < len(names):
         raise ConfigError(
             f"teacher={spec} must name two teachers or more, each once: a single one is written without brackets"
         )
-    if isinstance(given, list):
+    if not pairs:
         return dict.fromkeys(names, 1 / len(names))
-    if not all(type(share) in (int, float) and share > 0 for share in given.values()) or not math.isclose(
-        sum(given.values()), 1, abs_tol=1e-6
+    shares = [share for _, share in given]
+    if not all(type(share) in (int, float) and share > 0 for share in shares) or not math.isclose(
+        sum(shares), 1, abs_tol=1e-6
     ):
         raise ConfigError(f"the shares of teacher={spec} must be positive numbers with the sum 1")
-    return {name: float(share) for name, share in given.items()}
+    return {name: float(share) for name, share in given}
+
+
+def _same(spec: str) -> str:
+    """A teacher's spec, with the path of its files in one form."""
+    kind, colon, place = spec.partition(":")
+    return f"{kind}:{Path(place).resolve()}" if colon and kind in ("folder", "api") else spec
 
 
 CLIPS = 64  # of a prompt whose weights are asked for

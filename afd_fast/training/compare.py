@@ -27,7 +27,7 @@ from afd_fast.training import runs as named
 from afd_fast.training.lock import COMPARISON, check_unused, locked
 from afd_fast.training.methods import METHODS
 from afd_fast.training.progress import on_stop_signal, progress
-from afd_fast.training.run_folder import check_folder, finished, read_rows, write_json
+from afd_fast.training.run_folder import check_folder, finished, judged, write_json
 from afd_fast.training.teacher import teacher_of
 from afd_fast.training.trainer import new_run
 
@@ -61,6 +61,9 @@ def methods(
     found = []
     for name in names:
         method = METHODS[name]
+        for key in ("method", "seed", "name"):
+            if any(item.partition("=")[0].strip() == key for item in own.get(name, [])):
+                raise ConfigError(f"{name}:{key}= is not for one method alone: a comparison sets it itself")
         keys = {"method": name, **method.defaults, "update.lr": config.update.lr * method.lr_scale}
         usual = with_values(config, keys)
         before, given = to_dict(usual), to_dict(with_overrides(usual, own.get(name, [])))
@@ -135,8 +138,9 @@ def runs(config: TrainConfig, variants: list[Variant], seeds: int, out: Path) ->
             planned[out / f"{v.label}-{seed}"] = with_values(config, keys)
     for folder, wanted in planned.items():
         started = (folder / "config.json").exists()  # else it may have been killed as it was making its folder
-        untrained = not started and not (folder / "checkpoints").exists()
-        check_folder(folder, wanted, overwrite=untrained, resume=started)
+        if not started and (folder / "checkpoints").exists():
+            raise ConfigError(f"{folder} has lost its config.json: delete the folder, or choose another --out")
+        check_folder(folder, wanted, overwrite=not started, resume=started)
     return planned
 
 
@@ -200,9 +204,9 @@ def gather(run: str, planned: dict[Path, TrainConfig], variants: list[Variant], 
     folders = {v.label: [folder for folder in planned if folder.name.rpartition("-")[0] == v.label] for v in variants}
 
     def at(number: int, folder: Path) -> list[float]:
-        """An evaluation's score of every prompt; empty where the file is damaged."""
-        evaluations = read_rows(folder / "evaluations.jsonl")
-        return evaluations[number].get("by_prompt", []) if evaluations else []
+        """An evaluation's score of every prompt; empty in a run of an older version."""
+        by_prompt: list[float] = judged(folder, planned[folder].iterations)[number].get("by_prompt", [])
+        return by_prompt
 
     def scores(rows: list[dict[str, float]]) -> dict[str, Any]:
         kept = {}
@@ -233,6 +237,22 @@ def gather(run: str, planned: dict[Path, TrainConfig], variants: list[Variant], 
     return comparison
 
 
+def _check_effect(default: TrainConfig, config: TrainConfig, variants: Variants) -> None:
+    """ConfigError for a setting that is what is compared: every row replaces it by its own, whatever is given."""
+    before, now, rows = to_dict(default), to_dict(config), variants(config)
+    for key in rows[0].keys:
+        values = [v.keys[key] for v in rows if key in v.keys]
+        varied = key == "method" or any(value != values[0] for value in values)
+        if now[key] == before[key] or len(values) < len(rows) or not varied:
+            continue
+        try:
+            same = variants(with_values(config, {key: before[key]})) == rows
+        except ConfigError:  # two settings that need each other
+            continue
+        if same:
+            raise ConfigError(f"{key}={_text(now[key])} has no effect here, as every row has its own: leave it out")
+
+
 def compare(
     run: str, overrides: list[str], variants: Variants, seeds: int, out: Path, *, jobs: int = 1, console: Console
 ) -> dict[str, Any]:
@@ -243,9 +263,17 @@ def compare(
     rows = variants(config)
     if not rows:
         raise ConfigError("there is nothing to train: name at least one method besides base")
-    if out.is_dir() and not (out / COMPARISON).exists() and any(out.iterdir()):
+    if (
+        out.is_dir()
+        and not any((out / name).exists() for name in (COMPARISON, "comparison.json"))
+        and any(out.iterdir())
+    ):
         raise ConfigError(f"{out} holds other things than a comparison: choose another --out")
+    _check_effect(named.get(run), config, variants)
     planned = runs(config, rows, seeds, out)
+    others = sorted(path.parent.name for path in out.glob("*/config.json") if path.parent not in planned)
+    if others:
+        console.print(f"not in the table, as not among these methods and seeds: {', '.join(others)}", highlight=False)
     if config.student.name in FAMILIES and not all(finished(folder, one) for folder, one in planned.items()):
         # what every run would refuse, before the first; a checkpoint takes too long to load
         with TemporaryDirectory() as cache:

@@ -14,11 +14,14 @@ import torch
 
 import afd_fast
 from afd_fast.config import TrainConfig, to_dict
-from afd_fast.errors import ConfigError
+from afd_fast.errors import ConfigError, extra
 from afd_fast.files.durable import settle
 from afd_fast.files.text import read_json
 from afd_fast.training.checkpoint import saved, step_of
 from afd_fast.training.lock import RUN
+
+with extra("train"):
+    from safetensors import SafetensorError, safe_open
 
 log = logging.getLogger("afd_fast")
 
@@ -97,12 +100,28 @@ def checkpoints(out: Path, config: TrainConfig) -> list[Path]:
 
 
 def finished(out: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """The content of result.json, if it is that of all of the iterations. A damaged file counts as none."""
+    """The content of result.json, if it is that of all of the iterations, and the scores and samples of its report are there. A damaged
+    file counts as none: a resumed run makes it again."""
     try:
         result = read_json(out / "result.json")
-    except ConfigError:
+        judged(out, config.iterations)
+        with safe_open(out / "samples.safetensors", "pt"):
+            pass
+    except (ConfigError, OSError, SafetensorError):
         return None
     return result if result.get("config", {}).get("iterations") == config.iterations else None
+
+
+def judged(out: Path, iterations: int) -> list[dict[str, Any]]:
+    """evaluations.jsonl of a finished run, from the base student's scores to those after all iterations. ConfigError where one of them
+    is missing."""
+    rows = read_rows(out / "evaluations.jsonl")
+    if not {0, iterations} <= {row["step"] for row in rows}:
+        raise ConfigError(
+            f"{out / 'evaluations.jsonl'} has lost the scores of the base student or of the last iteration: continue the run with "
+            "--resume to make them again"
+        )
+    return rows
 
 
 def make_folder(out: Path, config: TrainConfig) -> None:

@@ -106,7 +106,11 @@ def save(student: ToyStudent, out: Path, **about: str) -> None:
     save_tensors(student.state_dict(), out, {"config": json.dumps(asdict(student.config)), **about})
 
 
-def world_of(path: Path) -> str:
-    """The world whose wrong physics a base student that `save` wrote has learnt. ConfigError for another file."""
+def world_of_many_steps(path: Path) -> str:
+    """The world whose wrong physics a many-step student that `make` wrote has learnt. ConfigError for another file, a student that has
+    been distilled already or comes from a run too."""
     with loading("toy student", path), safe_open(path, "pt") as file:
-        return str(file.metadata().get("world", "physics"))  # which older files do not say
+        about = file.metadata()
+    if "run" in about or "--distill" in about.get("command", ""):
+        raise ConfigError(f"{path} is no many-step student: give what `afd-fast pretrain --world lights` wrote")
+    return str(about.get("world", "physics"))  # which older files do not say
