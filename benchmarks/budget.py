@@ -88,9 +88,10 @@ def main() -> None:
     )  # fmt: skip
     rows = found["rows"]
     draw(rows, budgets, args.out / "budget.png")
-    print("| method, clips |" + "".join(f" {key} |" for key in SCORES) + " residual_px, 95 % over prompts and seeds |")
+    shown = [*SCORES, "frechet", "gravity"]
+    print("| method, clips |" + "".join(f" {key} |" for key in shown) + " residual_px, 95 % over prompts and seeds |")
     for label, scores in rows.items():
-        cells = over_seeds(np.array([scores[key]["values"] for key in SCORES]).T)
+        cells = over_seeds(np.array([scores[key]["values"] for key in shown]).T)
         interval = ""
         if label != "teacher":
             low, high = crossed(np.array(found["by_prompt"][label]))
