@@ -70,7 +70,7 @@ def draw(rows: dict[str, Any], budgets: list[int], file: Path) -> None:
         axis.set_xlabel("teacher clips bought", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=8, frameon=False, loc="center right")
+    axes[0].legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.1))
     figure.savefig(file, dpi=110)
 
 

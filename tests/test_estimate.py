@@ -1,6 +1,7 @@
 """The formulas against PyTorch's counter on the real code, and sizes against the real objects."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -292,6 +293,15 @@ def test_command(say, tmp_path):
     assert "no checkpoint was read" in said and not list(tmp_path.iterdir())
     one_chunk = [word.replace("frames=6", "frames=3").replace("toy", "pixel") for word in tiny_run]
     assert say("estimate", "afd_table3", *one_chunk)[0] == 0
+
+
+def test_the_documents_have_the_commands_figures():
+    found, gpu = estimate.estimate(named.afd_table3()), estimate.gpu_of("h100")
+    floor, likely = (sum(work.seconds(g) for work in found.phases.values()) for g in (gpu, gpu.likely()))
+    figures = f"at least {floor:.0f} s", f"likely {likely:.0f} s", f"{found.peak[0] / 1e9:.0f} GB"
+    for page in ("profiling.md", "methods/afd.md"):
+        text = (Path(__file__).parent.parent / "docs" / page).read_text()
+        assert all(figure in text for figure in figures), (page, figures)
 
 
 @pytest.mark.parametrize(
