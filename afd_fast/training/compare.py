@@ -273,7 +273,11 @@ def compare(
     planned = runs(config, rows, seeds, out)
     others = sorted(path.parent.name for path in out.glob("*/config.json") if path.parent not in planned)
     if others:
-        console.print(f"not in the table, as not among these methods and seeds: {', '.join(others)}", highlight=False)
+        console.print(
+            f"not in the table, as not among these methods and seeds: {', '.join(others)}",
+            highlight=False,
+            markup=False,
+        )
     if config.student.name in FAMILIES and not all(finished(folder, one) for folder, one in planned.items()):
         # what every run would refuse, before the first; a checkpoint takes too long to load
         with TemporaryDirectory() as cache:
