@@ -32,7 +32,7 @@ from afd_fast.teachers.teacher import PromptSplit, Request, Teacher, TeacherBase
 from afd_fast.training import compare, runs, train
 from afd_fast.training.review import Reviewed, review
 from afd_fast.training.run import Run
-from afd_fast.training.run_folder import finished, judged
+from afd_fast.training.run_folder import finished, judged, started
 from afd_fast.training.state import new_state
 from benchmarks.rows import over_seeds, ranged, refusals
 
@@ -159,8 +159,8 @@ def student(name: str, rate: float, which: str, steps: int, folder: Path, config
     if which == "reviewed":
         found = reviewed(of, _TrainingClips(of, rate, config.seed), steps)
         teacher.weights = {Request(x.prompt, x.number): x.weight for x in found}
-    started = (folder / "config.json").exists()
-    train(config, out=folder, resume=started, overwrite=not started, teacher=teacher, console=Console(quiet=True))
+    begun = started(folder)
+    train(config, out=folder, resume=begun, overwrite=not begun, teacher=teacher, console=Console(quiet=True))
 
 
 def students(name: str, rate: float, kinds: Sequence[str], seeds: int, steps: int, keys: list[str], out: Path) -> None:

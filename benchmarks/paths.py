@@ -19,7 +19,7 @@ from afd_fast.errors import ConfigError
 from afd_fast.files.text import read_json
 from afd_fast.reports.run import read_result
 from afd_fast.reports.scores import METHODS
-from afd_fast.training.run_folder import judged
+from afd_fast.training.run_folder import in_common, judged
 from benchmarks.rows import picture, refusals
 
 matplotlib.use("Agg")
@@ -49,6 +49,11 @@ def label(folder: Path) -> str:
     return name if r is None else f"{name}, teacher_r={r}"
 
 
+def origin(folder: Path) -> str:
+    """Which runs these are, as "comparison/method"."""
+    return f"{folder.parent.name}/{folder.name.rpartition('-')[0]}"
+
+
 def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A run's evaluations, and its teacher's scores. ConfigError where they are not there, or not what is drawn."""
     result = read_result(folder)
@@ -65,10 +70,8 @@ def draw(runs: dict[str, list[Path]], file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for axis, (key, title) in zip(axes, X.items()):
         for number, (name, of_method) in enumerate(read_runs.items()):
-            steps = set.intersection(*({e["step"] for e in evaluations} for evaluations, _ in of_method))
-            points = np.array(
-                [[(e[key], e[Y]) for e in run if e["step"] in steps] for run, _ in of_method]
-            )  # [seeds, n, 2]
+            judgements = in_common([evaluations for evaluations, _ in of_method])
+            points = np.array([[(e[key], e[Y]) for e in run] for run in judgements])  # [seeds, n, 2]
             colour, mean = f"C{number}", points.mean(0)
             axis.plot(*mean.T, color=colour, lw=1.6, label=name)
             axis.plot(*points[:, 1:].reshape(-1, 2).T, ".", color=colour, ms=4, alpha=0.5)
@@ -89,13 +92,9 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=picture, default=Path("paths.png"))
     args = parser.parse_args()
-    runs = [folders for place in args.runs for folders in methods(place).values()]
-    names = Counter(label(folders[0]) for folders in runs)
-    found = {}
-    for folders in runs:
-        first = folders[0]
-        name = label(first)
-        found[name if names[name] == 1 else f"{name} ({first.parent.name}/{first.name.rpartition('-')[0]})"] = folders
+    runs = [(label(folders[0]), folders) for place in args.runs for folders in methods(place).values()]
+    times = Counter(name for name, _ in runs)
+    found = {name if times[name] == 1 else f"{name} ({origin(folders[0])})": folders for name, folders in runs}
     draw(found, args.out)
     print(f"{args.out}: {', '.join(f'{name} ({len(folders)} runs)' for name, folders in found.items())}")
 

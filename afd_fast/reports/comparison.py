@@ -15,7 +15,7 @@ from afd_fast.reports.figures import shown_scores, smooth, style, subplots, svg
 from afd_fast.reports.media import Clip, videos
 from afd_fast.reports.run import Samples, open_samples, template
 from afd_fast.reports.scores import METHODS, NO_VALUE, SCORES, WHY, gain, label_of, signed
-from afd_fast.training.run_folder import read_rows
+from afd_fast.training.run_folder import in_common, read_rows
 
 with extra("train"):
     from rich.markup import escape
@@ -173,9 +173,8 @@ def console_table(comparison: Mapping[str, Any]) -> Table:
 def _evaluations(comparison: Mapping[str, Any], label: str, out: Path) -> tuple[list[int], list[list[dict[str, Any]]]]:
     """(steps that every run of a method was judged at, their rows of every run); damaged rows are left out."""
     folders = [out / run for run in comparison["runs"] if run.rpartition("-")[0] == label]
-    found = [read_rows(folder / "evaluations.jsonl") for folder in folders]
-    steps = sorted(set.intersection(*({e["step"] for e in run} for run in found)))
-    return steps, [[e for e in run if e["step"] in steps] for run in found]
+    found = in_common([read_rows(folder / "evaluations.jsonl") for folder in folders])
+    return [e["step"] for e in found[0]], found
 
 
 def curves(comparison: Mapping[str, Any], out: Path) -> str:

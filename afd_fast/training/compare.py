@@ -27,7 +27,7 @@ from afd_fast.training import runs as named
 from afd_fast.training.lock import COMPARISON, check_unused, locked
 from afd_fast.training.methods import METHODS
 from afd_fast.training.progress import on_stop_signal, progress
-from afd_fast.training.run_folder import check_folder, finished, judged, write_json
+from afd_fast.training.run_folder import check_folder, finished, judged, started, write_json
 from afd_fast.training.teacher import teacher_of
 from afd_fast.training.trainer import new_run
 
@@ -137,10 +137,9 @@ def runs(config: TrainConfig, variants: list[Variant], seeds: int, out: Path) ->
             keys = {**v.keys, "seed": seed, "name": f"{config.name} {v.label}"}
             planned[out / f"{v.label}-{seed}"] = with_values(config, keys)
     for folder, wanted in planned.items():
-        started = (folder / "config.json").exists()  # else it may have been killed as it was making its folder
-        if not started and (folder / "checkpoints").exists():
+        if not started(folder) and (folder / "checkpoints").exists():
             raise ConfigError(f"{folder} has lost its config.json: delete the folder, or choose another --out")
-        check_folder(folder, wanted, overwrite=not started, resume=started)
+        check_folder(folder, wanted, overwrite=not started(folder), resume=started(folder))
     return planned
 
 
@@ -152,7 +151,7 @@ def log_of(folder: Path) -> Path:
 def _start(run: str, folder: Path, config: TrainConfig, jobs: int) -> "subprocess.Popen[bytes]":
     default = to_dict(named.get(run))
     overrides = [f"{k}={_text(v)}" for k, v in to_dict(config).items() if v != default[k]]
-    how = "--resume" if (folder / "config.json").exists() else "--overwrite"
+    how = "--resume" if started(folder) else "--overwrite"
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "afd_fast", "train", run, *overrides, "--out", str(folder), how]
     with log_of(folder).open("ab") as log:

@@ -75,7 +75,7 @@ def check_folder(out: Path, config: TrainConfig, *, overwrite: bool, resume: boo
 
 def _check_resumable(out: Path, config: TrainConfig) -> None:
     """ConfigError unless the folder holds this run, with at most as many iterations."""
-    if not (out / "config.json").exists():
+    if not started(out):
         raise ConfigError(f"{out} holds no run to resume")
     before, now = read_json(out / "config.json"), json.loads(json.dumps(to_dict(config)))
     if missing := sorted(now.keys() ^ before.keys()):
@@ -97,6 +97,11 @@ def _check_resumable(out: Path, config: TrainConfig) -> None:
 def checkpoints(out: Path, config: TrainConfig) -> list[Path]:
     """The checkpoints of the run's own kind, newest first."""
     return saved(out / "checkpoints", ".dcp" if config.fsdp else ".pt")
+
+
+def started(out: Path) -> bool:
+    """Whether the folder holds a run, which goes on with --resume: without a configuration it was killed as it was made."""
+    return (out / "config.json").exists()
 
 
 def finished(out: Path, config: TrainConfig) -> dict[str, Any] | None:
@@ -179,6 +184,12 @@ def read_rows(path: Path, before: int | None = None) -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A JSONL file of these rows alone; it appears whole or not at all."""
     _write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def in_common(runs: Sequence[Sequence[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Of the rows of several runs, those of the steps that every run has."""
+    steps = set.intersection(*({row["step"] for row in run} for run in runs))
+    return [[row for row in run if row["step"] in steps] for run in runs]
 
 
 def rewind(path: Path, before: int) -> None:
