@@ -50,8 +50,8 @@ def label(folder: Path) -> str:
 
 
 def origin(folder: Path) -> str:
-    """Which runs these are, as "comparison/method"."""
-    return f"{folder.parent.name}/{folder.name.rpartition('-')[0]}"
+    """Which runs these are: the folder without the seed."""
+    return folder.with_name(folder.name.rpartition("-")[0]).as_posix()
 
 
 def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

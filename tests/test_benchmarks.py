@@ -155,12 +155,14 @@ def test_the_paths_of_methods_are_drawn_from_their_runs(tmp_path: Path) -> None:
         for seed in range(2):  # of which the second has lost a row between its ends
             lights_run(runs / f"{name}-{seed}", method, r, (0, 2, 4) if seed == 0 else (0, 4))
     said = output("paths", runs, "--out", picture)
-    assert said.endswith(
-        "AFD, teacher_r=0.75 (runs/afd 128) (2 runs), AFD, teacher_r=0.75 (runs/afd 64) (2 runs), SFT (2 runs)\n"
-    )
+    two = [f"AFD, teacher_r=0.75 ({runs}/afd {clips}) (2 runs)" for clips in (128, 64)]
+    assert said.endswith(", ".join([*two, "SFT (2 runs)\n"]))
     assert output("paths", runs / "sft", runs / "afd 64", "--out", picture).endswith(
         "SFT (2 runs), AFD, teacher_r=0.75 (2 runs)\n"
     )
+    lights_run(tmp_path / "more" / "runs" / "sft-0", "sft")  # of the same name as the others
+    both = output("paths", runs / "sft", tmp_path / "more" / "runs", "--out", picture)
+    assert both.endswith(f"SFT ({runs}/sft) (2 runs), SFT ({tmp_path}/more/runs/sft) (1 runs)\n")
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="no finished runs"):
         paths.methods(runs / "gan")

@@ -63,7 +63,7 @@ def same(a, b):
 
 def test_kill_9_and_resume_ends_at_the_same_bits(say, tmp_path, folder_teacher):
     """Also SIGINT: three ways to the same six iterations."""
-    words = lambda out: ["train", "demo", *TINY, f"teacher=folder:{folder_teacher}", "--out", out]
+    words = lambda out: ["train", "demo", *TINY, "teacher_clips=2", f"teacher=folder:{folder_teacher}", "--out", out]
     killed = command(*words(tmp_path / "killed"))
     wait_for_rows(tmp_path / "killed" / "metrics.jsonl", 3)
     killed.kill()
@@ -72,7 +72,8 @@ def test_kill_9_and_resume_ends_at_the_same_bits(say, tmp_path, folder_teacher):
     wait_for_rows(tmp_path / "stopped" / "metrics.jsonl", 3)
     stopped.send_signal(signal.SIGINT)
     assert stopped.wait() == 130 and "--resume" in stopped.stdout.read()
-    assert say(*words(tmp_path / "straight"))[0] == 0
+    status, said = say(*words(tmp_path / "straight"))
+    assert status == 0 and "fewer videos: 9 of 9 training prompts have fewer than teacher_clips=2" in said
     final = checkpoint.load(checkpoint.latest(tmp_path / "straight" / "checkpoints"))["state"]
     assert final["step"] == 6
     for name in ("killed", "stopped"):

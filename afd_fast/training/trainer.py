@@ -96,6 +96,12 @@ class Trainer:
             self.progress.remove_task(done)
         for problem in self.data.problems:
             console.print(f"[yellow]left out:[/] {escape(problem)}")
+        few = sum(len(self.data.videos[p]) < config.teacher_clips for p in self.data.train_prompts)
+        if few:
+            console.print(
+                f"[yellow]fewer videos:[/] {few} of {len(self.data.train_prompts)} training prompts have fewer than "
+                f"teacher_clips={config.teacher_clips}; what there is is used"
+            )
         ranks.wait()  # a rank may take much longer than another to read the videos
         self.watch = Watch(run, console)
         self.journal = Journal(out, console, config, lead=ranks.lead)
