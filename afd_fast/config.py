@@ -125,7 +125,7 @@ class TrainConfig:
     teacher: str = "physics"
     teacher_clips: int = 4
     teacher_prompts: int | None = None
-    prompts_per_step: int = 12
+    prompts_per_step: int = 6
     rollouts_per_prompt: int = 8
     teacher_r: float | None = None
     shards: int = 1

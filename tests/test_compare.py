@@ -72,7 +72,7 @@ def test_every_method_and_setting_is_a_valid_configuration(tmp_path):
     assert rates == pytest.approx([0, 1e-6, 5e-6, 1e-5, 5e-5])  # the paper's
     assert {
         c.prompts_per_step * c.rollouts_per_prompt for c in runs(config, ABLATIONS["k"](config), 1, tmp_path).values()
-    } == {96}
+    } == {48}
     with pytest.raises(ConfigError, match="unknown method 'ppo'"):
         methods(config, ["ppo"])
     with pytest.raises(ConfigError, match="update.chunked"):

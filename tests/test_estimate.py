@@ -271,7 +271,9 @@ def test_roofline():
 
 
 def test_shards_share_the_work_and_shrink_the_memory():
-    one, four = (estimate.estimate(with_overrides(named.demo(), [f"shards={n}"])) for n in (1, 4))
+    one, four = (
+        estimate.estimate(with_overrides(named.demo(), ["prompts_per_step=12", f"shards={n}"])) for n in (1, 4)
+    )
     for phase in ("decode", "score", "backward"):
         assert one.phases[phase].flops == four.phases[phase].flops
     a, b = (e.phases["reference"].flops for e in (one, four))

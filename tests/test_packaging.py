@@ -44,7 +44,10 @@ assert torch.isfinite(torch.autograd.grad(loss, v)[0]).all()
 
 
 def test_wheel_holds_the_package_its_assets_and_the_kernels(sources, tmp_path):
-    wheel = zipfile.ZipFile(build_wheel(sources, tmp_path)[0])
+    compiler = tmp_path / "c++"  # which optimises less, for it takes half of the time
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O1\n')
+    compiler.chmod(0o755)
+    wheel = zipfile.ZipFile(build_wheel(sources, tmp_path, CXX=str(compiler))[0])
     names, place = wheel.namelist(), tmp_path / "installed"
     wheel.extractall(place)
     code = f"import sys; sys.path.insert(0, {str(place)!r})\n{LOSS}"

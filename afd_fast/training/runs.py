@@ -39,7 +39,7 @@ def demo_shuffled() -> TrainConfig:
 
 def demo_long() -> TrainConfig:
     """`demo` on clips twice as long (24 frames, 8 chunks), where errors of the history add up."""
-    return replace(demo(), name="demo_long", student=StudentConfig("toy_long"), prompts_per_step=6)
+    return replace(demo(), name="demo_long", student=StudentConfig("toy_long"))
 
 
 def regime() -> TrainConfig:
