@@ -12,7 +12,7 @@ from afd_fast.students.student import StudentConfig
 
 
 def demo() -> TrainConfig:
-    """The embedded main job, as `demo_lagged`. Over 3 seeds both readings of the paper reach the same physics (docs/results.md)."""
+    """The embedded main job, as `demo_lagged`. Both readings of the paper reach the same physics (docs/results.md)."""
     return TrainConfig()
 
 
@@ -43,7 +43,7 @@ def demo_long() -> TrainConfig:
 
 
 def regime() -> TrainConfig:
-    """The regime that AFD is made for, small: a student distilled to three steps, prompts that leave much open, teacher=lights."""
+    """The student that AFD is made for, small: distilled to three steps, prompts that leave much open, teacher=lights."""
     return replace(
         demo(),
         name="regime",
