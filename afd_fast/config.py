@@ -106,7 +106,7 @@ class TrainConfig:
     teacher_clips: finished videos asked for per prompt.
     teacher_prompts: training prompts, the teacher's first ones; none: all.
     prompts_per_step: prompts per iteration.
-    rollouts_per_prompt: K, rollouts per prompt; with K = 1 every advantage is 0.
+    rollouts_per_prompt: K, rollouts per prompt, at least 2.
     teacher_r: optimality in (0.5, 1] of a clip of the teacher that each prompt's K rollouts are joined by in the update; none: none is.
     shards: parts of the batch, each with its own random numbers, worked on one by one and shared by the ranks.
     fsdp: under torchrun, split the student's parameters over the ranks; checkpoints are DCP folders.
@@ -389,12 +389,3 @@ def _nearest(name: str, known: list[str]) -> str:
     if not near:
         return "; `afd-fast keys` lists them all"
     return f", did you mean {' or '.join(repr(n) for n in near)}?"
-
-
-def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """Inverse of `to_dict`, after a trip through JSON. ConfigError for what another version wrote."""
-    defaults = TrainConfig()
-    known = {key.name for key in keys(defaults)}
-    if odd := sorted(values.keys() ^ known):
-        raise ConfigError(f"the configuration has other keys ({', '.join(odd[:4])} ...): another version wrote it")
-    return with_values(defaults, values)

@@ -61,7 +61,7 @@ class Planted(TeacherBase):
 
     def __init__(self, of: World, rate: float, seed: int) -> None:
         self.of, self.fps, self.judge = of, of.teacher.fps, of.teacher.judge
-        self.name = f"{of.teacher.name} with {rate:.0%} bad clips, {seed}"
+        self.name = f"{of.teacher.name} with {100 * rate:g}% bad clips, {seed}"
         self.prompts: list[str] = of.teacher.split().train
         self.rng = np.random.default_rng([7, seed])
         keys = [Request(prompt, i) for prompt in self.prompts for i in range(CLIPS)]
@@ -143,6 +143,10 @@ def planned(
 ) -> dict[str, dict[Path, TrainConfig]]:
     """By kind of teacher clips, the folder and the configuration of every seed's run. ConfigError where a folder holds another run."""
     config = with_overrides(replace(world(name).config, teacher_clips=CLIPS), keys)
+    if config.teacher_clips != CLIPS:
+        raise ConfigError(
+            f"teacher_clips={config.teacher_clips}: bad clips are planted among {CLIPS} of a prompt, leave it out"
+        )
     marks = {"clean": "", "planted": f" {rate:g}", "reviewed": f" {rate:g}, {steps} steps"}
     return {
         which: compare.runs(config, [compare.Variant(f"{name} {which}{marks[which]}")], seeds, out) for which in kinds

@@ -34,14 +34,14 @@ SCORES = {
 }
 
 
-def keys_of(clips: int) -> dict[str, int]:
+def keys_of(clips: int) -> dict[str, int | None]:
     """The configuration that asks the teacher for so many clips of training prompts. ConfigError where none does."""
     prompts = len(lights.split_prompts()[0])
     if clips <= prompts:
         return {"teacher_prompts": clips, "teacher_clips": 1}
     if clips % prompts:
         raise ConfigError(f"{clips} clips cannot be shared among {prompts} prompts: give a multiple of {prompts}")
-    return {"teacher_clips": clips // prompts}
+    return {"teacher_prompts": None, "teacher_clips": clips // prompts}
 
 
 def variants(config: TrainConfig, budgets: list[int]) -> list[compare.Variant]:

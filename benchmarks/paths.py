@@ -18,7 +18,7 @@ import numpy as np
 from afd_fast.errors import ConfigError
 from afd_fast.files.text import read_json
 from afd_fast.reports.run import read_result
-from afd_fast.reports.scores import METHODS
+from afd_fast.reports.scores import name_of
 from afd_fast.training.run_folder import in_common, judged
 from benchmarks.rows import picture, refusals
 
@@ -45,7 +45,7 @@ def methods(place: Path) -> dict[str, list[Path]]:
 def label(folder: Path) -> str:
     """What a run's method is called."""
     config = read_json(folder / "config.json")
-    name, r = METHODS.get(config["method"], config["method"]), config.get("teacher_r")
+    name, r = name_of(config["method"]), config.get("teacher_r")
     return name if r is None else f"{name}, teacher_r={r}"
 
 

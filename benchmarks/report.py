@@ -202,7 +202,7 @@ def main() -> None:
     rows = read(args.rows)
     if not rows:
         parser.error("the files have no rows; `python -m benchmarks.run --csv FILE` writes some")
-    args.out.write_text(page(rows, args.out))
+    args.out.write_text(page(rows, args.out), encoding="utf-8")
     print(f"wrote {args.out}")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from afd_fast.config import with_overrides
 from afd_fast.errors import ConfigError
 from afd_fast.training import runs
 from afd_fast.training.compare import runs as planned
@@ -84,6 +85,9 @@ def test_budgets_are_asked_for_as_prompts_and_clips(tmp_path: Path) -> None:
     assert asked == {f"{m} {n}-0": (m, n, 0.75 if m == "afd" else None) for n in budgets for m in ("sft", "afd")}
     with pytest.raises(ConfigError, match="multiple of 32"):
         budget.keys_of(100)
+    few = with_overrides(runs.regime(), ["teacher_prompts=16"])  # which is no setting of a budget's
+    for config in planned(few, budget.variants(few, budgets), 1, tmp_path).values():
+        assert (config.teacher_prompts or 32) * config.teacher_clips == int(config.name.split()[-1])
     scores = {key: {"mean": 1.0, "values": [0.5, 1.5]} for key in budget.SCORES}
     names = [f"{m} {n}" for n in budgets for m in ("sft", "afd")]
     budget.draw(dict.fromkeys(["base", "teacher", *names], scores), budgets, tmp_path / "budget.png")
@@ -107,6 +111,8 @@ def test_what_bad_clips_cost_is_a_table_of_finished_runs(tmp_path: Path) -> None
     assert (tmp_path / "lights planted 0.3-0/metrics.jsonl").read_text() == before
     with pytest.raises(ConfigError, match="was started with another configuration .update.lr"):
         output("bad_clips", *words, "update.lr=1e-2")
+    with pytest.raises(ConfigError, match="teacher_clips=8: bad clips are planted among 4 of a prompt"):
+        output("bad_clips", *words, "teacher_clips=8")
 
 
 @pytest.mark.parametrize("words,said", [

@@ -15,7 +15,16 @@ from safetensors.torch import save_file
 from afd_fast.config import to_dict, with_overrides, with_values
 from afd_fast.errors import ConfigError
 from afd_fast.training import runs as named
-from afd_fast.training.compare import ABLATIONS, _check_effect, compare, log_of, methods, own_overrides, runs
+from afd_fast.training.compare import (
+    ABLATIONS,
+    _check_effect,
+    compare,
+    log_of,
+    methods,
+    overrides_of,
+    own_overrides,
+    runs,
+)
 from afd_fast.training.lock import COMPARISON, RUN, check_unused, locked
 from afd_fast.training.methods import METHODS
 from afd_fast.training.run_folder import finished, make_folder, write_rows
@@ -79,6 +88,25 @@ def test_every_method_and_setting_is_a_valid_configuration(tmp_path):
         with_overrides(config, ["update.chunked=true", "update.history=block_causal"])
 
 
+@pytest.mark.parametrize("run,words", [
+    ("demo", "loss=afd loss.ref_coef=0.003"),
+    ("demo", "loss=cosmos_rl loss.beta=0.1"),
+    ("demo", "loss.ref_coef=0.1 rollout.steps=1000,500 codec_crf=23 teacher=folder:a=b"),
+    ("demo_eq4", "loss=diffusionnft update.lr=1e-3"),
+    ("afd_table3", "rollout=krea rollout.recompute=false rollout.zero_step=false"),
+])  # fmt: skip
+def test_a_runs_own_process_gets_the_configuration_that_was_planned(run, words):
+    """A recipe's name on its command line takes all of the recipe, also what the named run's default is."""
+    planned = with_overrides(named.get(run), words.split())
+    rows = [
+        *methods(planned, list(METHODS)),
+        *(v for name in ("prior", "v_old") for v in ABLATIONS[name](planned)),
+    ]
+    for row in rows:
+        config = with_values(planned, row.keys)
+        assert with_overrides(named.get(run), overrides_of(run, config)) == config
+
+
 def test_settings_of_one_method_alone():
     config = with_overrides(named.demo(), ["iterations=60"])
     common, own = own_overrides(
@@ -97,6 +125,14 @@ def test_settings_of_one_method_alone():
         (["sft"], "sft:method=gan", "sft:method= is not for one method alone"),
         (["sft"], "sft:seed=3", "sft:seed= is not for one method alone"),
         (["sft"], "sft:name=x", "sft:name= is not for one method alone"),
+        (
+            ["sft"],
+            "sft:rollout.steps=1000,500",
+            "sft:rollout.steps= is not for one method alone: all rows have one base student",
+        ),
+        (["sft"], "sft:evaluation.rollouts=4", "sft:evaluation.rollouts= is not for one method alone"),
+        (["sft"], "sft:teacher=physics:dusk", "sft:teacher= is not for one method alone"),
+        (["sft"], "sft:codec_crf=30", "sft:codec_crf= is not for one method alone"),
     ):
         with pytest.raises(ConfigError, match=message):
             methods(config, names, own_overrides([wrong])[1])

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from afd_fast.config import TrainConfig, from_dict, keys, to_dict, with_overrides
+from afd_fast.config import TrainConfig, keys, to_dict, with_overrides, with_values
 from afd_fast.errors import ConfigError
 from afd_fast.reference.nft import nft_recipe
 from afd_fast.training import runs
@@ -86,11 +86,9 @@ def test_bad_overrides_say_what_to_do(item, message):
 def test_runs_by_name_and_round_trip():
     for name in runs.RUNS:
         config = runs.get(name)
-        assert config.name == name and from_dict(json.loads(json.dumps(to_dict(config)))) == config
+        assert config.name == name and with_values(TrainConfig(), json.loads(json.dumps(to_dict(config)))) == config
     with pytest.raises(ConfigError, match="did you mean 'demo_lagged'"):
         runs.get("demo_laged")
-    with pytest.raises(ConfigError, match="another version"):
-        from_dict({"seed": 1})
 
 
 def test_what_a_stream_cannot_be_combined_with():

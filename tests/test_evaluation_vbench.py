@@ -197,6 +197,11 @@ class TestRun:
             assert not score.low > score.value and not score.high < score.value
         assert scores["VBench physics"].low < scores["VBench physics"].value < scores["VBench physics"].high
 
+    @pytest.mark.parametrize("second,bounds", [([0.5], (40, 60)), ([], intervals.NONE)])
+    def test_one_prompt_with_videos_has_no_interval(self, second, bounds):
+        score = vbench._score("color", 50.0, {"a": [0.4, 0.6], "b": second}, np.linspace(40, 60, 1001))
+        assert (score.low, score.high) == pytest.approx(bounds, rel=0.05, nan_ok=True)
+
     def test_flickering_of_five_is_filtered_first(self, tmp_path, mp4, env):
         make(tmp_path / "out", mp4, n=5)
         vbench.run(tmp_path / "out", env, ["temporal_flickering", "dynamic_degree"])

@@ -7,8 +7,11 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -20,7 +23,8 @@ from afd_fast.errors import ConfigError
 from afd_fast.evaluation.intervals import NONE
 from afd_fast.reports import comparison as compared
 from afd_fast.reports import media
-from afd_fast.reports.run import Samples, write_report
+from afd_fast.reports.picture import write_picture
+from afd_fast.reports.run import Samples, open_samples, write_report
 from afd_fast.reports.scores import console_table, table_rows, verdict
 from afd_fast.training.run_folder import write_json, write_rows
 from afd_fast.video_io import read_video
@@ -156,6 +160,29 @@ def test_damaged_samples_are_named(tmp_path):
     (tmp_path / "run/samples.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(ConfigError, match=r"samples\.safetensors cannot be read .* --resume"):
         write_report(tmp_path / "run")
+
+
+def test_what_fails_while_samples_are_open_keeps_its_own_words(tmp_path):
+    finished(tmp_path / "run")
+    with pytest.raises(OSError, match="No space left"), open_samples(tmp_path / "run"):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_registered_methods_run_has_a_page_and_a_picture(tmp_path):
+    result = finished(tmp_path / "run")
+    write_json(tmp_path / "run/result.json", result | {"config": result["config"] | {"method": "mine"}})
+    page = check_page(write_report(tmp_path / "run"))
+    assert "mine: demo" in " ".join(page.words)
+    write_picture(tmp_path / "run", tmp_path / "p.webp", prompts=1)
+    assert (tmp_path / "p.webp").stat().st_size
+
+
+def test_a_page_is_written_in_a_locale_without_unicode(tmp_path):
+    finished(tmp_path / "run")
+    code = "import sys; from afd_fast.reports.run import write_report; write_report(sys.argv[1])"
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "run"], check=True, env=env)
+    assert "−" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
 
 
 # -- what it says ------------------------------------------------------------------------------------------------

@@ -275,7 +275,7 @@ def test_a_finished_run_is_extended(run):
     before = (run / "result.json").read_bytes()
     assert train(CONFIG, out=run, resume=True, console=QUIET) == json.loads(before)
     for odd, message in (
-        (changed(CONFIG, iterations=3), "has done 4 iterations: set iterations=4 or more, got 3"),
+        (changed(CONFIG, iterations=3), "is a run of 4 iterations: set iterations=4 or more, got 3"),
         (changed(CONFIG, iterations=6, seed=1), "seed=0 there and 1 here.*only iterations may grow"),
     ):
         with pytest.raises(ConfigError, match=message):

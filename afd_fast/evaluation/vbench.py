@@ -271,7 +271,7 @@ def collect(out: Path) -> list[Score]:
 def _score(dimension: str, value: float, table: Groups, draws: np.ndarray) -> Score:
     groups = table.values()
     count, asked = sum(map(len, groups)), len(groups)
-    low, high = intervals.percentiles(draws) if asked > 1 else intervals.NONE
+    low, high = intervals.percentiles(draws) if sum(map(bool, groups)) > 1 else intervals.NONE
     notes = []
     if dimension in YES_NO:
         yes = int(sum(map(sum, groups)))

@@ -14,7 +14,7 @@ from afd_fast.files.text import read_json
 from afd_fast.reports.figures import shown_scores, smooth, style, subplots, svg
 from afd_fast.reports.media import Clip, videos
 from afd_fast.reports.run import Samples, open_samples, template
-from afd_fast.reports.scores import METHODS, NO_VALUE, SCORES, WHY, gain, label_of, signed
+from afd_fast.reports.scores import NO_VALUE, SCORES, WHY, gain, label_of, name_of, signed
 from afd_fast.training.run_folder import in_common, read_rows
 
 with extra("train"):
@@ -32,10 +32,6 @@ TRACES = {  # of training: key -> title
     "reward_std_in_prompt": "spread of D within a prompt",
     "grad_norm": "gradient norm of the student",
 }
-
-
-def name(label: str) -> str:
-    return METHODS.get(label, label)
 
 
 def reference(rows: Mapping[str, Any]) -> str | None:
@@ -101,7 +97,7 @@ def table(comparison: Mapping[str, Any]) -> tuple[list[str], list[Line]]:
     if "by_prompt" in comparison:  # not in a comparison of an older version
         lines.insert(1, Line(BOOTSTRAP, [_interval(comparison["by_prompt"].get(label, [])) for label in rows]))
     lines.append(Line("seconds", [_cell("seconds", label, rows) for label in rows]))
-    return [name(label) for label in rows], lines
+    return [name_of(label) for label in rows], lines
 
 
 class Difference(NamedTuple):
@@ -130,7 +126,7 @@ def paired(comparison: Mapping[str, Any]) -> list[Difference]:
                 gains = interval([gain(key, b, a, teacher) for a, b in zip(mine, theirs)])
                 mark = "better" if gains.low > 0 else "worse" if gains.high < 0 else "cannot be told apart"
                 score = label_of(key, rows["base"]).split(" (")[0]
-                found.append(Difference(name(label), score, float(np.mean(mine) - np.mean(theirs)), low, high, mark))
+                found.append(Difference(name_of(label), score, float(np.mean(mine) - np.mean(theirs)), low, high, mark))
     return found
 
 
@@ -140,11 +136,11 @@ def verdict(comparison: Mapping[str, Any]) -> str:
     key = shown_scores(rows["base"])[0]
     score = label_of(key, rows["base"]).partition(",")[0]
     trained = [label for label in rows if label not in EDGE]
-    shown = ", ".join(f"{name(label)} {_cell(key, label, rows).text}" for label in trained)
+    shown = ", ".join(f"{name_of(label)} {_cell(key, label, rows).text}" for label in trained)
     values = f"{score.capitalize()}: {shown}; base student {rows['base'][key]['mean']:.3f}"
     if seeds < 2:
         return f"{values}. One seed gives no interval: --seeds 3 tells chance from change."
-    better = [name(label) for label in trained if _cell(key, label, rows).mark == "better"]
+    better = [name_of(label) for label in trained if _cell(key, label, rows).mark == "better"]
     if not better:
         return f"No method is better than the base student with 95 % confidence over {seeds} seeds. {values}."
     verb = "is" if len(better) == 1 else "are"
@@ -190,11 +186,11 @@ def curves(comparison: Mapping[str, Any], out: Path) -> str:
         color, (steps, evaluations) = f"C{index}", found[label]
         for column, key in enumerate(keys):
             values = np.array([[e[key] for e in run] for run in evaluations])
-            _lines(axes[0, column], steps, values, color, name(label))
+            _lines(axes[0, column], steps, values, color, name_of(label))
             if label != first and first is not None and found[first][0] == steps:
                 theirs = np.array([[e[key] for e in run] for run in found[first][1]])
                 both = min(len(values), len(theirs))
-                _lines(axes[1, column], steps, values[:both] - theirs[:both], color, name(label))
+                _lines(axes[1, column], steps, values[:both] - theirs[:both], color, name_of(label))
         folder = out / next(run for run in comparison["runs"] if run.rpartition("-")[0] == label)
         metrics = read_rows(folder / "metrics.jsonl")
         for axis, key in zip(axes[-1], TRACES):
@@ -208,7 +204,7 @@ def curves(comparison: Mapping[str, Any], out: Path) -> str:
         style(axes[0, column], score)
         if pairs:
             axes[1, column].axhline(0, color=EDGE["base"], lw=1, ls="--")
-            style(axes[1, column], f"minus {name(first or '')}, seed by seed")
+            style(axes[1, column], f"minus {name_of(first or '')}, seed by seed")
     for axis, title in zip(axes[-1], TRACES.values()):
         style(axis, title)
     axes[-1, 2].set_yscale("log")
@@ -230,7 +226,7 @@ def _lines(axis: Any, steps: list[int], values: np.ndarray, color: str, label: s
 def clips_of(samples: Mapping[str, Samples]) -> Iterator[Clip]:
     """The first clip of every method for a prompt, next to each other: {label: the samples of its first seed}."""
     first = next(iter(samples.values()))
-    names = ", ".join(["base student", *map(name, samples), "teacher"])
+    names = ", ".join(["base student", *map(name_of, samples), "teacher"])
     for p, prompt in enumerate(first.prompts[:PROMPTS]):
         panels = [
             first.clip("base", 0, p),
@@ -254,8 +250,8 @@ def write_report(out: str | Path) -> Path:
     names, lines = table(comparison)
     html = template("comparison.html").render(
         comparison=comparison, names=names, lines=lines, paired=paired(comparison), signed=signed, verdict=verdict(comparison),
-        reference=name(reference(comparison["rows"]) or ""), curves=curves(comparison, out), videos=list(zip(prompts, made)),
-        panels=["base", *map(name, firsts), "teacher"],
+        reference=name_of(reference(comparison["rows"]) or ""), curves=curves(comparison, out), videos=list(zip(prompts, made)),
+        panels=["base", *map(name_of, firsts), "teacher"],
     )  # fmt: skip
-    path.write_text(html)
+    path.write_text(html, encoding="utf-8")
     return path

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from afd_fast.errors import extra
 from afd_fast.judges import JUDGES
-from afd_fast.reports.scores import METHODS, label_of
+from afd_fast.reports.scores import label_of
 
 with extra("train"):
     import matplotlib
@@ -92,7 +92,7 @@ def curves(
     for axis, key in zip(axes[1], shown_scores(teacher)):
         if not any(math.isfinite(e[key]) for e in evaluations):
             axis.text(0.5, 0.5, "not computed", ha="center", transform=axis.transAxes, fontsize=9)
-        axis.plot(at, [e[key] for e in evaluations], "o-", color=COLORS["student"], ms=4, lw=1.6, label=METHODS[method])
+        axis.plot(at, [e[key] for e in evaluations], "o-", color=COLORS["student"], ms=4, lw=1.6, label=method)
         axis.axhline(evaluations[0][key], color=COLORS["base"], lw=1, ls="--", label="base")
         axis.axhline(teacher[key], color=COLORS["teacher"], lw=1, ls="--", label="teacher")
         style(axis, label_of(key, teacher).split(" (")[0])
@@ -108,6 +108,6 @@ def height_tracks(clips: Mapping[str, Tensor], method: str, judge: str) -> str:
     assert heights is not None
     for axis, (name, video) in zip(axes[0], clips.items()):
         axis.plot(heights(video.flatten(0, 1).numpy()).T, color=COLORS[name], lw=1, alpha=0.7)
-        style(axis, {"base": "base student", "student": METHODS[method]}.get(name, name), "frame")
+        style(axis, {"base": "base student", "student": method}.get(name, name), "frame")
     axes[0, 0].set_ylabel("height", fontsize=8)
-    return svg(figure, "Height of the ball over the frames: base student, trained student and teacher")
+    return svg(figure, "Height of what moves over the frames: base student, trained student and teacher")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from afd_fast.errors import ConfigError, extra
 from afd_fast.reports.run import KINDS, open_samples, read_result
-from afd_fast.reports.scores import METHODS
+from afd_fast.reports.scores import name_of
 
 with extra("train"):
     from PIL import Image, ImageDraw, ImageFont
@@ -23,7 +23,7 @@ def write_picture(run: Path, path: Path, prompts: int = 6, fps: float = 6.0) -> 
     """
     if path.suffix not in (".webp", ".gif"):
         raise ConfigError(f"{path} is no animated picture: expected a name that ends in .webp or .gif")
-    method = METHODS[read_result(run)["config"]["method"]]
+    method = name_of(read_result(run)["config"]["method"])
     with open_samples(run) as samples:
         said = samples.prompts[:prompts]
         clips = {kind: [samples.clip(kind, 0, p) for p in range(len(said))] for kind in KINDS}

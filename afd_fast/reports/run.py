@@ -12,7 +12,7 @@ from afd_fast.errors import ConfigError, extra
 from afd_fast.files.text import read_json
 from afd_fast.reports.figures import curves, height_tracks
 from afd_fast.reports.media import Clip, videos
-from afd_fast.reports.scores import METHODS, console_table, headline, table_rows, verdict
+from afd_fast.reports.scores import console_table, headline, name_of, table_rows, verdict
 from afd_fast.training.run_folder import judged, read_rows
 
 with extra("train"):
@@ -47,18 +47,20 @@ class Samples(NamedTuple):
 def open_samples(run: Path) -> Iterator[Samples]:
     """The samples of a run, read clip by clip. ConfigError where its file is missing or damaged."""
     path = run / "samples.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(safe_open(path, "pt"))
             about = file.metadata()
             shapes = [tuple(file.get_slice(kind).get_shape()) for kind in KINDS]
             if len(set(shapes)) > 1 or len(shapes[0]) != 6:
                 raise ValueError(f"its clips have the shapes {shapes}")
             judge = about.get("judge", "physics")  # the only one that drew tracks when files did not say
-            yield Samples(json.loads(about["prompts"]), shapes[0][0], float(json.loads(about["fps"])), judge, file)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error}): continue the run with --resume to make it again"
-        ) from error
+            prompts, fps = json.loads(about["prompts"]), float(json.loads(about["fps"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error}): continue the run with --resume to make it again"
+            ) from error
+        yield Samples(prompts, shapes[0][0], fps, judge, file)
 
 
 def template(name: str) -> Any:
@@ -91,18 +93,18 @@ def write_report(run: str | Path) -> Path:
     run = Path(run)
     result, path = read_result(run), run / "report.html"
     metrics, evaluations = read_rows(run / "metrics.jsonl"), judged(run, result["config"]["iterations"])
-    method, teacher = result["config"]["method"], result["rows"]["teacher"]
+    method, teacher = name_of(result["config"]["method"]), result["rows"]["teacher"]
     physical = "residual_px" in teacher
     with open_samples(run) as samples:
-        made = videos(clips_of(samples, METHODS[method]), samples.fps, path)
+        made = videos(clips_of(samples, method), samples.fps, path)
         tracks = height_tracks({kind: samples.all(kind) for kind in KINDS}, method, samples.judge) if physical else None
         prompts, count = samples.prompts, samples.per_prompt
     html = template("report.html").render(
         result=result, rows=table_rows(result, evaluations), verdict=verdict(result, evaluations), prompts=prompts,
         videos=[made[i * count : (i + 1) * count] for i in range(len(prompts))], curves=curves(metrics, evaluations, teacher, method),
-        tracks=tracks, seconds=phases(metrics), last=evaluations[-1], judged=physical, headline=headline(result["rows"]["base"]), method=METHODS[method],
+        tracks=tracks, seconds=phases(metrics), last=evaluations[-1], judged=physical, headline=headline(result["rows"]["base"]), method=method,
     )  # fmt: skip
-    path.write_text(html)
+    path.write_text(html, encoding="utf-8")
     return path
 
 

@@ -71,6 +71,11 @@ class Row(NamedTuple):
     why: str
 
 
+def name_of(method: str) -> str:
+    """A method in words; a registered one's own name."""
+    return METHODS.get(method, method)
+
+
 def label_of(key: str, rows: Mapping[str, Any]) -> str:
     """A score's name. Without a simulator the Fréchet distance is one of colours and motion."""
     if key == "frechet" and "residual_px" not in rows:
@@ -128,7 +133,7 @@ def console_table(result: Mapping[str, Any], evaluations: Sequence[Mapping[str, 
         caption=why.strip() or None, caption_justify="left",
     )  # fmt: skip
     table.add_column("score")
-    method = METHODS[result["config"]["method"]]
+    method = name_of(result["config"]["method"])
     for name in ("base", method, "teacher", "change"):
         table.add_column(name, justify="right")
     colors = {"better": "[green]", "worse": "[red]", "": ""}
@@ -151,7 +156,7 @@ def changed_by(evaluations: Sequence[Mapping[str, Any]]) -> tuple[float, Interva
 def verdict(result: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
     """One sentence: what the run did to its first score, with an interval over the held-out prompts."""
     base, student, teacher = (result["rows"][name] for name in ("base", "student", "teacher"))
-    method, prompts = METHODS[result["config"]["method"]], result["prompts"]["held_out"]
+    method, prompts = name_of(result["config"]["method"]), result["prompts"]["held_out"]
     key = headline(base)
     if all(same(base[k], student.get(k, math.nan)) for k in SCORES if k in base):
         return (

@@ -35,6 +35,10 @@ with extra("train"):
     from rich.console import Console
 
 POLL = 0.5  # seconds
+SHARED = {  # what the base student and the teacher are and how they are judged, besides rollout.*
+    "teacher", "codec_crf", "evaluation.rollouts", "stream.frames", "student.name", "student.base", "student.frames", "student.height",
+    "student.width",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,12 @@ def methods(
         keys = {"method": name, **method.defaults, "update.lr": config.update.lr * method.lr_scale}
         usual = with_values(config, keys)
         before, given = to_dict(usual), to_dict(with_overrides(usual, own.get(name, [])))
-        found.append(Variant(name, keys | {key: value for key, value in given.items() if value != before[key]}))
+        changed = {key: value for key, value in given.items() if value != before[key]}
+        if shared := [key for key in changed if key in SHARED or key.startswith("rollout.")]:
+            raise ConfigError(
+                f"{name}:{shared[0]}= is not for one method alone: all rows have one base student, one teacher and one judge"
+            )
+        found.append(Variant(name, keys | changed))
     return found
 
 
@@ -148,12 +157,18 @@ def log_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
+def overrides_of(run: str, config: TrainConfig) -> list[str]:
+    """The "key=value" strings that make the named run this configuration. A recipe's name stands for all of its settings."""
+    default = named.get(run)
+    recipe = [] if config.loss.name == default.loss.name else [f"loss={config.loss.name}"]
+    before = to_dict(with_overrides(default, recipe))
+    return recipe + [f"{k}={_text(v)}" for k, v in to_dict(config).items() if v != before[k]]
+
+
 def _start(run: str, folder: Path, config: TrainConfig, jobs: int) -> "subprocess.Popen[bytes]":
-    default = to_dict(named.get(run))
-    overrides = [f"{k}={_text(v)}" for k, v in to_dict(config).items() if v != default[k]]
     how = "--resume" if started(folder) else "--overwrite"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "afd_fast", "train", run, *overrides, "--out", str(folder), how]
+    command = [sys.executable, "-m", "afd_fast", "train", run, *overrides_of(run, config), "--out", str(folder), how]
     with log_of(folder).open("ab") as log:
         return subprocess.Popen(
             command, stdout=log, stderr=log, env=os.environ | threads.share(jobs), start_new_session=True

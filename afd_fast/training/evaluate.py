@@ -52,8 +52,9 @@ class Evaluator:
         self.by_prompt: list[float] = []  # and its first headline score, a mean for each held-out prompt
 
     def _references(self, track: Track) -> References:
-        if not self.judge.free_reference:
-            return References(torch.cat([self.data.videos[p] for p in self.data.held_out]), None)
+        if not self.judge.free_reference:  # the videos that there are, as many of each prompt: they go round
+            videos = [self.data.videos[p] for p in self.data.held_out]
+            return References(torch.stack([of[i % len(of)] for i in range(max(map(len, videos))) for of in videos]), None)
         familiar = self._reference(self.familiar, track) if self.familiar else None
         return References(self._reference(self.data.held_out, track), familiar)
 
@@ -116,7 +117,7 @@ class Evaluator:
         """Accuracy on held-out pairs, correlation with the judge within prompts, and the scores of the model that the
         discriminator was before training."""
         run, held = self.run, self.data.held_out
-        keys = [Request(p, i % len(self.data.videos[p])) for i, p in enumerate(prompts)]
+        keys = [Request(p, i // len(held) % len(self.data.videos[p])) for i, p in enumerate(prompts)]
         size, mine, theirs = run.config.evaluation.batch or len(prompts), [], []
         before: list[dict[str, Tensor]] = []
         for start in range(0, len(prompts), size):

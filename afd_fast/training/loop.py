@@ -20,8 +20,9 @@ def train_step(run: Run, shards: Sequence[Shard]) -> Metrics:
 
 
 def set_learning_rate(run: Run) -> None:
-    """The student's learning rate of this iteration: constant, or a cosine from the end of the warm-up on."""
-    config, warmup = run.config, run.config.discriminator.warmup
+    """The student's learning rate of this iteration: constant, or a cosine from the student's first update on."""
+    config = run.config
+    warmup = config.discriminator.warmup if METHODS[config.method].uses_discriminator else 0
     done = (run.state.step - warmup) / max(1, config.iterations - warmup)
     cosine = FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
     for group in run.state.optimizer.param_groups:

@@ -17,7 +17,7 @@ from afd_fast.config import TrainConfig, to_dict
 from afd_fast.errors import ConfigError, extra
 from afd_fast.files.durable import settle
 from afd_fast.files.text import read_json
-from afd_fast.training.checkpoint import saved, step_of
+from afd_fast.training.checkpoint import saved
 from afd_fast.training.lock import RUN
 
 with extra("train"):
@@ -74,7 +74,7 @@ def check_folder(out: Path, config: TrainConfig, *, overwrite: bool, resume: boo
 
 
 def _check_resumable(out: Path, config: TrainConfig) -> None:
-    """ConfigError unless the folder holds this run, with at most as many iterations."""
+    """ConfigError unless the folder holds this run, of at most as many iterations."""
     if not started(out):
         raise ConfigError(f"{out} holds no run to resume")
     before, now = read_json(out / "config.json"), json.loads(json.dumps(to_dict(config)))
@@ -89,9 +89,10 @@ def _check_resumable(out: Path, config: TrainConfig) -> None:
         raise ConfigError(
             f"{out} was started with another configuration ({values}); resume with the same one, only iterations may grow"
         )
-    done = max(map(step_of, checkpoints(out, config)), default=0)
-    if done > config.iterations:
-        raise ConfigError(f"{out} has done {done} iterations: set iterations={done} or more, got {config.iterations}")
+    if (least := before["iterations"]) > config.iterations:
+        raise ConfigError(
+            f"{out} is a run of {least} iterations: set iterations={least} or more, got {config.iterations}"
+        )
 
 
 def checkpoints(out: Path, config: TrainConfig) -> list[Path]:

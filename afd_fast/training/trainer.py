@@ -232,9 +232,11 @@ class Trainer:
     def _finish(self, seconds: float) -> RunResult | None:
         """Judge the final student and the teacher, keep samples, weights and the result."""
         with self.run.ranks.led():
-            weights = self.evaluator.weights() if self.run.ranks.lead or self.lockstep else None
+            if not (self.run.ranks.lead or self.lockstep):
+                return None
+            weights = self.evaluator.weights()
             self.evaluator.save_samples(self.out / "samples.safetensors")
-            return self._result(weights, seconds) if self.run.ranks.lead and weights is not None else None
+            return self._result(weights, seconds) if self.run.ranks.lead else None
 
     def _by_teacher(self, by_prompt: Sequence[float]) -> dict[str, dict[str, float]]:
         owner, found = self.run.teachers, dict[str, dict[str, float]]()

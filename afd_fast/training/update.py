@@ -28,7 +28,7 @@ from afd_fast.training.velocity import LossInputs, UpdateStats, clip_loss, nft_b
 
 DISC_GRAD_NORM = 5.0
 REGRESSION = nft_recipe("afd", beta=1.0, ref_coef=0.0, sample_reduction="mean", batch_reduction="mean")
-LOGGED = ("margin", "accuracy", "pair_r")  # of `pair_health`, which are logged under other names
+HEADLINE = ("margin", "accuracy", "pair_r")  # of `pair_health`, which stand beside the loss
 
 
 class Pair(NamedTuple):
@@ -92,15 +92,9 @@ def discriminator_backward(run: Run, pair: Pair, prompts: list[str], rng: torch.
     """Add a shard's share of the discriminator's gradient; its loss and the health of its scores."""
     found = run.discriminator.paired_loss(*pair, prompts, run.config.discriminator.objective, rng=rng)
     (found.loss / (shards * run.ranks.world)).backward()
-    margin = (found.teacher - found.student).detach()
     health = cast(dict[str, Tensor], pair_health(found.teacher, found.student))
-    return {
-        "disc_loss": found.loss.item(),
-        "margin": margin.mean().item(),
-        "accuracy": (margin > 0).float().mean().item(),
-        "pair_r": torch.sigmoid(-margin).mean().item(),
-        **{f"health/{name}": value.item() for name, value in health.items() if name not in LOGGED},
-    }
+    named = {name if name in HEADLINE else f"health/{name}": value.item() for name, value in health.items()}
+    return {"disc_loss": found.loss.item(), **named}
 
 
 # -- the student -----------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def make(
     kept: pretrain.Kept | None = None,
 ) -> str:  # fmt: skip
     """Pretrain the base student of a world of `pretrain.WORLDS` from nothing; `out` gets the weights, with command, seed and loss
-    as metadata. frames: of its clips; None: the world's. Returns the loss, the mean of the last 200 steps."""
+    as metadata. frames: of its clips; None: the world's. Returns the loss, the mean of the last 200 steps of this call."""
     world = pretrain.WORLDS[name]
     if frames is not None:
         world = replace(world, student=replace(world.student, frames=frames))
