@@ -15,11 +15,13 @@ import torch
 from rich.console import Console
 
 from afd_fast.cli import common, doctor, sampling
+from afd_fast.config import with_overrides
 from afd_fast.errors import ConfigError, Interrupted
 from afd_fast.rollout import RolloutConfig
 from afd_fast.students.student import StudentConfig, family
 from afd_fast.students.toy import pixel
 from afd_fast.students.toy.pretrain import Kept
+from afd_fast.training import runs
 from afd_fast.video_io import VideoFormat, format_of, write_video
 
 
@@ -234,6 +236,18 @@ def test_the_pixels_of_any_folder_are_reviewed_at_their_own_aspect(say, videos, 
     assert len((tmp_path / "looked/clips.csv").read_text().splitlines()) == 1 + 6
 
 
+def test_the_pixels_of_several_folders_are_reviewed_as_those_of_one(say, videos, tmp_path):
+    """They were taken for a teacher of another kind, and of a prompt no more than teacher_clips were looked at."""
+    (tmp_path / "more").mkdir()
+    rows = [f"another,{i}.mp4" for i in range(4)]
+    (tmp_path / "more/manifest.csv").write_text("\n".join(["prompt,video", *rows]))
+    for i in range(4):
+        shutil.copy(videos / f"{i}.mp4", tmp_path / "more")
+    status, said = say("review demo teacher=[folder:mine,folder:more] teacher_clips=1 --steps 0 --out looked")
+    assert status == 0 and "2 frames at 8 fps, 16 are needed" in said, said
+    assert len((tmp_path / "looked/clips.csv").read_text().splitlines()) == 1 + 6 + 4
+
+
 @pytest.mark.parametrize("line", [
     "rollout --config tiny --prompts p.txt --out p.txt/x", "review demo teacher=folder:mine --steps 0 --out p.txt/x",
     "distill --videos mine --frames 6 --out p.txt/x", "distill --videos mine --frames 6 --dry-run --out p.txt/x",
@@ -389,13 +403,40 @@ def test_doctor_of_a_run_that_can_run_and_of_one_that_cannot(say):
     assert say("doctor nonesuch")[0] == 2
 
 
-def test_doctor_counts_the_prompts_as_train_does(say, tmp_path):
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two/manifest.csv").write_text("prompt,video\na,a.mp4\nb,b.mp4\n")
-    line = "afd_table3 student=tiny discriminator=toy teacher=folder:two"
-    status, said = say(f"doctor {line}")
-    assert status == 1 and "1 training prompts cannot be split into shards=8" in said
-    assert "cannot be split" not in say(f"doctor {line} shards=1")[1]
+def faults(line):
+    """What `afd-fast doctor LINE` says of the student, the discriminator and the teacher that fail."""
+    name, *keys = line.split()
+    return {c.what: c.remedy for c in doctor.sources(with_overrides(runs.get(name), keys)) if c.state == "fails"}
+
+
+@pytest.mark.parametrize("line, what, fault", [
+    ("demo teacher=film", "teacher", 'teacher must be "physics" or'),
+    ("demo teacher=lights", "teacher", "teacher=lights makes videos of 24x24 pixels"),
+    ("demo teacher=folder:mine", "teacher", "'prompt 0' is no prompt of it"),
+    ("demo shards=3 teacher_prompts=2", "teacher", "2 training prompts cannot be split into shards=3"),
+    ("demo teacher_prompts=999", "teacher", "teacher_prompts=999 asks for more than the 112"),
+    ("demo teacher=api:nowhere.json", "teacher", "nowhere.json is not a file"),
+    ("demo student.base=nowhere.safetensors", "student", "nowhere.safetensors is neither a file"),
+    ("afd_table3 student=tiny discriminator=toy teacher=folder:mine", "teacher", "cannot be split into shards=8"),
+])  # fmt: skip
+def test_doctor_refuses_what_train_refuses(say, videos, tmp_path, line, what, fault):
+    before = sorted(tmp_path.rglob("*"))
+    assert fault in faults(line)[what]
+    status, said = say(f"train {line} --dry-run")
+    assert status == 2 and fault in said, said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_doctor_looks_at_the_teacher_of_a_checkpoint_that_it_does_not_read(videos, monkeypatch, tmp_path):
+    """The videos' size and rate are those of a Wan student; a base that is not read may be Wan 2.2's, with more frames a second."""
+    monkeypatch.chdir(tmp_path)
+    assert "'prompt 0' is no prompt of it" in faults("demo teacher=folder:mine discriminator=nobody/reward")["teacher"]
+    line = "afd_table3 student=nobody/student teacher="
+    assert 'teacher must be "physics" or' in faults(line + "film")["teacher"]
+    assert "32 frames at 16 fps, 33 are needed" in faults(line + "folder:mine student.frames=9")["teacher"]
+    more = line + "folder:mine student.frames=9 student.base=nobody/base"
+    assert "3 training prompts cannot be split into shards=8" in faults(more)["teacher"]
+    assert "teacher" not in faults(more + " shards=1")
 
 
 @pytest.mark.parametrize(
@@ -410,7 +451,6 @@ def test_doctor_counts_the_prompts_as_train_does(say, tmp_path):
 )
 def test_doctor_names_what_is_wrong(monkeypatch, spoil, what, remedy):
     from afd_fast import threads
-    from afd_fast.training import runs
 
     if spoil == "package":
         real = importlib.util.find_spec

@@ -30,6 +30,7 @@ from afd_fast.teachers.lights import (
 from afd_fast.teachers.physics import BACKGROUND, FPS, GRAVITY, State, simulate
 from afd_fast.teachers.teacher import PromptSplit
 from afd_fast.training import runs, train
+from afd_fast.video_io import VideoFormat, to_uint8
 from benchmarks import regime
 from tests.runs import QUIET, changed
 
@@ -256,6 +257,17 @@ def test_the_lights_have_one_look_and_one_size():
         open_teacher("lights", of_student(ToyStudent()).video, None)
     with pytest.raises(ConfigError, match="teacher=physics makes videos of 16x16 pixels, and this student of 24x24"):
         open_teacher("physics", of_student(shipped.load(name="lights")).video, None)
+
+
+@pytest.mark.parametrize("name, side", [("physics", 16), ("lights", SIZE)])
+def test_the_shortest_clips_are_those_that_the_judge_can_score(name, side):
+    """Of three frames a run ended in an IndexError."""
+    with pytest.raises(ConfigError, match=f"teacher={name} is judged on clips of 4 frames or more, .* makes 3"):
+        open_teacher(name, VideoFormat(3, side, side, FPS), None)
+    teacher = open_teacher(name, VideoFormat(4, side, side, FPS), None)
+    prompts = teacher.split().held_out[:8] * 2
+    clips = torch.stack([to_uint8(teacher(prompt, seed)) for seed, prompt in enumerate(prompts)])
+    assert JUDGES[teacher.judge](clips, prompts, clips)["motion"] > 0.9
 
 
 def test_the_shipped_students_are_those_of_the_regime():

@@ -352,8 +352,9 @@ class TestCommand:
             self.call(f"teacher=folder:{videos}", "--steps", 1, "--out", videos / name)
         assert (videos / "a/clips.csv").read_bytes() == (videos / "b/clips.csv").read_bytes()
 
-    def test_an_apis_videos_get_a_manifest_and_none_is_bought(self, tmp_path):
-        """No key, no server: whatever asked for a video would fail."""
+    @pytest.fixture
+    def paid(self, tmp_path):
+        """An API with six prompts, five of them bought and the third black. No key, no server: whatever asked for a video would fail."""
         prompts = PhysicsTeacher().split().train[:6]
         (tmp_path / "prompts.txt").write_text("\n".join(prompts))
         about = {
@@ -371,16 +372,38 @@ class TestCommand:
             clip = PhysicsTeacher()(prompt, 0)
             write_video(path, clip * (i != 2), 10, crf=10)
             api._ledger.add(path.stem, Record(prompt, 0, "done", usd=1.0, sha256=checksum(path)))
+        return api
+
+    def weigh(self, tmp_path):
         result = self.call(
             f"teacher=api:{tmp_path / 'paid.json'}", "--steps", 0, "--weights", "--out", tmp_path / "out"
         )
         assert result.exit_code == 0, result.output
+        return result.output
+
+    def test_an_apis_videos_get_a_manifest_and_none_is_bought(self, tmp_path, paid):
+        api, prompts = paid, paid.prompts
+        self.weigh(tmp_path)
         entries = read_manifest(api.folder)
         assert [entry.prompt for entry in entries] == prompts[:5]
         assert [entry.weight for entry in entries] == [1, 1, 0, 1, 1]
         assert FolderTeacher(api.folder, frames=12, size=(16, 16), fps=10).prompts == [
             p for p in prompts[:5] if p != prompts[2]
         ]
+
+    def test_what_an_apis_manifest_holds_stays(self, tmp_path, paid):
+        """Lower weights, rows of videos that are not looked at and other columns were overwritten."""
+        file, (a, b, c, d, e, f) = paid.file, paid.prompts
+        (paid.folder / "manifest.csv").write_text(
+            f'prompt,video,note,weight\n"{f}",old.mp4,mine,0.5\n"{b}",{file(b, 0)},dull,0.25\n"{c}",{file(c, 0)},,0.75\n'
+        )
+        self.weigh(tmp_path)
+        kept = [("old.mp4", 0.5), (file(b, 0), 0.25), (file(c, 0), 0.0)]
+        new = [(file(p, 0), 1.0) for p in (a, d, e)]
+        assert [entry[1:] for entry in read_manifest(paid.folder)] == kept + new
+        rows = read_csv(paid.folder / "manifest.csv", ("prompt", "video", "note", "weight"))
+        assert [row["note"] for row in rows] == ["mine", "dull", "", "", "", ""]
+        assert "needs no column" not in self.weigh(tmp_path)
 
     @pytest.mark.parametrize("arguments,said", [
         (["--weights"], "--weights needs videos that are files: teacher=physics has none"),

@@ -266,6 +266,25 @@ class TestCommands:
                 self.call(*call, *words)
             assert not (tmp_path / "out").exists()
 
+    def test_export_makes_the_videos_of_rollout(self, prompts, tmp_path):
+        """It kept --negative in export.json and did not use it."""
+        words = ("--prompts", prompts, "--preset", "ar_diffusion", "--unipc-steps", 2, "--guidance", 2, "--frames", 3, "--size", "32x32",
+                 "--negative", "blurred")  # fmt: skip
+        self.call("rollout", "--config", "tiny", "--out", tmp_path / "a", *words)
+        self.call("eval", "export", tmp_path / "b", "--student", "tiny", *words)
+        made = (tmp_path / "b/videos/0000-a-red-ball-0.mp4").read_bytes()
+        assert made == (tmp_path / "a/0000-a-red-ball.mp4").read_bytes()
+
+    @pytest.mark.parametrize("words,names", [
+        (("--preset", "nonesuch", "--steps", "x"), "--preset, --steps"), (("--no-warp",), "--warp"), (("--batch", 1), "--batch"),
+        (("--first-chunk-steps", "1000"), "--first-chunk-steps"), (("--lora", "a.pt", "--base", "b"), "--lora, --base"),
+    ])  # fmt: skip
+    def test_export_without_a_student_takes_no_sampling(self, prompts, tmp_path, words, names):
+        """It took anything, and the folder then refused the command with --student."""
+        with pytest.raises(ConfigError, match=f"leave out {names}, or give --student"):
+            self.call("eval", "export", tmp_path / "out", "--prompts", prompts, "--n", 2, "--seed", 5, *words)
+        assert not (tmp_path / "out").exists()
+
     def test_export_knows_its_settings(self, prompts, tmp_path):
         make = (
             "eval",

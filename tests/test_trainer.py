@@ -297,13 +297,47 @@ def test_what_looks_like_markup_is_printed_as_it_is(say, arguments, code):
         (["pretrain", "--world", "lights", "--out", "{0}/file/x.safetensors"], "is a file: choose another --out"),
         (["demo", "--from-scratch", "--out", "{0}"], "exists; continue it with --resume"),
         (["demo", "--from-scratch", "--out", "{0}/file/v1.5"], "is a file: choose another --out"),
+        (["demo", "--from-scratch", "student.base=x.safetensors"], "give either --from-scratch, .* or student.base"),
+        (
+            ["demo", "--from-scratch", "student=toy_long"],
+            "pretrains student=toy: for student=toy_long give student.base=",
+        ),
+        (["demo", "--from-scratch", "--teacher", "lights"], "makes videos of 24x24 pixels"),
+        (["demo", "--from-scratch", "--teacher", "api:x.json"], "x.json is not a file"),
+        (["demo", "--from-scratch", "teacher_prompts=999"], "asks for more than the 112 training prompts"),
+        (["pretrain", "--frames", "3"], "--frames must be a multiple of 3 and at least 6, got 3"),
+        (["pretrain", "--world", "lights", "--frames", "3"], "--frames must be a multiple of 6 and at least 6, got 3"),
     ],
 )
-def test_ten_minutes_of_pretraining_start_only_where_they_can_be_kept(say, tmp_path, monkeypatch, arguments, message):
+def test_ten_minutes_of_pretraining_start_only_where_they_can_be_used(say, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "file").touch()
     monkeypatch.setattr(shipped.pretrain, "pretrain", lambda *a, **k: pytest.fail("it started"))
     status, said = say(*(a.format(tmp_path) for a in arguments))
     assert status and re.search(message, said)
+
+
+def test_a_base_student_of_its_own_is_part_of_the_run(say, tmp_path, monkeypatch, few_prompts):
+    """With and without it, --resume went on with the other one."""
+
+    def made(world, *, seed, report, kept):
+        report(1, 1, 0.5)
+        return shipped.load()
+
+    monkeypatch.setattr(shipped.pretrain, "pretrain", made)
+    line = ["demo", *TINY[1:], "iterations=2"]
+    status, said = say(*line, "--from-scratch")
+    assert status == 0, said
+    base = tmp_path / "runs/demo.base.safetensors"
+    assert json.loads((tmp_path / "runs/demo/config.json").read_text())["student.base"] == "runs/demo.base.safetensors"
+    status, said = say(*line, "--resume")
+    assert status == 2 and "student.base=runs/demo.base.safetensors there and None here" in said, said
+    assert say(*line, "--from-scratch", "--resume")[0] == 0
+    base.unlink()
+    status, said = say(*line, "--from-scratch", "--resume")
+    assert status == 2 and "its base student runs/demo.base.safetensors is missing" in said, said
+    assert say(*line, "--out", "shipped")[0] == 0
+    status, said = say(*line, "--out", "shipped", "--from-scratch", "--resume")
+    assert status == 2 and "student.base=None there and shipped.base.safetensors here" in said, said
 
 
 def test_empty_prompt_list(say, tmp_path):

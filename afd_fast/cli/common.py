@@ -15,7 +15,6 @@ from afd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from afd_fast.config import TrainConfig
-    from afd_fast.students import Family
     from afd_fast.students.toy.pretrain import Kept, Report
 
 console = Console(emoji=False)  # a path may hold ":x:"
@@ -31,7 +30,7 @@ Keys = Annotated[
 ]
 
 
-def run(config: "TrainConfig", out: Path | None, overwrite: bool, resume: bool, family: "Family | None" = None) -> None:
+def run(config: "TrainConfig", out: Path | None, overwrite: bool, resume: bool) -> None:
     """Train and write the report."""
     from afd_fast.reports.run import conclude
     from afd_fast.training import train
@@ -39,7 +38,7 @@ def run(config: "TrainConfig", out: Path | None, overwrite: bool, resume: bool, 
     out = out or Path("runs") / config.name
     if not out.exists():  # else `train` looks at it, and another rank's probe inside would count as its content
         check_place(out)
-    result = train(config, family, out, resume, overwrite=overwrite, console=console)
+    result = train(config, out=out, resume=resume, overwrite=overwrite, console=console)
     if result is not None:  # rank 0
         conclude(console, out, result)
 

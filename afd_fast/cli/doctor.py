@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -15,6 +16,8 @@ from afd_fast.errors import EXTRAS, AFDError, ConfigError, not_installed
 
 if TYPE_CHECKING:
     from afd_fast.config import TrainConfig
+    from afd_fast.training.run import Run
+    from afd_fast.video_io import VideoFormat
 
 ENCODERS, DECODERS = ("libx264", "libx264rgb"), ("h264", "hevc", "vp9", "av1")
 SPARE = 10e9  # bytes of disk that a run should find besides its own files
@@ -188,17 +191,12 @@ def checked_run(config: "TrainConfig") -> Iterator[Check]:
     yield from memory(config)
 
 
-def _teachers(config: "TrainConfig") -> list[str]:
-    """The specs of the run's teachers."""
-    from afd_fast.teachers import mixed
-
-    return list(mixed.parse(config.teacher) or [config.teacher])
-
-
 def packages(config: "TrainConfig") -> Iterator[Check]:
     from afd_fast.students.student import WAN, entry
+    from afd_fast.teachers import mixed
 
-    small = entry(config.student.name) is not WAN and not any(spec.startswith("api:") for spec in _teachers(config))
+    teachers = mixed.parse(config.teacher) or [config.teacher]
+    small = entry(config.student.name) is not WAN and not any(spec.startswith("api:") for spec in teachers)
     extra = "demo" if small else "train"
     missing = not_installed(extra)
     state: Literal["ok", "fails"] = "fails" if missing else "ok"
@@ -207,48 +205,62 @@ def packages(config: "TrainConfig") -> Iterator[Check]:
 
 
 def sources(config: "TrainConfig") -> Iterator[Check]:
-    """Files and repositories that the configuration names; nothing is loaded or downloaded."""
+    """Files and repositories that the configuration names, and the teacher as `train` checks it: small networks are made, a
+    checkpoint's are neither loaded nor downloaded, and nothing is bought."""
     from afd_fast.discriminators.config import DISCRIMINATORS
     from afd_fast.students.files import check_source
     from afd_fast.students.student import FAMILIES
     from afd_fast.students.wan.supported import check_trained
-    from afd_fast.teachers.dataset import check_prompts
-    from afd_fast.teachers.folder import read_manifest
-    from afd_fast.teachers.teacher import hold_out
-    from afd_fast.training.teacher import batch_plan
 
-    teachers = _teachers(config)
+    small, cache = config.student.name in FAMILIES, Path("runs/teacher-cache")
+    prepared: list[Run] = []
 
     def student() -> None:
-        if config.student.name not in FAMILIES:
+        from afd_fast.training.trainer import new_run
+
+        if small:
+            judge = config.discriminator
+            known = judge if judge.name in DISCRIMINATORS else replace(judge, name="pixel", lora_rank=None)
+            prepared.append(new_run(replace(config, discriminator=known)))
+        else:
             check_source(config.student.name)
             check_trained(config.student.name)
-        elif config.student.name == "pixel":
-            check_source(Path(config.student.base or ""))
 
     def discriminator() -> None:
         if config.discriminator.name not in DISCRIMINATORS:
             check_source(config.discriminator.name)
 
     def teacher() -> None:
-        for spec in teachers:
-            kind, _, rest = spec.partition(":")
-            if kind == "folder":
-                prompts = list(dict.fromkeys(entry.prompt for entry in read_manifest(Path(rest)) if entry.weight))
-                if len(teachers) == 1:
-                    check_prompts(config.teacher, hold_out(prompts).train, batch_plan(config))
-            if kind == "api" and not Path(rest).is_file():
-                raise ConfigError(f"{rest} is not there: write it (docs/teachers.md)")
+        from afd_fast.teachers.dataset import check_prompts, open_teacher, prompts_of
+        from afd_fast.training.teacher import batch_plan, teacher_of
+
+        if prepared:
+            teacher_of(prepared[0], None, cache)
+        else:
+            found = open_teacher(config.teacher, _wan_video(config), cache)
+            check_prompts(found.name, prompts_of(found, config.teacher_prompts).train, batch_plan(config))
 
     for what, check, value in (
         ("student", student, config.student.name), ("discriminator", discriminator, config.discriminator.name),
         ("teacher", teacher, config.teacher),
     ):  # fmt: skip
+        if what == "teacher" and small and not prepared:
+            return  # what its videos have to fit is not known
         try:
             check()
             yield Check(what, "ok", value)
         except AFDError as error:
             yield Check(what, "fails", value, str(error))
+
+
+def _wan_video(config: "TrainConfig") -> "VideoFormat":
+    """Of a Wan student's videos, without its base: where that is not Wan 2.1's, at the rate of Wan 2.2, which asks for shorter clips."""
+    from afd_fast.students.wan.family import FPS, FPS_2_2, coder_of, latent_size
+    from afd_fast.video_io import VideoFormat
+
+    size, scale = latent_size(config.student, config.rollout.chunk), coder_of("tiny").scale
+    fps = FPS if config.student.base is None else FPS_2_2
+    return VideoFormat(4 * size.frames - 3, scale * size.height, scale * size.width, fps)
 
 
 def memory(config: "TrainConfig") -> Iterator[Check]:

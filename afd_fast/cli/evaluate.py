@@ -29,8 +29,12 @@ console = Console(emoji=False)
 Folder = Annotated[Path, typer.Argument(help="the evaluation's folder", show_default=False)]
 
 
+LISTING = ("out", "vbench", "prompts", "n", "seed")  # options of an export that makes no video: what its manifest lists
+
+
 @app.command()
 def export(
+    context: typer.Context,
     out: Folder,
     vbench: Annotated[Path | None, typer.Option(help="VBench_full_info.json of the official repository")] = None,
     prompts: Annotated[Path | None, typer.Option(help="text file, one prompt per line, for the other tools")] = None,
@@ -76,6 +80,11 @@ def export(
 
     if (vbench is None) == (prompts is None):
         raise ConfigError("give either --vbench VBench_full_info.json or --prompts FILE")
+    if student is None and (odd := [name for name in _given(context) if name not in LISTING]):
+        raise ConfigError(
+            f"without --student no video is made here: leave out {', '.join('--' + name.replace('_', '-') for name in odd)}, "
+            "or give --student"
+        )
     if vbench is not None:
         n = suite.KEPT if n is None else n
         clips = suite.clips(suite.suite(vbench), n, seed)
@@ -110,6 +119,12 @@ def export(
     )
 
 
+def _given(context: typer.Context) -> list[str]:
+    """The parameters that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
 def _listed(prompts: Path, n: int, seed: int) -> "list[Clip]":
     """n clips of every line of a text file."""
     from afd_fast.evaluation.folder import Clip
@@ -141,6 +156,7 @@ def _generate(out: Path, clips: "list[Clip]", networks: "Networks", found: cli.S
             out / "videos",
             found.options,
             found.config,
+            negative=found.negative,
             write=write,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )

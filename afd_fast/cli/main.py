@@ -92,20 +92,38 @@ def demo(
     if teacher is not None:
         name = config.name if teacher == "physics" else f"{config.name}-{Path(teacher.partition(':')[2]).stem}"
         config = replace(config, teacher=teacher, name=name)
-    family = None
     if from_scratch:
-        from afd_fast.students.toy import family as toy
-        from afd_fast.students.toy import shipped
-        from afd_fast.training.run_folder import check_folder
+        config = _from_scratch(config, out or Path("runs") / config.name, overwrite, resume)
+    train_run(config, out, overwrite, resume)
 
-        out = out or Path("runs") / config.name
-        check_folder(out, config, overwrite=overwrite, resume=resume)
-        weights = out.with_name(f"{out.name}.base.safetensors")
-        if not weights.exists():
-            with keeping(weights, {"world": "physics"}) as (report, kept):
-                shipped.make(weights, report=report, kept=kept)
-        family = toy.of_student(shipped.load(weights))
-    train_run(config, out, overwrite, resume, family)
+
+def _from_scratch(config: "TrainConfig", out: Path, overwrite: bool, resume: bool) -> "TrainConfig":
+    """The configuration with the base student OUT.base.safetensors, which is made where there is none. ConfigError, before that, for
+    what `train` would refuse."""
+    from afd_fast.config import with_values
+    from afd_fast.students.toy import shipped
+    from afd_fast.training.run_folder import check_folder
+    from afd_fast.training.teacher import teacher_of
+    from afd_fast.training.trainer import new_run
+
+    if config.student.base is not None:
+        raise ConfigError("give either --from-scratch, which makes the base student, or student.base")
+    if config.student.name != "toy":
+        raise ConfigError(
+            f"--from-scratch pretrains student=toy: for student={config.student.name} give student.base=FILE, which afd-fast pretrain makes"
+        )
+    base = out.with_name(f"{out.name}.base.safetensors")
+    changed = with_values(config, {"student.base": str(base)})
+    check_folder(out, changed, overwrite=overwrite, resume=resume)
+    if not base.exists():
+        if resume:
+            raise ConfigError(
+                f"{out} cannot be continued: its base student {base} is missing. Start again with --overwrite"
+            )
+        teacher_of(new_run(config), None, out.parent / "teacher-cache")
+        with keeping(base, {"world": "physics"}) as (report, kept):
+            shipped.make(base, report=report, kept=kept)
+    return changed
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """`afd-fast pretrain`: the base students of the embedded worlds, from nothing."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -35,13 +36,15 @@ def pretrain(
         return _distill(distill, out, seed)
     from afd_fast.students.toy import shipped
     from afd_fast.students.toy.pretrain import WORLDS
+    from afd_fast.teachers import physics
 
     name = world or "physics"
     if name not in WORLDS:
         raise ConfigError(f"--world must be {' or '.join(WORLDS)}, got {name!r}")
     chunk = WORLDS[name].student.chunk
-    if frames is not None and (frames < chunk or frames % chunk):
-        raise ConfigError(f"--frames must be a positive multiple of {chunk}, got {frames}")
+    least = math.ceil(physics.LEAST_FRAMES / chunk) * chunk
+    if frames is not None and (frames < least or frames % chunk):
+        raise ConfigError(f"--frames must be a multiple of {chunk} and at least {least}, got {frames}")
     with keeping(out, {"world": name, "seed": seed, "frames": frames}) as (report, kept):
         loss = shipped.make(out, name=name, seed=seed, frames=frames, report=report, kept=kept)
     console.print(f"{escape(str(out))}: loss {loss}")

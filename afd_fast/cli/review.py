@@ -1,7 +1,7 @@
 """`afd-fast review`: which of a teacher's clips look wrong."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -11,8 +11,7 @@ from afd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from afd_fast.students import Family
-    from afd_fast.teachers.teacher import Teacher
-    from afd_fast.training.review import Reviewed
+    from afd_fast.teachers.api import APITeacher
     from afd_fast.video_io import VideoFormat
 
 SHOWN = 20  # clips of the table
@@ -41,8 +40,8 @@ def review(
     from afd_fast.config import with_overrides
     from afd_fast.reports.review import verdict, write_review
     from afd_fast.teachers.dataset import collect, open_teacher
-    from afd_fast.teachers.folder import FolderTeacher
-    from afd_fast.teachers.mixed import parse
+    from afd_fast.teachers.folder import FolderTeacher, lower_weights, read_manifest
+    from afd_fast.teachers.mixed import MixedTeacher, parse
     from afd_fast.training import runs
     from afd_fast.training.progress import progress
     from afd_fast.training.review import review as look
@@ -50,25 +49,27 @@ def review(
     from afd_fast.training.trainer import new_run
 
     config = with_overrides(runs.get(run), overrides or [])
-    kind = config.teacher.partition(":")[0]
-    several = parse(config.teacher)
-    if weights and several:
+    specs = list(parse(config.teacher) or [config.teacher])
+    files = all(spec.partition(":")[0] in ("folder", "api") for spec in specs)
+    if weights and len(specs) > 1:
         raise ConfigError("--weights writes one manifest: review the teachers one at a time")
-    if weights and kind not in ("folder", "api"):
+    if weights and not files:
         raise ConfigError(f"--weights needs videos that are files: teacher={config.teacher} has none, leave it out")
-    names = [Path(spec.partition(":")[2] or spec).stem for spec in several or [config.teacher]]
+    names = [Path(spec.partition(":")[2] or spec).stem for spec in specs]
     out = out or Path("runs") / f"review-{'+'.join(names)}"
     check_place(out)
     prepared = new_run(config)
     cache, video = out.parent / "teacher-cache", prepared.family.video
-    if steps or kind not in ("folder", "api"):
+    if steps or not files:
         teacher = teacher_of(prepared, None, cache)
     else:  # the student is not asked
-        video = _format(config.teacher, prepared.family)
+        video = _format(specs, prepared.family)
         teacher = open_teacher(config.teacher, video, cache)
     clips = config.teacher_clips
-    if isinstance(teacher, FolderTeacher):
-        clips = max(len(teacher.seeds(prompt, range(MOST))) for prompt in teacher.prompts)
+    if files:  # nothing is made: all of the folders', and what an API has of as many
+        parts = teacher.teachers.values() if isinstance(teacher, MixedTeacher) else [teacher]
+        folders = [part for part in parts if isinstance(part, FolderTeacher)]
+        clips = max([clips, *(len(of.seeds(prompt, range(MOST))) for of in folders for prompt in of.prompts)])
     with progress(console) as bar:
 
         def track(items: Any, about: str) -> Any:
@@ -90,13 +91,15 @@ def review(
     console.print(escape(verdict(found, data.problems)), highlight=False)
     console.print(f"all of them: {escape(str(out / 'clips.csv'))}; to look at: {escape(str(out / 'clips.html'))}")
     if weights:
-        written = escape(str(_write_weights(teacher, found, list(data.videos))))
-        all_one = all(one.weight == 1 for one in found)
-        console.print(f"weights: {'all 1, which needs no column in ' if all_one else ''}{written}")
+        folder, prompts = cast("APITeacher | FolderTeacher", teacher).folder, list(data.videos)
+        ordered = sorted(found, key=lambda one: prompts.index(one.prompt))
+        written = lower_weights(folder, {(one.prompt, one.name): one.weight for one in ordered})
+        all_one = all(entry.weight == 1 for entry in read_manifest(folder))
+        console.print(f"weights: {'all 1, which needs no column in ' if all_one else ''}{escape(str(written))}")
 
 
-def _format(spec: str, family: "Family") -> "VideoFormat":
-    """In which the pixels of a folder's or an API's clips are looked at: the student's format, or distill's where the student has learnt an
+def _format(specs: list[str], family: "Family") -> "VideoFormat":
+    """In which the pixels of folders' and APIs' clips are looked at: the student's format, or distill's where the student has learnt an
     embedded world alone and the prompts are of another."""
     from statistics import median
 
@@ -105,11 +108,11 @@ def _format(spec: str, family: "Family") -> "VideoFormat":
     from afd_fast.teachers.folder import survey
     from afd_fast.video_io import VideoFormat
 
-    kind, _, folder = spec.partition(":")
-    clips = survey(Path(folder)) if kind == "folder" else []
-    asked = [clip.prompt for clip in clips] or [
-        p for part in open_teacher(spec, family.video, Path()).split() for p in part
-    ]
+    clips = [clip for spec in specs if spec.startswith("folder:") for clip in survey(Path(spec.partition(":")[2]))]
+    asked = [clip.prompt for clip in clips]
+    for spec in specs:
+        if spec.startswith("api:"):
+            asked += [prompt for part in open_teacher(spec, family.video, Path()).split() for prompt in part]
     if family.prompts is None or set(asked) & set(family.prompts):
         return family.video
     found = [clip.format for clip in clips if clip.format is not None]
@@ -117,19 +120,3 @@ def _format(spec: str, family: "Family") -> "VideoFormat":
         return VideoFormat(FRAMES, *size_for(WIDE), FPS)
     frames = int(median(f.frames / f.fps for f in found) * FPS)
     return VideoFormat(max(2, min(FRAMES, frames)), *size_for(median(f.width / f.height for f in found)), FPS)
-
-
-def _write_weights(teacher: "Teacher", found: "list[Reviewed]", prompts: list[str]) -> Path:
-    """Into the manifest next to the videos, which an API's folder gets; a lower weight that is there stays."""
-    from afd_fast.teachers.api import APITeacher
-    from afd_fast.teachers.folder import Entry, FolderTeacher, read_manifest, write_manifest
-
-    assert isinstance(teacher, (APITeacher, FolderTeacher))
-    if isinstance(teacher, APITeacher):
-        new = [Entry(one.prompt, one.name, one.weight) for one in found]
-        return write_manifest(teacher.folder, sorted(new, key=lambda entry: prompts.index(entry.prompt)))
-    weights = {(one.prompt, one.name): one.weight for one in found}
-    return write_manifest(teacher.folder, [
-        entry._replace(weight=min(entry.weight, weights.get((entry.prompt, Path(entry.video).as_posix()), 1.0)))
-        for entry in read_manifest(teacher.folder)
-    ])  # fmt: skip

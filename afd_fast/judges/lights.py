@@ -15,7 +15,7 @@ import numpy as np
 
 from afd_fast.judges.physics import flicker, frechet, measured_gravity, moments
 from afd_fast.teachers.lights import CHANNELS, RADIUS, WIND, flight, parse
-from afd_fast.teachers.physics import BACKGROUND, BOUNCES, FPS, GRAVITY
+from afd_fast.teachers.physics import BACKGROUND, BOUNCES, FPS, GRAVITY, LEAST_FRAMES
 
 WINDS = np.linspace(-WIND, WIND, 17)
 DARK = 0.12  # what is less bright than this above the background is not a light's
@@ -188,7 +188,7 @@ def evaluate(clips: np.ndarray, prompts: list[str], reference: np.ndarray) -> di
     out["light"] = (abs(found.light - 1) < 0.3).mean()
     out["shape"] = (abs(found.spread / (RADIUS / np.sqrt(2)) - 1) < 0.3).mean()
     out["sharp"] = (lit & (found.edge < 1.5)).mean()
-    dx = centres[:, :, 3, 0] - centres[:, :, 0, 0]  # [N, 2]
+    dx = centres[:, :, LEAST_FRAMES - 1, 0] - centres[:, :, 0, 0]  # [N, 2]
     asked = [(MOTION[m], d) for scene, moved in zip(scenes, dx) for m, d in zip(scene.motions, moved) if m]
     out["motion"] = np.mean([low < d < high for (low, high), d in asked])
     out["general"] = np.mean([out[k] for k in ("color", "size", "light", "shape", "sharp", "motion")])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from afd_fast.teachers.physics import BACKGROUND, BOUNCES, COLORS, FPS, GRAVITY, LOOKS, Scene, parse
+from afd_fast.teachers.physics import BACKGROUND, BOUNCES, COLORS, FPS, GRAVITY, LEAST_FRAMES, LOOKS, Scene, parse
 
 
 class Track(NamedTuple):
@@ -174,7 +174,7 @@ def evaluate(clips: np.ndarray, prompts: list[str], reference: np.ndarray) -> di
     area = ((bright - BACKGROUND) / peak > 0.5).sum((-1, -2))  # [N, F] px
     out["size"] = (abs(area / (np.pi * (radius * width) ** 2)[:, None] - 1) < 0.35).mean()
     out["shape"] = (abs(spread / (radius[:, None] / np.sqrt(2)) - 1) < 0.3).mean()
-    dx = centres[:, 3, 0] - centres[:, 0, 0]
+    dx = centres[:, LEAST_FRAMES - 1, 0] - centres[:, 0, 0]
     limits = {"thrown left": (-1, -0.06), "thrown right": (0.06, 1), "dropped": (-0.1, 0.1), "tossed up": (-0.1, 0.1)}
     out["motion"] = np.mean([limits[s.motion][0] < d < limits[s.motion][1] for s, d in zip(scenes, dx)])
     out["general"] = np.mean([out[k] for k in ("color", "size", "shape", "motion")])

@@ -140,10 +140,10 @@ def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
         return TEACHERS[kind](rest, video, cache)
     size = (video.height, video.width)
     if kind == "physics" and rest in ("", *physics.LOOKS):
-        _check_size(spec, physics.SIZE, video, "student=toy")
+        _check_format(spec, physics.SIZE, video, "student=toy")
         return physics.PhysicsTeacher(video.frames, look=rest or "day")  # makes a video faster than a file is read
     if spec == "lights":
-        _check_size(spec, lights.SIZE, video, "student=lights, as the run regime does")
+        _check_format(spec, lights.SIZE, video, "student=lights, as the run regime does")
         return lights.LightsTeacher(video.frames)
     if kind == "folder" and rest:
         return FolderTeacher(rest, frames=video.frames, size=size, fps=video.fps)
@@ -155,11 +155,16 @@ def open_teacher(spec: str, video: VideoFormat, cache: Path) -> Teacher:
     raise ConfigError(f'teacher must be "physics" or "lights" or "folder:PATH" or "api:FILE"{known}, got {spec!r}')
 
 
-def _check_size(spec: str, side: int, video: VideoFormat, remedy: str) -> None:
-    """ConfigError for a student whose videos are not an embedded teacher's squares."""
+def _check_format(spec: str, side: int, video: VideoFormat, remedy: str) -> None:
+    """ConfigError for a student whose videos are not an embedded teacher's squares, or too short for its judge."""
     if (video.height, video.width) != (side, side):
         raise ConfigError(
             f"teacher={spec} makes videos of {side}x{side} pixels, and this student of {video.height}x{video.width}: set {remedy}"
+        )
+    if video.frames < physics.LEAST_FRAMES:
+        raise ConfigError(
+            f"teacher={spec} is judged on clips of {physics.LEAST_FRAMES} frames or more, and this student makes {video.frames}: "
+            "give another student.base"
         )
 
 

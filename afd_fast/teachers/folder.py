@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +76,16 @@ def write_manifest(folder: Path, entries: Sequence[Entry]) -> Path:
     partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     settle(partial, source)
     return source
+
+
+def lower_weights(folder: Path, weights: Mapping[tuple[str, str], float]) -> Path:
+    """Write weights by (prompt, file) into a folder's manifest. A lower weight that is there stays, and so do all other rows; a video
+    without a row gets one at the end, in the order of `weights`."""
+    before = read_manifest(folder) if _rows(folder)[0] is not None else []
+    keys = [(entry.prompt, Path(entry.video).as_posix()) for entry in before]
+    rows = [entry._replace(weight=min(entry.weight, weights.get(key, 1.0))) for entry, key in zip(before, keys)]
+    new = weights.keys() - set(keys)
+    return write_manifest(folder, rows + [Entry(*key, weight) for key, weight in weights.items() if key in new])
 
 
 def _rows(folder: Path) -> tuple[Path | None, list[Any]]:

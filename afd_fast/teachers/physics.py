@@ -20,6 +20,7 @@ from afd_fast.errors import extra
 from afd_fast.teachers.teacher import PromptSplit, TeacherBase
 
 FRAMES, SIZE, FPS = 12, 16, 10
+LEAST_FRAMES = 4  # of a clip that shows which way its ball was thrown, in either world
 GRAVITY = 3.0  # box sides / s^2; the true world
 BACKGROUND = 0.06
 COLORS = {
