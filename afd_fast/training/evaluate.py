@@ -54,7 +54,9 @@ class Evaluator:
     def _references(self, track: Track) -> References:
         if not self.judge.free_reference:  # the videos that there are, as many of each prompt: they go round
             videos = [self.data.videos[p] for p in self.data.held_out]
-            return References(torch.stack([of[i % len(of)] for i in range(max(map(len, videos))) for of in videos]), None)
+            return References(
+                torch.stack([of[i % len(of)] for i in range(max(map(len, videos))) for of in videos]), None
+            )
         familiar = self._reference(self.familiar, track) if self.familiar else None
         return References(self._reference(self.data.held_out, track), familiar)
 

@@ -248,7 +248,9 @@ def save_run(student: CausalWan, weights: TrainedWeights, about: Facts, folder: 
         LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)).save_pretrained(str(folder / "lora"))
         save_tensors(named, folder / "lora/adapter_model.safetensors", {"format": "pt"})
     rows = "\n".join(f"| {key} | {value} |" for key, value in about.items())
-    (folder / "student/README.md").write_text(CARD.format(base=about["student.name"], rows=rows, **about), encoding="utf-8")
+    (folder / "student/README.md").write_text(
+        CARD.format(base=about["student.name"], rows=rows, **about), encoding="utf-8"
+    )
 
 
 CARD = """---
