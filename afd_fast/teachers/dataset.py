@@ -81,6 +81,10 @@ class TeacherVideos:
         out = first.new_empty(len(clips), *first.shape, dtype=first.dtype, pin_memory=pinned)
         return torch.stack(clips, out=out)
 
+    def rounds(self, prompts: Sequence[str], count: int) -> list[Request]:
+        """Every prompt `count` times over, each time with the next of its M videos, which go round."""
+        return [Request(p, i % len(self.videos[p])) for i in range(count) for p in prompts]
+
     def _pick(self, prompt: str, rng: np.random.Generator, second: np.random.Generator) -> int:
         """A video's number. The uniform draw stands with the chance weight / largest weight, so that weights of one leave it alone;
         the draw in its place is by weight, which makes both together proportional to the weights."""

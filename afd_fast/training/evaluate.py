@@ -52,11 +52,10 @@ class Evaluator:
         self.by_prompt: list[float] = []  # and its first headline score, a mean for each held-out prompt
 
     def _references(self, track: Track) -> References:
-        if not self.judge.free_reference:  # the videos that there are, as many of each prompt: they go round
-            videos = [self.data.videos[p] for p in self.data.held_out]
-            return References(
-                torch.stack([of[i % len(of)] for i in range(max(map(len, videos))) for of in videos]), None
-            )
+        if not self.judge.free_reference:  # the videos that there are, as many of each prompt
+            held, videos = self.data.held_out, self.data.videos
+            count = max(len(videos[p]) for p in held)
+            return References(torch.stack([videos[p][i] for p, i in self.data.rounds(held, count)]), None)
         familiar = self._reference(self.familiar, track) if self.familiar else None
         return References(self._reference(self.data.held_out, track), familiar)
 
@@ -119,7 +118,7 @@ class Evaluator:
         """Accuracy on held-out pairs, correlation with the judge within prompts, and the scores of the model that the
         discriminator was before training."""
         run, held = self.run, self.data.held_out
-        keys = [Request(p, i // len(held) % len(self.data.videos[p])) for i, p in enumerate(prompts)]
+        keys = self.data.rounds(held, run.config.evaluation.rollouts)
         size, mine, theirs = run.config.evaluation.batch or len(prompts), [], []
         before: list[dict[str, Tensor]] = []
         for start in range(0, len(prompts), size):
@@ -174,10 +173,8 @@ class Evaluator:
             base = pick(self.student_clips(count))
         if not self.run.ranks.lead:
             return
-        teacher = [
-            torch.stack([self.data.videos[p][i % len(self.data.videos[p])] for p in prompts]) for i in range(count)
-        ]
-        clips = {"base": base, "student": student, "teacher": torch.stack(teacher)}
+        teacher = torch.stack([self.data.videos[p][i] for p, i in self.data.rounds(prompts, count)])
+        clips = {"base": base, "student": student, "teacher": teacher.view_as(student)}
         fps = json.dumps(self.run.family.video.fps)
         about = {"prompts": json.dumps(prompts), "fps": fps, "judge": self.data.teacher.judge}
         save_tensors({name: x.contiguous() for name, x in clips.items()}, path, about)

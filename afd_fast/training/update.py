@@ -28,7 +28,7 @@ from afd_fast.training.velocity import LossInputs, UpdateStats, clip_loss, nft_b
 
 DISC_GRAD_NORM = 5.0
 REGRESSION = nft_recipe("afd", beta=1.0, ref_coef=0.0, sample_reduction="mean", batch_reduction="mean")
-HEADLINE = ("margin", "accuracy", "pair_r")  # of `pair_health`, which stand beside the loss
+HEADLINE = ("disc_loss", "margin", "accuracy", "pair_r")  # of what a pair says; the rest is its health
 
 
 class Pair(NamedTuple):
@@ -92,9 +92,9 @@ def discriminator_backward(run: Run, pair: Pair, prompts: list[str], rng: torch.
     """Add a shard's share of the discriminator's gradient; its loss and the health of its scores."""
     found = run.discriminator.paired_loss(*pair, prompts, run.config.discriminator.objective, rng=rng)
     (found.loss / (shards * run.ranks.world)).backward()
-    health = cast(dict[str, Tensor], pair_health(found.teacher, found.student))
-    named = {name if name in HEADLINE else f"health/{name}": value.item() for name, value in health.items()}
-    return {"disc_loss": found.loss.item(), **named}
+    said = {"disc_loss": found.loss.detach(), **cast(dict[str, Tensor], pair_health(found.teacher, found.student))}
+    values = torch.stack(list(said.values())).tolist()  # one wait for the GPU
+    return {name if name in HEADLINE else f"health/{name}": value for name, value in zip(said, values)}
 
 
 # -- the student -----------------------------------------------------------------------------------------------

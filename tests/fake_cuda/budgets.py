@@ -31,8 +31,8 @@ ITERATIONS = {
 # Places where the host may wait for the GPU, with the most times in one part or iteration.
 WAITS = {
     "synchronize afd_fast/training/run.py:phase": 10,
-    "item afd_fast/training/update.py:<dictcomp>": 13,
-    "item afd_fast/training/update.py:discriminator_backward": 1,
+    "item afd_fast/training/update.py:<dictcomp>": 5,
+    "tolist afd_fast/training/update.py:discriminator_backward": 1,
     "item afd_fast/training/update.py:clip_gradients": 4,
     "item afd_fast/training/credit.py:assign_credit": 3,
     "item afd_fast/training/methods/gan.py:student_backward": 2,
